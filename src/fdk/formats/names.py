@@ -1,0 +1,31 @@
+"""Format names: `parse(str(f)) == f`.
+
+    name  = kind bits "_" group            lut4_g64  int3_g128  uint4_g32  nf4_g64  lut2_chan
+    group = "g" positive-multiple-of-16 | "chan"
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from fdk.errors import FormatError
+from fdk.formats import registry
+from fdk.formats.spec import Format
+
+_NAME = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[1-9]\d?)_(?:g(?P<group>[1-9]\d*)|(?P<chan>chan))")
+
+
+@lru_cache(maxsize=None)
+def parse(name: str | Format) -> Format:
+    """The Format called `name` (a Format is returned as it is). FormatError if the grammar does not match."""
+    if isinstance(name, Format):
+        return name
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise FormatError(
+            f"{name!r} is not a format name; expected <kind><bits>_g<group> or <kind><bits>_chan, "
+            f"such as lut4_g64, int4_g128 or lut3_chan (kinds: {', '.join(k.name for k in registry.kinds())})"
+        )
+    group = None if match["chan"] else int(match["group"])
+    return Format(registry.kind(match["kind"]), int(match["bits"]), group)

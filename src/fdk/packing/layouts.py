@@ -1,0 +1,152 @@
+"""Where the bits of a weight live. Every layout has `pack` and an exact inverse `unpack`.
+
+The canonical layout is what checkpoints hold; a kernel names the layout it wants, which is derived from the
+canonical parts once, on load, and converted back on save.
+
+Canonical parts of an [n, k] weight:
+    codes   uint8 [n, ceil(k*bits/8)]   dense little-endian stream along k, see packing.bits
+    scales  [n, groups]                 bfloat16, float16 or float32: the weight's dtype
+    table   [tables, 2^bits]            table formats; one table for each range of rows
+    zeros   [n, groups]                 zero-point formats; uint8, or the weight's dtype for fractional zeros
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdk.errors import FormatError, UnsupportedError
+from fdk.formats import Format
+from fdk.packing.bits import row_bytes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a stored weight: format, n, k, dtype and where each table's range of rows ends."""
+
+    format: Format
+    n: int
+    k: int
+    dtype: torch.dtype
+    row_ends: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        starts = (0, *self.row_ends[:-1])
+        ascending = all(a < b for a, b in zip(starts, self.row_ends, strict=True)) or self.row_ends == (0,)
+        if not self.row_ends or self.row_ends[-1] != self.n or not ascending:
+            raise FormatError(f"row_ends {self.row_ends} must ascend and end at n = {self.n}")
+        if self.dtype not in DTYPES:
+            raise FormatError(f"weight dtype {self.dtype} is not supported; use bfloat16, float16 or float32")
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return self.format.groups(self.k)
+
+    @property
+    def group_size(self) -> int:
+        """Weights per scale along k."""
+        return self.format.group_size(self.k)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of the rows that each table serves."""
+        return tuple(zip((0, *self.row_ends[:-1]), self.row_ends, strict=True))
+
+
+class Layout(ABC):
+    """An arrangement of a weight's bits in named tensors."""
+
+    name: str
+
+    def supports(self, geometry: Geometry) -> str | None:
+        """None if the layout can hold such a weight, else the reason why not."""
+        return None
+
+    @abstractmethod
+    def pack(self, geometry: Geometry, parts: Parts) -> Parts:
+        """The layout's tensors, from canonical parts, on the same device."""
+
+    @abstractmethod
+    def unpack(self, geometry: Geometry, parts: Parts) -> Parts:
+        """The canonical parts, bit for bit those that `pack` was given."""
+
+
+class Canonical(Layout):
+    """Row-major dense streams with scales (zeros, tables) beside them; what checkpoints hold."""
+
+    name = "canonical"
+
+    def pack(self, geometry: Geometry, parts: Parts) -> Parts:
+        check_canonical(geometry, parts)
+        return parts
+
+    def unpack(self, geometry: Geometry, parts: Parts) -> Parts:
+        check_canonical(geometry, parts)
+        return parts
+
+
+def canonical_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """Name and shape of every canonical part that the format stores."""
+    fmt, n, groups = geometry.format, geometry.n, geometry.groups
+    shapes = {"codes": (n, row_bytes(geometry.k, fmt.bits)), "scales": (n, groups)}
+    if fmt.is_table:
+        shapes["table"] = (len(geometry.row_ends), 1 << fmt.bits)
+    if fmt.has_zeros:
+        shapes["zeros"] = (n, groups)
+    return shapes
+
+
+def check_canonical(geometry: Geometry, parts: Parts) -> None:
+    """FormatError unless `parts` are exactly the canonical tensors of such a weight (values are not read)."""
+    shapes = canonical_shapes(geometry)
+    if parts.keys() != shapes.keys():
+        raise FormatError(f"{geometry.format} stores {', '.join(shapes)}, but got {', '.join(parts) or 'nothing'}")
+    devices = {tensor.device for tensor in parts.values()}
+    if len(devices) > 1:
+        raise FormatError(f"the parts of one weight lie on several devices ({', '.join(map(str, devices))}); move them")
+    for name, shape in shapes.items():
+        tensor = parts[name]
+        allowed = {"codes": (torch.uint8,), "zeros": (torch.uint8, geometry.dtype)}.get(name, (geometry.dtype,))
+        if tuple(tensor.shape) != shape or tensor.dtype not in allowed:
+            raise FormatError(
+                f"{name} of a {geometry.format} weight [{geometry.n}, {geometry.k}] must be "
+                f"{' or '.join(str(d).removeprefix('torch.') for d in allowed)} {list(shape)}, "
+                f"not {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            )
+        if not tensor.is_contiguous():
+            raise FormatError(f"{name} of a {geometry.format} weight must be contiguous; call .contiguous() on it")
+
+
+_layouts: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Add a layout; registering one puts it under the round-trip tests. Returns the layout."""
+    if layout.name in _layouts:
+        raise FormatError(f"layout {layout.name!r} is already registered; choose another name")
+    _layouts[layout.name] = layout
+    return layout
+
+
+def layout(name: str) -> Layout:
+    """The layout registered under `name`."""
+    try:
+        return _layouts[name]
+    except KeyError:
+        raise UnsupportedError(f"unknown layout {name!r}; known: {', '.join(_layouts)}") from None
+
+
+def layouts() -> tuple[Layout, ...]:
+    """All registered layouts."""
+    return tuple(_layouts.values())
+
+
+CANONICAL = register_layout(Canonical())

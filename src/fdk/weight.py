@@ -1,0 +1,214 @@
+"""QuantisedWeight: the tensors of one low-bit weight, with their format and logical shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fdk.errors import FormatError
+from fdk.formats import Format, parse
+from fdk.packing.layouts import CANONICAL, Geometry, Parts, check_canonical, layout
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+class QuantisedWeight:
+    """A low-bit weight [n, k] = (out_features, in_features).
+
+    It holds one copy of its bits, in one layout at a time: canonical as checkpoints store it, or the layout that
+    the kernels of its device want. `geometry` says what the tensors in `parts` mean.
+
+    The weight is never changed in value; `relayout_` replaces its parts by an equivalent arrangement.
+    """
+
+    __slots__ = ("__weakref__", "cache", "geometry", "layout", "parts")
+
+    def __init__(self, geometry: Geometry, parts: Parts, layout: str = "canonical") -> None:
+        self.geometry = geometry
+        self.parts = parts
+        self.layout = layout
+        self.cache: dict = {}
+
+    @classmethod
+    def from_parts(
+        cls, format: Format | str, k: int, parts: Parts, row_ends: Sequence[int] | None = None, name: str = "weight"
+    ) -> QuantisedWeight:
+        """Build from canonical parts (shapes and dtypes are in `fdk.packing.layouts`).
+
+        k cannot be told from the packed codes and is given. A table [2^bits] or shorter, as the source project
+        stores it, is widened to [1, 2^bits] by repeating its last entry. `row_ends` gives the end of the range of
+        rows that each table serves; one table serves all rows. Raises FormatError, naming `name`, if the parts do
+        not fit or a scale, table or zero is not finite.
+        """
+        fmt = parse(format)
+        try:
+            parts = {key: value.contiguous() for key, value in parts.items()}
+            if missing := {"codes", "scales"} - parts.keys():
+                raise FormatError(f"{fmt} stores codes and scales, but {', '.join(sorted(missing))} is missing")
+            if fmt.is_table and "table" in parts:
+                parts["table"] = widen_table(parts["table"], fmt.bits)
+            n = parts["codes"].shape[0]
+            ends = (n,) if row_ends is None else tuple(int(end) for end in row_ends)
+            geometry = Geometry(fmt, n, k, parts["scales"].dtype, ends)
+            check_canonical(geometry, parts)
+            check_values(geometry, parts)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        return cls(geometry, parts)
+
+    @property
+    def format(self) -> Format:
+        """What the codes mean."""
+        return self.geometry.format
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, k), the shape of the dense weight."""
+        return torch.Size((self.geometry.n, self.geometry.k))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of scales and table, and of the activations that the weight multiplies."""
+        return self.geometry.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts lie."""
+        return next(iter(self.parts.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts in the present layout."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and tables included, over n * k, in the canonical layout."""
+        geometry = self.geometry
+        zeros = self.parts.get("zeros")
+        size = geometry.dtype.itemsize
+        zero_size = zeros.element_size() if zeros is not None else None
+        total = geometry.format.nbytes(geometry.n, geometry.k, size, len(geometry.row_ends), zero_size)
+        return 8 * total / max(1, geometry.n * geometry.k)
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return f"QuantisedWeight({self.format}, [{n}, {k}], {_DTYPE_NAMES[self.dtype]}, {self.device}, {self.layout})"
+
+    def to_layout(self, name: str) -> QuantisedWeight:
+        """The same weight with its bits arranged as layout `name`; itself if it already is."""
+        if name == self.layout:
+            return self
+        canonical = layout(self.layout).unpack(self.geometry, self.parts)
+        return QuantisedWeight(self.geometry, layout(name).pack(self.geometry, canonical), name)
+
+    def canonical(self) -> QuantisedWeight:
+        """The same weight in the layout that checkpoints hold."""
+        return self.to_layout(CANONICAL.name)
+
+    def relayout_(self, name: str) -> QuantisedWeight:
+        """Like `to_layout`, in place: the old arrangement is dropped, so that one copy stays in memory."""
+        other = self.to_layout(name)
+        self.parts, self.layout, self.cache = other.parts, other.layout, {}
+        return self
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantisedWeight:
+        """The same weight on another device, or with scales and table rounded to another dtype (canonical layout).
+
+        Raises FormatError if a scale or table entry overflows the new dtype.
+        """
+        target = self.device if device is None else torch.device(device)
+        dtype = dtype or self.dtype
+        if target == self.device and dtype == self.dtype:
+            return self
+        canonical = self.canonical()
+        floats = {key for key, part in canonical.parts.items() if part.is_floating_point()}
+        parts = {key: part.to(target, dtype if key in floats else part.dtype) for key, part in canonical.parts.items()}
+        geometry = Geometry(self.format, *self.shape, dtype, self.geometry.row_ends)
+        if dtype != self.dtype:
+            check_values(geometry, parts)
+        return QuantisedWeight(geometry, parts)
+
+
+def widen_table(table: Tensor, bits: int) -> Tensor:
+    """A table [entries] or [tables, entries] as [tables, 2^bits]; missing entries repeat the last one."""
+    table = table.reshape(1, -1) if table.dim() < 2 else table
+    missing = (1 << bits) - table.shape[1]
+    if missing < 0 or table.shape[1] == 0:
+        raise FormatError(f"a table of {bits} bits has 1 to {1 << bits} entries, not {table.shape[1]}")
+    return torch.cat([table, table[:, -1:].expand(-1, missing)], 1) if missing else table
+
+
+def check_values(geometry: Geometry, parts: Parts) -> None:
+    """FormatError if a scale, table entry or zero is NaN or infinite, or a fixed table was altered."""
+    for name in ("scales", "table", "zeros"):
+        part = parts.get(name)
+        if part is None or part.is_meta or not part.is_floating_point():
+            continue
+        finite = part.isfinite()
+        if not finite.all():
+            row, column = (~finite).nonzero()[0].tolist()
+            raise FormatError(
+                f"{name}[{row}, {column}] = {part[row, column].item()} is not finite in "
+                f"{str(part.dtype).removeprefix('torch.')}; quantise again from finite weights, or use a wider dtype"
+            )
+    kind = geometry.format.kind
+    if kind.table == "fixed" and not parts["table"].is_meta:
+        expected = torch.tensor(kind.values, dtype=torch.float64).to(parts["table"])
+        if not (parts["table"] == expected).all():
+            raise FormatError(f"the table of a {geometry.format} weight is fixed; store other tables as lut{geometry.format.bits}")
+
+
+def concat(weights: Sequence[QuantisedWeight]) -> QuantisedWeight:
+    """One weight whose rows are those of `weights`, in order: merged q/k/v or gate/up projections.
+
+    Each weight keeps its table for its range of rows; equal neighbouring tables are shared. All weights need the
+    same format, k, dtype and device, else FormatError.
+    """
+    if not weights:
+        raise FormatError("concat needs at least one weight")
+    first = weights[0]
+    canonical = [weight.canonical() for weight in weights]
+    for index, weight in enumerate(canonical):
+        same = (weight.format, weight.shape[1], weight.dtype, weight.device)
+        if same != (first.format, first.shape[1], first.dtype, first.device):
+            raise FormatError(f"weight {index} is {weight!r}, which cannot be merged with {first!r}; requantise it alike")
+    names = list(canonical[0].parts)
+    if "zeros" in names and len({weight.parts["zeros"].dtype for weight in canonical}) > 1:
+        raise FormatError("integer and fractional zeros cannot be merged; convert the zeros to the weight's dtype first")
+    parts = {name: torch.cat([weight.parts[name] for weight in canonical]) for name in names}
+    row_ends, offset = [], 0
+    for weight in canonical:
+        row_ends += [offset + end for end in weight.geometry.row_ends]
+        offset += weight.shape[0]
+    if not first.format.is_table:
+        row_ends = [offset]
+    elif first.format.kind.table == "fixed":
+        row_ends, parts["table"] = [offset], canonical[0].parts["table"][:1].clone()
+    return QuantisedWeight.from_parts(first.format, first.shape[1], parts, row_ends)
+
+
+def encode_spec(weight: QuantisedWeight) -> str:
+    """All that the tensors do not say, as one string: what the op carries beside the parts."""
+    geometry = weight.geometry
+    ends = ",".join(map(str, geometry.row_ends))
+    names = ",".join(weight.parts)
+    return f"{geometry.format}|{geometry.k}|{_DTYPE_NAMES[geometry.dtype]}|{ends}|{weight.layout}|{names}"
+
+
+@lru_cache(maxsize=4096)
+def decode_spec(spec: str) -> tuple[Geometry, str, tuple[str, ...]]:
+    """Inverse of `encode_spec`: geometry, layout and the names of the parts in order."""
+    fmt, k, dtype, ends, layout_name, names = spec.split("|")
+    row_ends = tuple(map(int, ends.split(",")))
+    return Geometry(parse(fmt), row_ends[-1], int(k), _DTYPES[dtype], row_ends), layout_name, tuple(names.split(","))
+
+
+def from_spec(spec: str, parts: Sequence[Tensor]) -> QuantisedWeight:
+    """The weight that `encode_spec` described, around its tensors; nothing is checked or copied."""
+    geometry, layout_name, names = decode_spec(spec)
+    return QuantisedWeight(geometry, dict(zip(names, parts, strict=True)), layout_name)
