@@ -1,0 +1,73 @@
+# Each target sets up what it needs by itself: a virtual environment in .venv, the package and the tools.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip --quiet
+
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/fdk/kernels/cpu/build.py src/fdk/kernels/cpu/csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help test check bench figures test-gpu lint clean
+
+help:
+	@echo "make test      environment, install, lint and the whole CPU suite"
+	@echo "make check     environment, install, lint and the quick part of the CPU suite"
+	@echo "make bench     environment, install, kernel benchmark and tiny model; records and plots in out/"
+	@echo "make figures   draw the figures of the documentation again from results/"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make clean     remove what the targets above made"
+
+test: lint
+	@$(BIN)/python -m pytest -q
+
+check: lint
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "'$(BIN)/ruff format .' would change the files above"; exit 1; }
+
+# Without the binding both OpenMP threads sometimes share a core, and every time doubles or worse.
+bench: export OMP_PROC_BIND = true
+bench: $(VENV)/.bench
+	@$(BIN)/python -m fdk.bench --quick --plot --output-dir out
+	@$(BIN)/python -m fdk.models --model custom-llama-tiny
+
+figures: $(VENV)/.bench
+	@$(BIN)/fdk plot results --output-dir docs/figures
+
+# A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing.
+test-gpu:
+	@if $(PYTHON) -c "import pytest, torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; then \
+	    FDK_REQUIRE_GPU=1 PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu; \
+	else \
+	    $(MAKE) --no-print-directory $(VENV)/.dev && FDK_REQUIRE_GPU=1 $(BIN)/python -m pytest -q -m gpu; \
+	fi
+
+clean:
+	@rm -rf $(VENV) build dist out .pytest_cache .ruff_cache src/*.egg-info src/fdk/kernels/cpu/*.so
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian keeps pip for new environments in python3-venv; a pip outside the environment does as well.
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+	    || { echo "fdk needs Python 3.10 or newer as '$(PYTHON)'; name another one with 'make PYTHON=...'"; exit 1; }
+	@echo "creating $(VENV)"
+	@rm -rf $(VENV)
+	@if $(PYTHON) -c "import ensurepip, venv" 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -c "import pip, venv" 2>/dev/null; then \
+	    $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --python $@ install pip || { rm -rf $(VENV); exit 1; }; \
+	else echo "'$(PYTHON) -m venv' does not work here; on Debian: apt-get install python3-venv"; exit 1; fi
+
+$(VENV)/.dev: $(BIN)/python $(INSTALL_INPUTS)
+	@echo "installing fdk and the test tools (torch is large: a minute or two the first time)"
+	@$(PIP) install -c constraints.txt setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(BIN)/python $(INSTALL_INPUTS)
+	@echo "installing fdk and the benchmark's companions (torch is large: a minute or two the first time)"
+	@$(PIP) install -c constraints.txt setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[bench]'
+	@touch $@
