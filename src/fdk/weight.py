@@ -33,6 +33,14 @@ class QuantisedWeight:
         self.layout = layout
         self.cache: dict = {}
 
+    def __getstate__(self) -> tuple:
+        # The cache may hold addresses of the parts, which a copy does not share.
+        return self.geometry, self.parts, self.layout
+
+    def __setstate__(self, state: tuple) -> None:
+        self.geometry, self.parts, self.layout = state
+        self.cache = {}
+
     @classmethod
     def from_parts(
         cls, format: Format | str, k: int, parts: Parts, row_ends: Sequence[int] | None = None, name: str = "weight"

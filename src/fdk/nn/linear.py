@@ -1,0 +1,127 @@
+"""Linear: a drop-in for torch.nn.Linear that multiplies by a low-bit weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fdk import ops
+from fdk.errors import FormatError
+from fdk.packing.layouts import canonical_shapes
+from fdk.weight import QuantisedWeight, check_values, encode_spec
+
+BUFFERS = ("codes", "scales", "table", "zeros")
+
+
+class Linear(nn.Module):
+    """y = x @ W.T + bias with a `QuantisedWeight` W [out_features, in_features].
+
+    The state dict holds the canonical parts (`codes`, `scales`, and `table` or `zeros` where the format has them)
+    whatever layout the kernels read in memory. x is [..., in_features] in the weight's dtype.
+
+    kernel: "auto" or a kernel's name; a kernel that cannot serve the weight raises UnsupportedError.
+    """
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None = None, kernel: str = "auto") -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self._hold(weight)
+
+    @classmethod
+    def empty(cls, geometry, bias: bool, kernel: str = "auto", zeros_dtype: torch.dtype = torch.uint8) -> Linear:
+        """A module on the meta device, to be filled by `load_state_dict(..., assign=True)`."""
+        dtypes = {"codes": torch.uint8, "zeros": zeros_dtype}
+        parts = {
+            name: torch.empty(shape, dtype=dtypes.get(name, geometry.dtype), device="meta")
+            for name, shape in canonical_shapes(geometry).items()
+        }
+        filler = torch.empty(geometry.n, dtype=geometry.dtype, device="meta") if bias else None
+        return cls(QuantisedWeight(geometry, parts), filler, kernel)
+
+    def _hold(self, weight: QuantisedWeight) -> None:
+        ops.prepare(weight, self.kernel)
+        for name in getattr(self, "_part_names", ()):
+            del self._buffers[name]
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
+        self._part_names = tuple(weight.parts)
+        self._spec = encode_spec(weight)
+        self._weight = weight
+
+    @property
+    def weight(self) -> QuantisedWeight:
+        """The weight, in the layout that the kernels read."""
+        return self._weight
+
+    @property
+    def in_features(self) -> int:
+        return self._weight.geometry.k
+
+    @property
+    def out_features(self) -> int:
+        return self._weight.geometry.n
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            parts = [self._buffers[name] for name in self._part_names]
+            return torch.ops.fdk.linear(x, parts, self.bias, self._spec, self.kernel)
+        return ops.run(x, self._weight, self.bias, self.kernel)
+
+    def extra_repr(self) -> str:
+        geometry = self._weight.geometry
+        return (
+            f"in_features={geometry.k}, out_features={geometry.n}, format={geometry.format}, "
+            f"dtype={geometry.dtype}, bias={self.bias is not None}, kernel={self.kernel}"
+        )
+
+    def _apply(self, fn, recurse: bool = True) -> Linear:
+        """Move or cast: the canonical parts go through `fn`, then take the layout of the new device."""
+        weight = self._weight.canonical()
+        parts = {name: fn(part) for name, part in weight.parts.items()}
+        old = weight.geometry
+        geometry = type(old)(old.format, old.n, old.k, parts["scales"].dtype, old.row_ends)
+        if geometry.dtype != old.dtype:
+            check_values(geometry, parts)
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.detach()), requires_grad=self.bias.requires_grad)
+        self._hold(QuantisedWeight(geometry, parts))
+        return self
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        for name, part in self._weight.canonical().parts.items():
+            destination[prefix + name] = part
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        geometry = self._weight.geometry
+        shapes = canonical_shapes(geometry)
+        wanted = [*shapes, *(["bias"] if self.bias is not None else [])]
+        missing = [prefix + name for name in wanted if prefix + name not in state_dict]
+        missing_keys.extend(missing)
+        known = {prefix + name for name in (*BUFFERS, "bias")}
+        unexpected_keys.extend(
+            key for key in state_dict if key.startswith(prefix) and key in known and key.removeprefix(prefix) not in wanted
+        )
+        if missing:
+            return
+        device = self._weight.device
+        parts = {name: state_dict[prefix + name] for name in shapes}
+        if device.type != "meta":
+            parts = {name: part.to(device) for name, part in parts.items()}
+        try:
+            row_ends = geometry.row_ends
+            weight = QuantisedWeight.from_parts(geometry.format, geometry.k, parts, row_ends, prefix.rstrip("."))
+            if weight.shape != (geometry.n, geometry.k):
+                raise FormatError(
+                    f"{prefix}codes has {weight.shape[0]} rows, but the module has {geometry.n}; load the matching checkpoint"
+                )
+        except FormatError as error:
+            error_msgs.append(str(error))
+            return
+        if self.bias is not None:
+            self.bias = nn.Parameter(state_dict[prefix + "bias"].to(parts["scales"].device), requires_grad=False)
+        self._hold(weight)

@@ -1,0 +1,187 @@
+"""The only dispatch layer: the op `fdk::linear`, its fake, out variant and gradient, and `explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdk import reference
+from fdk.errors import FormatError, UnsupportedError
+from fdk.kernels import Choice, Problem, choose, reason_against
+from fdk.kernels import kernel as kernel_named
+from fdk.weight import QuantisedWeight, decode_spec, encode_spec, from_spec
+
+_library = torch.library.Library("fdk", "DEF")
+_library.define("linear(Tensor x, Tensor[] parts, Tensor? bias, str spec, str kernel) -> Tensor")
+_library.define("linear_out(Tensor x, Tensor[] parts, Tensor? bias, str spec, str kernel, Tensor(a!) out) -> ()")
+_library.define("linear_grad(Tensor grad, Tensor[] parts, str spec) -> Tensor")
+
+
+def check_operands(x: Tensor, geometry, device: torch.device, bias: Tensor | None) -> None:
+    """FormatError unless x [..., k] and bias [n] fit a weight of this geometry on `device`."""
+    if x.dim() == 0 or x.shape[-1] != geometry.k:
+        raise FormatError(f"x has shape {list(x.shape)}, but the weight [{geometry.n}, {geometry.k}] needs [..., {geometry.k}]")
+    if x.dtype != geometry.dtype:
+        raise FormatError(
+            f"x is {x.dtype}, but the weight holds {geometry.dtype} scales; "
+            "convert x, or the weight with weight.to(dtype=x.dtype)"
+        )
+    if x.device != device:
+        raise FormatError(f"x lies on {x.device}, but the weight on {device}; move one of them with .to(...)")
+    if bias is None:
+        return
+    if bias.shape != (geometry.n,) or bias.dtype != x.dtype or bias.device != device:
+        raise FormatError(
+            f"bias must be {x.dtype} [{geometry.n}] on {device}, not {bias.dtype} {list(bias.shape)} on {bias.device}"
+        )
+
+
+def run(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, kernel: str = "auto", out: Tensor | None = None) -> Tensor:
+    """x [..., k] times the weight's transpose plus bias, [..., n], by the kernel that `choose` picks; no autograd."""
+    geometry = weight.geometry
+    device = x.device
+    check_operands(x, geometry, weight.device, bias)
+    rows = x.numel() // geometry.k if geometry.k else x.shape[:-1].numel()
+    chosen = choose(Problem(rows, geometry, device), kernel).kernel
+    if out is None:
+        out = torch.empty((*x.shape[:-1], geometry.n), dtype=x.dtype, device=device)
+    if out.numel() == 0:
+        return out
+    if weight.layout != chosen.layout:
+        weight = weight.to_layout(chosen.layout)
+    x2d = x.reshape(rows, geometry.k).contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    if out.is_contiguous():
+        chosen.linear(x2d, weight, bias, out.view(rows, geometry.n))
+    else:
+        dense = torch.empty((rows, geometry.n), dtype=x.dtype, device=device)
+        chosen.linear(x2d, weight, bias, dense)
+        out.copy_(dense.view(out.shape))
+    return out
+
+
+def _linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, kernel: str) -> Tensor:
+    return run(x, from_spec(spec, parts), bias, kernel)
+
+
+def _linear_out(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, kernel: str, out: Tensor) -> None:
+    geometry, _, _ = decode_spec(spec)
+    if out.shape != (*x.shape[:-1], geometry.n) or out.dtype != x.dtype or out.device != x.device:
+        raise FormatError(
+            f"out must be {x.dtype} {[*x.shape[:-1], geometry.n]} on {x.device}, "
+            f"not {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    run(x, from_spec(spec, parts), bias, kernel, out)
+
+
+def _linear_grad(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    geometry, _, _ = decode_spec(spec)
+    flat = grad.reshape(-1, geometry.n)
+    weight = from_spec(spec, parts)
+    return (flat @ dequantise(weight)).view(*grad.shape[:-1], geometry.k)
+
+
+def _linear_fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, kernel: str) -> Tensor:
+    geometry, _, _ = decode_spec(spec)
+    return x.new_empty((*x.shape[:-1], geometry.n))
+
+
+def _linear_out_fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, kernel: str, out: Tensor) -> None:
+    return None
+
+
+def _linear_grad_fake(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
+    geometry, _, _ = decode_spec(spec)
+    return grad.new_empty((*grad.shape[:-1], geometry.k))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, parts, _, ctx.spec, _ = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _backward(ctx, grad: Tensor):
+    parts = list(ctx.saved_tensors)
+    grad_x = torch.ops.fdk.linear_grad(grad, parts, ctx.spec) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return grad_x, [None] * len(parts), grad_bias, None, None
+
+
+for _name, _function, _fake in (
+    ("linear", _linear, _linear_fake),
+    ("linear_out", _linear_out, _linear_out_fake),
+    ("linear_grad", _linear_grad, _linear_grad_fake),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fdk::{_name}", _fake, lib=_library)
+torch.library.register_autograd("fdk::linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+def linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, kernel: str = "auto") -> Tensor:
+    """x [..., k] @ W.T + bias -> [..., n], with W dequantised inside the kernel.
+
+    x must have the weight's dtype and device. The weight is first brought into the layout that its device's
+    kernels read, in place, so that one copy serves every batch size. The gradient flows to x and bias.
+
+    kernel: "auto", or a name from `fdk.kernels.names()`, which raises UnsupportedError if it cannot serve the call.
+    """
+    prepare(weight, kernel)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.fdk.linear(x, list(weight.parts.values()), bias, encode_spec(weight), kernel)
+    return run(x, weight, bias, kernel)
+
+
+def prepare(weight: QuantisedWeight, kernel: str = "auto") -> QuantisedWeight:
+    """Bring the weight, in place, into the layout of the kernel that serves it on its device. Returns the weight."""
+    if weight.device.type != "meta":
+        wanted = choose(Problem(1, weight.geometry, weight.device), kernel).kernel.layout
+        if weight.layout != wanted:
+            weight.relayout_(wanted)
+    return weight
+
+
+def dequantise(weight: QuantisedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight [n, k], each value rounded once to `dtype` (default: the weight's)."""
+    return reference.dequantise(weight, dtype)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it."""
+
+    choice: Choice
+    others: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        problem = self.choice.problem
+        geometry = problem.geometry
+        lines = [
+            f"{geometry.format} [{geometry.n}, {geometry.k}] {geometry.dtype} times {problem.m} rows on {problem.device}:",
+            f"  {self.choice.kernel.name}  chosen, layout {self.choice.kernel.layout}",
+        ]
+        lines += [f"  {name}  passed over: {reason}" for name, reason in self.choice.rejected]
+        lines += [f"  {name}  {reason}" for name, reason in self.others]
+        return "\n".join(lines)
+
+
+def explain(x: Tensor, weight: QuantisedWeight, kernel: str = "auto") -> Explanation:
+    """Which kernel serves x [..., k] times the weight, and why the others were passed over."""
+    from fdk.kernels import names
+
+    geometry = weight.geometry
+    check_operands(x, geometry, weight.device, None)
+    problem = Problem(x.numel() // max(1, geometry.k), geometry, x.device)
+    choice = choose(problem, kernel)
+    seen = {choice.kernel.name, *(name for name, _ in choice.rejected)}
+    others = []
+    for name in names():
+        if name not in seen:
+            reason = reason_against(kernel_named(name), problem)
+            others.append((name, f"not needed: {reason}" if reason else "able, but later in the order of preference"))
+    return Explanation(choice, tuple(others))
+
+
+__all__ = ["Explanation", "UnsupportedError", "dequantise", "explain", "linear", "prepare", "run"]
