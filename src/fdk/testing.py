@@ -18,6 +18,9 @@ from fdk.weight import QuantisedWeight
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
+# bfloat16 and float32 share an exponent range in which hardware may flush subnormals, so a flushed one is allowed.
+SUBNORMAL_HALF = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25, torch.float32: 2.0**-126}
+
 
 def random_weight(
     format: Format,
@@ -66,14 +69,15 @@ def error_bound(
 ) -> Tensor:
     """Largest |error| per element [m, n] that rounding explains; y is the exact result in float64.
 
-    6 * (u_w / sqrt(3)) * |x o w|  +  6 * sqrt(k) * 2^-24 * |x o w|  +  1.01 * u * |y|, with |.| the 2-norm over k,
-    u the unit roundoff of `dtype`, and u_w = u if scaled weights are rounded before they are multiplied, else 0.
+    6 * (u_w / sqrt(3)) * |x o w|  +  6 * sqrt(k) * 2^-24 * |x o w|  +  1.01 * u * |y|  +  half the least subnormal,
+    with |.| the 2-norm over k, u the unit roundoff of `dtype`, and u_w = u if scaled weights are rounded before they
+    are multiplied, else 0.
     """
     u = UNIT_ROUNDOFF[dtype]
     dense = reference.dequantise(weight, torch.float64)
     norm = (x.double().square() @ dense.square().T).sqrt()
     weights = 6 * u / math.sqrt(3) if rounds_weights else 0.0
-    return (weights + 6 * math.sqrt(x.shape[1]) * 2.0**-24) * norm + 1.01 * u * y.abs()
+    return (weights + 6 * math.sqrt(x.shape[1]) * 2.0**-24) * norm + 1.01 * u * y.abs() + SUBNORMAL_HALF[dtype]
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,14 @@ class Violation:
 
 
 def violation(y: Tensor, expected: Tensor, bound: Tensor) -> Violation | None:
-    """The element of y [m, n] that exceeds its bound most, or None if every element is within it. NaN exceeds it."""
+    """The element of y [m, n] that exceeds its bound most, or None if every element is within it. NaN exceeds it.
+
+    An infinity counts as the value at which y's dtype overflows, so that a product too large for it may be infinite.
+    """
     if y.numel() == 0:
         return None
-    error = (y.double() - expected).abs()
+    limit = torch.finfo(y.dtype).max * (1 + UNIT_ROUNDOFF[y.dtype])
+    error = (y.double().clamp(-limit, limit) - expected.clamp(-limit, limit)).abs()
     ratio = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=math.inf)
     worst = int(ratio.argmax())
     row, column = divmod(worst, y.shape[1])

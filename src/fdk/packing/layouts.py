@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ class Geometry:
     row_ends: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        starts = (0, *self.row_ends[:-1])
-        ascending = all(a < b for a, b in zip(starts, self.row_ends, strict=True)) or self.row_ends == (0,)
+        ascending = all(a < b for a, b in pairwise((0, *self.row_ends))) or self.row_ends == (0,)
         if not self.row_ends or self.row_ends[-1] != self.n or not ascending:
             raise FormatError(f"row_ends {self.row_ends} must ascend and end at n = {self.n}")
         if self.dtype not in DTYPES:
