@@ -11,6 +11,7 @@ from fdk import reference
 from fdk.errors import FormatError, UnsupportedError
 from fdk.kernels import Choice, Problem, choose, reason_against
 from fdk.kernels import kernel as kernel_named
+from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight, decode_spec, encode_spec, from_spec
 
 _library = torch.library.Library("fdk", "DEF")
@@ -19,10 +20,12 @@ _library.define("linear_out(Tensor x, Tensor[] parts, Tensor? bias, str spec, st
 _library.define("linear_grad(Tensor grad, Tensor[] parts, str spec) -> Tensor")
 
 
-def check_operands(x: Tensor, geometry, device: torch.device, bias: Tensor | None) -> None:
+def check_operands(x: Tensor, geometry: Geometry, device: torch.device, bias: Tensor | None) -> None:
     """FormatError unless x [..., k] and bias [n] fit a weight of this geometry on `device`."""
     if x.dim() == 0 or x.shape[-1] != geometry.k:
-        raise FormatError(f"x has shape {list(x.shape)}, but the weight [{geometry.n}, {geometry.k}] needs [..., {geometry.k}]")
+        raise FormatError(
+            f"x has shape {list(x.shape)}, but the weight [{geometry.n}, {geometry.k}] needs [..., {geometry.k}]"
+        )
     if x.dtype != geometry.dtype:
         raise FormatError(
             f"x is {x.dtype}, but the weight holds {geometry.dtype} scales; "
@@ -30,34 +33,39 @@ def check_operands(x: Tensor, geometry, device: torch.device, bias: Tensor | Non
         )
     if x.device != device:
         raise FormatError(f"x lies on {x.device}, but the weight on {device}; move one of them with .to(...)")
-    if bias is None:
-        return
-    if bias.shape != (geometry.n,) or bias.dtype != x.dtype or bias.device != device:
+    if bias is not None and (bias.shape != (geometry.n,) or bias.dtype != x.dtype or bias.device != device):
         raise FormatError(
             f"bias must be {x.dtype} [{geometry.n}] on {device}, not {bias.dtype} {list(bias.shape)} on {bias.device}"
         )
 
 
 def run(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, kernel: str = "auto", out: Tensor | None = None) -> Tensor:
-    """x [..., k] times the weight's transpose plus bias, [..., n], by the kernel that `choose` picks; no autograd."""
+    """x [..., k] times the weight's transpose plus bias, [..., n], by the kernel that `choose` picks; no autograd.
+
+    The choice is remembered in the weight's cache, because hashing a problem costs more than a small product.
+    """
     geometry = weight.geometry
-    device = x.device
     check_operands(x, geometry, weight.device, bias)
-    rows = x.numel() // geometry.k if geometry.k else x.shape[:-1].numel()
-    chosen = choose(Problem(rows, geometry, device), kernel).kernel
+    shape = x.shape
+    rows = shape[0] if len(shape) == 2 else shape[:-1].numel()
+    key = (rows, kernel)
+    chosen = weight.cache.get(key)
+    if chosen is None:
+        chosen = weight.cache[key] = choose(Problem(rows, geometry, x.device), kernel).kernel
     if out is None:
-        out = torch.empty((*x.shape[:-1], geometry.n), dtype=x.dtype, device=device)
+        out = x.new_empty((*shape[:-1], geometry.n))
     if out.numel() == 0:
         return out
     if weight.layout != chosen.layout:
         weight = weight.to_layout(chosen.layout)
-    x2d = x.reshape(rows, geometry.k).contiguous()
-    if bias is not None:
+    flat = len(shape) == 2
+    x2d = x if flat and x.is_contiguous() else x.reshape(rows, geometry.k).contiguous()
+    if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if out.is_contiguous():
-        chosen.linear(x2d, weight, bias, out.view(rows, geometry.n))
+        chosen.linear(x2d, weight, bias, out if flat else out.view(rows, geometry.n))
     else:
-        dense = torch.empty((rows, geometry.n), dtype=x.dtype, device=device)
+        dense = torch.empty((rows, geometry.n), dtype=x.dtype, device=x.device)
         chosen.linear(x2d, weight, bias, dense)
         out.copy_(dense.view(out.shape))
     return out

@@ -22,15 +22,17 @@ class QuantisedWeight:
     It holds one copy of its bits, in one layout at a time: canonical as checkpoints store it, or the layout that
     the kernels of its device want. `geometry` says what the tensors in `parts` mean.
 
+    Attributes: geometry, parts, layout, device, and cache, where kernels keep what they derive from the parts.
     The weight is never changed in value; `relayout_` replaces its parts by an equivalent arrangement.
     """
 
-    __slots__ = ("__weakref__", "cache", "geometry", "layout", "parts")
+    __slots__ = ("__weakref__", "cache", "device", "geometry", "layout", "parts")
 
     def __init__(self, geometry: Geometry, parts: Parts, layout: str = "canonical") -> None:
         self.geometry = geometry
         self.parts = parts
         self.layout = layout
+        self.device: torch.device = next(iter(parts.values())).device
         self.cache: dict = {}
 
     def __getstate__(self) -> tuple:
@@ -38,8 +40,7 @@ class QuantisedWeight:
         return self.geometry, self.parts, self.layout
 
     def __setstate__(self, state: tuple) -> None:
-        self.geometry, self.parts, self.layout = state
-        self.cache = {}
+        self.__init__(*state)
 
     @classmethod
     def from_parts(
@@ -82,11 +83,6 @@ class QuantisedWeight:
     def dtype(self) -> torch.dtype:
         """dtype of scales and table, and of the activations that the weight multiplies."""
         return self.geometry.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parts lie."""
-        return next(iter(self.parts.values())).device
 
     @property
     def nbytes(self) -> int:

@@ -66,7 +66,7 @@ class Linear(nn.Module):
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             parts = [self._buffers[name] for name in self._part_names]
             return torch.ops.fdk.linear(x, parts, self.bias, self._spec, self.kernel)
-        return ops.run(x, self._weight, self.bias, self.kernel)
+        return ops.run(x, self._weight, self._parameters["bias"], self.kernel)
 
     def extra_repr(self) -> str:
         geometry = self._weight.geometry
