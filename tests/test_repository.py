@@ -36,7 +36,7 @@ IMPORT_BUDGET_MS = 60
 
 
 def tracked_files() -> list[Path]:
-    """Files under version control and new ones that are not ignored; every file where there is no git, as in an sdist."""
+    """Files under version control and new ones that are not ignored; all files where there is no git, as in an sdist."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
@@ -184,7 +184,9 @@ def test_relative_links_resolve(path):
         name, _, anchor = link.partition("#")
         target = (path.parent / name).resolve() if name else path
         assert target.exists(), f"{relative(path)} links to {link}, which does not exist"
-        assert target.is_dir() or target in TRACKED, f"{relative(path)} links to {link}, which is not under version control"
+        assert target.is_dir() or target in TRACKED, (
+            f"{relative(path)} links to {link}, which is not under version control"
+        )
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{relative(path)}: no heading for {link}"
 
@@ -210,7 +212,9 @@ def unpickling(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found += [f"{node.lineno}: import {m}" for m in modules if m.split(".")[0] in ("pickle", "cloudpickle", "dill")]
+            found += [
+                f"{node.lineno}: import {m}" for m in modules if m.split(".")[0] in ("pickle", "cloudpickle", "dill")
+            ]
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
