@@ -73,8 +73,12 @@ def error_bound(
     with |.| the 2-norm over k, u the unit roundoff of `dtype`, and u_w = u if scaled weights are rounded before they
     are multiplied, else 0.
     """
+    return dense_bound(x, reference.dequantise(weight, torch.float64), y, dtype, rounds_weights)
+
+
+def dense_bound(x: Tensor, dense: Tensor, y: Tensor, dtype: torch.dtype, rounds_weights: bool = False) -> Tensor:
+    """`error_bound` for a weight given as its exact float64 matrix [n, k]."""
     u = UNIT_ROUNDOFF[dtype]
-    dense = reference.dequantise(weight, torch.float64)
     norm = (x.double().square() @ dense.square().T).sqrt()
     weights = 6 * u / math.sqrt(3) if rounds_weights else 0.0
     return (weights + 6 * math.sqrt(x.shape[1]) * 2.0**-24) * norm + 1.01 * u * y.abs() + SUBNORMAL_HALF[dtype]
