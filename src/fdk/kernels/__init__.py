@@ -45,7 +45,7 @@ class Kernel(Protocol):
 # Preference order. A kernel's module is imported only when its device is asked for, and may not need a compiler
 # or a GPU to be imported.
 _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    # cpu
+    ("cpu", "fdk.kernels.cpu", ("cpu",)),
     ("reference", "fdk.kernels.reference", ("cpu", "cuda", "meta")),
 )
 

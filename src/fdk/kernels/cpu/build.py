@@ -1,0 +1,151 @@
+"""Build of the CPU library: one table of sources and flags for setup.py and for the build at run time.
+
+Only the standard library is imported, so that setup.py can use this file without importing fdk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+LIBRARY = Path(__file__).resolve().parent / "_fdk_cpu.so"
+"""Where an installed package keeps the library that was built with it."""
+
+# Contraction would fuse the generic unit's products and sums on some architectures only.
+FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
+    "-ffp-contract=off", "-Wall", "-Wextra", "-Werror=return-type",
+)  # fmt: skip
+LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-pthread")
+X86 = ("x86_64", "AMD64")
+
+# (source, architectures that compile it or None for all, flags): one unit per instruction set, each with its own
+# flags, because target attributes inside one unit fail with some compilers.
+UNITS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...] = (
+    ("dispatch.cpp", None, ("-O2",)),
+    ("pack.cpp", None, ("-O3",)),
+    ("generic.cpp", None, ("-O2",)),
+    ("x86_avx2.cpp", X86, ("-O2", "-mavx2", "-mfma", "-mf16c")),
+    ("x86_avx512.cpp", X86, ("-O2", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")),
+    (
+        "x86_avx512bf16.cpp",
+        X86,
+        ("-O2", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512bf16", "-mfma", "-mf16c"),
+    ),
+)
+
+
+class BuildError(Exception):
+    """No compiler, or the compiler failed; the message holds its output."""
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler as a command: $CXX, else the first of c++, g++ and clang++ that exists; None without one."""
+    if named := os.environ.get("CXX"):
+        command = shlex.split(named)
+        return command if command and shutil.which(command[0]) else None
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    return None
+
+
+def units(machine: str | None = None) -> list[tuple[Path, tuple[str, ...]]]:
+    """Sources with their flags for an architecture (default: this one)."""
+    machine = machine or platform.machine()
+    return [(CSRC / name, FLAGS + flags) for name, arches, flags in UNITS if arches is None or machine in arches]
+
+
+def version_of(compiler: list[str]) -> str:
+    """What the compiler says about itself; part of the cache key."""
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def cache_key(compiler: list[str]) -> str:
+    """A digest of all sources, flags, the architecture and the compiler's version."""
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr((FLAGS, LINK_FLAGS, UNITS, platform.machine(), version_of(compiler))).encode())
+    return digest.hexdigest()[:20]
+
+
+def cache_directory() -> Path:
+    """$FDK_CACHE_DIR, else ~/.cache/fdk."""
+    return Path(os.environ.get("FDK_CACHE_DIR") or Path.home() / ".cache" / "fdk")
+
+
+def build(output: Path, compiler: list[str] | None = None, machine: str | None = None) -> Path:
+    """Compile and link the library into `output`, which appears all at once or not at all.
+
+    Raises BuildError without a compiler, or with the compiler's messages if it fails.
+    """
+    compiler = compiler or find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+    output = Path(output)
+    with tempfile.TemporaryDirectory(prefix="fdk-build-") as folder:
+        running = []
+        for source, flags in units(machine):
+            target = Path(folder) / (source.stem + ".o")
+            command = [*compiler, *flags, "-c", str(source), "-o", str(target)]
+            running.append((command, target, _start(command)))
+        for command, _, process in running:
+            _finish(command, process)
+        library = Path(folder) / output.name
+        command = [*compiler, *(str(target) for _, target, _ in running), *LINK_FLAGS, "-o", str(library)]
+        _finish(command, _start(command))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # The temporary folder may be on another file system: copy next to the target, then rename.
+        handle, staged = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+        os.close(handle)
+        try:
+            shutil.copy(library, staged)
+            os.chmod(staged, 0o755)
+            os.replace(staged, output)
+        except BaseException:
+            Path(staged).unlink(missing_ok=True)
+            raise
+    return output
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"{shlex.join(command)}: {error}") from None
+
+
+def _finish(command: list[str], process: subprocess.Popen) -> None:
+    output, _ = process.communicate()
+    if process.returncode:
+        raise BuildError(f"{shlex.join(command)} failed with exit status {process.returncode}:\n{output[-4000:]}")
+    if output and os.environ.get("FDK_BUILD_VERBOSE"):
+        sys.stderr.write(output)
+
+
+def cached_library() -> Path:
+    """The library for these sources from the cache, built first if it is not there.
+
+    A finished build is reused even where the cache is read-only. Raises BuildError if it cannot be built or kept.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+    try:
+        target = cache_directory() / f"cpu-{cache_key(compiler)}" / LIBRARY.name
+        return target if target.exists() else build(target, compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{error}; set FDK_CACHE_DIR to a folder that can be written") from None
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY))

@@ -1,0 +1,219 @@
+// Chooses the instruction set, packs activations, runs the parallel region. The only unit that knows about threads.
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "scalar.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+const int64_t CHUNK = 64;  // rows of x that are packed at a time, so also the most tiles there can be
+
+#if defined(__x86_64__)
+bool has(int isa) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
+    const bool avx = c & bit_AVX, fma = c & bit_FMA, f16c = c & bit_F16C;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool avx2 = b & (1u << 5), f = b & (1u << 16), dq = b & (1u << 17), bw = b & (1u << 30), vl = b & (1u << 31);
+    const bool vbmi = c & (1u << 1);
+    const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;  // registers the operating system saves
+    if (isa == FDK_AVX2) return ymm && avx && fma && f16c && avx2;
+    const bool avx512 = zmm && avx2 && fma && f16c && f && dq && bw && vl;
+    if (isa == FDK_AVX512) return avx512;
+    if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+    return avx512 && vbmi && (a & (1u << 5));
+}
+#else
+bool has(int) { return false; }
+#endif
+
+const fdk_ops* ops_of(int isa) {
+    switch (isa) {
+        case FDK_GENERIC: return fdk_ops_generic();
+#if defined(__x86_64__)
+        case FDK_AVX2: return fdk_ops_avx2();
+        case FDK_AVX512: return fdk_ops_avx512();
+        case FDK_AVX512BF16: return fdk_ops_avx512bf16();
+#endif
+        default: return nullptr;
+    }
+}
+
+const fdk_ops* current;
+int current_isa = -1;
+
+// GOMP_parallel and friends of the runtime torch loaded: a second OpenMP runtime would fight it for the cores.
+typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
+GompParallel gomp_parallel;
+int (*omp_thread_num)(void);
+int (*omp_num_threads)(void);
+
+struct Region {
+    void (*fn)(void*, int64_t, int64_t);
+    void* context;
+};
+
+void region_entry(void* p) {
+    const Region* r = (const Region*)p;
+    r->fn(r->context, omp_thread_num(), omp_num_threads());
+}
+
+// Scratch for packed activations, one growing buffer per calling thread, freed when the thread ends.
+pthread_key_t scratch_key;
+pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+__thread void* scratch;
+__thread size_t scratch_size;
+
+void make_key(void) { pthread_key_create(&scratch_key, free); }
+
+void* scratch_of(size_t size) {
+    if (size <= scratch_size) return scratch;
+    pthread_once(&scratch_once, make_key);
+    free(scratch);
+    scratch_size = 0;
+    if (posix_memalign(&scratch, 64, size)) scratch = nullptr;
+    else scratch_size = size;
+    pthread_setspecific(scratch_key, scratch);
+    return scratch;
+}
+
+struct Run {
+    fdk_job job;
+    fdk_tile tiles[CHUNK];
+    const uint8_t* x;  // row 0 of the chunk
+};
+
+void pack_part(void* context, int64_t part, int64_t parts) {
+    const Run& r = *(const Run*)context;
+    for (int64_t t = r.job.tiles_count * part / parts; t < r.job.tiles_count * (part + 1) / parts; t++) {
+        const fdk_tile& tile = r.tiles[t];
+        const uint8_t* x = r.x + (tile.row - r.tiles[0].row) * r.job.w->k * r.job.w->scale_bytes;
+        current->pack(r.job.w, x, tile.rows, tile.width, (void*)tile.x, (float*)tile.sums, (float*)tile.nibbles);
+    }
+}
+
+void linear_part(void* context, int64_t part, int64_t parts) {
+    const Run& r = *(const Run*)context;
+    current->linear(&r.job, r.job.w->blocks * part / parts, r.job.w->blocks * (part + 1) / parts);
+}
+
+struct Rows {
+    const fdk_weight* w;
+    uint8_t* out;
+    int64_t block0, block1;
+};
+
+int64_t row_of(const fdk_weight* w, int64_t block) {
+    const fdk_range* r = w->ranges;
+    while (r < w->ranges + w->ranges_count - 1 && block >= r->block1) r++;
+    int64_t row = r->row0 + (block - r->block0) * FDK_ROWS;
+    return row < r->row1 ? row : r->row1;
+}
+
+void dequantise_part(void* context, int64_t part, int64_t parts) {
+    const Rows& r = *(const Rows*)context;
+    const int64_t count = r.block1 - r.block0, b0 = r.block0 + count * part / parts, b1 = r.block0 + count * (part + 1) / parts;
+    const int64_t rows = row_of(r.w, b0) - row_of(r.w, r.block0);
+    current->dequantise(r.w, r.out + rows * r.w->k * r.w->scale_bytes, b0, b1);
+}
+
+int64_t round_up(int64_t v) { return (v + 63) / 64 * 64; }
+
+}  // namespace
+
+extern "C" void fdk_parallel(void (*fn)(void*, int64_t, int64_t), void* context, int32_t threads) {
+    if (threads <= 1 || !gomp_parallel) {
+        fn(context, 0, 1);
+        return;
+    }
+    Region r = {fn, context};
+    gomp_parallel(region_entry, &r, (unsigned)threads, 0);
+}
+
+FDK_EXPORT int32_t fdk_abi(void) { return FDK_ABI; }
+
+FDK_EXPORT int32_t fdk_isa_available(int32_t isa) {
+    if (isa == FDK_GENERIC) return 1;
+    return isa > FDK_GENERIC && isa < FDK_ISAS && ops_of(isa) && has(isa);
+}
+
+// Returns the instruction set in use, or -1 and changes nothing if this one is not available.
+FDK_EXPORT int32_t fdk_use_isa(int32_t isa) {
+    if (!fdk_isa_available(isa)) return -1;
+    current = ops_of(isa);
+    return current_isa = isa;
+}
+
+FDK_EXPORT int32_t fdk_current_isa(void) { return current_isa; }
+
+FDK_EXPORT void fdk_use_openmp(void* parallel, void* thread_num, void* num_threads) {
+    gomp_parallel = (GompParallel)parallel;
+    omp_thread_num = (int (*)(void))thread_num;
+    omp_num_threads = (int (*)(void))num_threads;
+}
+
+// x :: [m, k], bias :: [n] or null, out :: [m, n], all of the weight's dtype. Returns 0, or -1 if out of memory.
+FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bias, void* out, int64_t m,
+                              int32_t threads) {
+    const int dot = current->bf16_dot && w->bf16_exact;
+    const int64_t row_size = w->k_padded * (dot ? 2 : 4);
+    const int64_t sums_size = w->zero_bytes ? w->supers * (w->split ? 2 : 1) * (int64_t)sizeof(float) : 0;
+    if (w->blocks * w->block_bytes < 64 * 1024 && m * w->n * w->k < (1 << 20)) threads = 1;
+    if (threads > w->blocks) threads = (int32_t)w->blocks;
+    for (int64_t row = 0; row < m; row += CHUNK) {
+        const int64_t rows = m - row < CHUNK ? m - row : CHUNK;
+        Run r;
+        r.job.w = w, r.job.tiles = r.tiles, r.job.tiles_count = 0, r.job.bias = bias, r.job.out = out;
+        r.x = (const uint8_t*)x + row * w->k * w->scale_bytes;
+        const int64_t nibbles = current->nibbles_size ? current->nibbles_size(w, rows) : 0;
+        // A single row that already has the layout a kernel wants is used where it lies.
+        const bool in_place = rows == 1 && w->k == w->k_padded && (dot || w->dtype == FDK_FP32) && !nibbles;
+        size_t size = 64 + round_up(nibbles * 4);
+        for (int64_t at = 0; at < rows;) {
+            fdk_tile& t = r.tiles[r.job.tiles_count++];
+            t.row = row + at;
+            t.width = current->width_for(w, rows - at);
+            t.rows = (int32_t)(rows - at < t.width ? rows - at : t.width);
+            at += t.rows;
+            size += round_up(t.width * row_size) + round_up(t.width * sums_size);
+        }
+        uint8_t* memory = (uint8_t*)(in_place && !sums_size ? nullptr : scratch_of(size));
+        if (!memory && !(in_place && !sums_size)) return -1;
+        if (nibbles) {
+            r.tiles[0].nibbles = (const float*)memory;
+            memory += round_up(nibbles * 4);
+        }
+        for (int64_t i = 0; i < r.job.tiles_count; i++) {
+            fdk_tile& t = r.tiles[i];
+            if (!nibbles) t.nibbles = nullptr;
+            t.x = memory;
+            if (memory) memory += round_up(t.width * row_size);
+            t.sums = sums_size ? (const float*)memory : nullptr;
+            if (memory) memory += round_up(t.width * sums_size);
+        }
+        if (in_place) {
+            r.tiles[0].x = r.x;
+            if (sums_size) current->pack(w, r.x, 1, 1, nullptr, (float*)r.tiles[0].sums, nullptr);
+        } else {
+            fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
+        }
+        fdk_parallel(linear_part, &r, threads);
+    }
+    return 0;
+}
+
+// First row of a block; the row count for block == blocks.
+FDK_EXPORT int64_t fdk_block_row(const fdk_weight* w, int64_t block) { return row_of(w, block); }
+
+// out :: [rows of blocks block0 .. block1, k] of the weight's dtype.
+FDK_EXPORT void fdk_dequantise(const fdk_weight* w, void* out, int64_t block0, int64_t block1, int32_t threads) {
+    Rows r = {w, (uint8_t*)out, block0, block1};
+    if (threads > block1 - block0) threads = (int32_t)(block1 - block0);
+    fdk_parallel(dequantise_part, &r, threads);
+}

@@ -1,0 +1,106 @@
+// The C ABI of the CPU kernels and the rows16 layout they read. No torch, no Python, no STL.
+//
+// rows16. Rows are taken in blocks of 16; each range of rows that has its own table starts a new block, so a block
+// never straddles two tables. A block is one sequential stream of superblocks:
+//
+//     superblock = scales[S][16] | zeros[S][16] | units            S = 1, or 2 when group / 16 is odd
+//     unit       = 32 consecutive k of 16 rows = `bits` lines of 16 dwords; dword lane = row
+//
+// Inside a unit, pair p (0..15) is k = 2p and 2p + 1; even k live in the low 16 bits of a dword, odd k in the high 16.
+// With q = 16 / bits, pairs p < bits * q sit in line p / q at bit bits * (p % q). The 16 % bits bits left over at the
+// top of each half, concatenated over the lines, are one more little-endian stream that holds the remaining pairs.
+// So every width from 1 to 8 takes exactly `bits` bits, and the bytes are the same for every instruction set.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FDK_EXPORT extern "C" __attribute__((visibility("default")))
+#define FDK_INLINE inline __attribute__((always_inline))
+#else
+#define FDK_EXPORT extern "C"
+#define FDK_INLINE inline
+#endif
+
+enum { FDK_ABI = 1 };
+enum fdk_dtype { FDK_BF16 = 0, FDK_FP16 = 1, FDK_FP32 = 2 };
+enum fdk_family { FDK_TABLE = 0, FDK_INT = 1, FDK_UINT_U8 = 2, FDK_UINT_FLOAT = 3 };
+enum fdk_isa { FDK_GENERIC = 0, FDK_AVX2 = 1, FDK_AVX512 = 2, FDK_AVX512BF16 = 3, FDK_ISAS = 4 };
+static const int64_t FDK_ROWS = 16, FDK_UNIT = 32;
+
+// A range of rows with one table. Values are expanded to 256 entries (repeated), so that an index whose bits above
+// the code are garbage still finds its value and kernels need no masks.
+struct fdk_range {
+    int64_t row0, row1;      // rows of the weight
+    int64_t block0, block1;  // blocks of the layout
+    float value[256];        // table value, or code - offset
+    uint16_t value_bf16[256];
+    uint16_t value_high[256];  // upper and lower halves of the float32 bits
+    uint16_t value_low[256];
+};
+
+// Where the pieces of a packed weight lie: everything a kernel needs besides activations.
+struct fdk_weight {
+    const uint8_t* data;
+    int64_t n, k;
+    int64_t group;        // weights per scale along k (chan: k)
+    int64_t groups;       // scales per row
+    int64_t k_padded;     // k rounded up to whole superblocks
+    int64_t supers;       // superblocks per block
+    int64_t units;        // units per superblock
+    int64_t super_bytes, block_bytes;
+    int64_t blocks;
+    int64_t ranges_count;
+    int32_t bits, dtype, family;
+    int32_t split;        // 1: two groups per superblock, the boundary in the middle of a unit
+    int32_t scale_bytes;  // of one scale
+    int32_t zero_bytes;   // of one zero, 0 without zeros
+    int32_t bf16_exact;   // every table value survives the bf16 dot instruction (bf16 weight, no subnormal value)
+    int32_t reserved;
+    struct fdk_range ranges[1];
+};
+
+// One tile of activations, packed for a kernel: `rows` rows of x, stored [k_padded / 2][width] bf16 pairs
+// (bf16 dot) or [k_padded][width] float32.
+struct fdk_tile {
+    const void* x;
+    const float* sums;  // [groups padded][width] sums of x over each group; null unless the weight has zeros
+    const float* nibbles;  // 1-bit, one row: sums of every 4 values, see kernels.h; null otherwise
+    int64_t row;           // first row of x
+    int32_t rows, width;
+};
+
+struct fdk_job {
+    const struct fdk_weight* w;
+    const struct fdk_tile* tiles;
+    int64_t tiles_count;
+    const void* bias;  // [n] of the weight's dtype, or null
+    void* out;         // [m, n] of the weight's dtype
+};
+
+// What one instruction set provides.
+struct fdk_ops {
+    int32_t bf16_dot;  // activations of weights with bf16_exact are packed as bf16 pairs
+    void (*linear)(const struct fdk_job*, int64_t block0, int64_t block1);
+    // Rows of blocks [block0, block1) scaled and rounded to the weight's dtype; out points at row 0 of block0.
+    void (*dequantise)(const struct fdk_weight*, void* out, int64_t block0, int64_t block1);
+    int32_t (*width_for)(const struct fdk_weight*, int64_t rows);  // width of the next tile when `rows` are left
+    // Rows of x into a tile of `width`; sums and nibbles may be null.
+    void (*pack)(const struct fdk_weight*, const void* x, int32_t rows, int32_t width, void* dst, float* sums,
+                 float* nibbles);
+    // Floats of nibble tables wanted for one row of x, 0 for none; null if never.
+    int64_t (*nibbles_size)(const struct fdk_weight*, int64_t rows);
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+// fn(context, part, parts) on `threads` threads of the OpenMP runtime that torch runs on; on the caller if there is none.
+void fdk_parallel(void (*fn)(void*, int64_t part, int64_t parts), void* context, int32_t threads);
+const struct fdk_ops* fdk_ops_generic(void);
+const struct fdk_ops* fdk_ops_avx2(void);
+const struct fdk_ops* fdk_ops_avx512(void);
+const struct fdk_ops* fdk_ops_avx512bf16(void);
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,163 @@
+"""The bridge from tensors to the CPU library: weight handles, the layout packed by the library, the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from array import array
+
+import torch
+from torch import Tensor
+
+from fdk.kernels import Problem
+from fdk.kernels.cpu.library import Library, library, why_not
+from fdk.packing.layouts import Geometry, Parts, register_layout
+from fdk.packing.rows16 import Rows16, sizes
+from fdk.weight import QuantisedWeight
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_TABLE, _INT, _UINT_U8, _UINT_FLOAT = range(4)
+_HUGE = 2 << 20
+
+
+class Handle:
+    """The library's description of one weight (struct fdk_weight), valid as long as this object lives."""
+
+    __slots__ = ("__weakref__", "_memory", "address", "blocks", "dtype", "k", "n")
+
+    def __init__(
+        self, loaded: Library, geometry: Geometry, data: Tensor | None, zeros_dtype: torch.dtype | None, table: Tensor | None
+    ) -> None:
+        fmt = geometry.format
+        if fmt.is_table:
+            family = _TABLE
+        elif zeros_dtype is None:
+            family = _INT
+        else:
+            family = _UINT_U8 if zeros_dtype == torch.uint8 else _UINT_FLOAT
+        ends = array("q", geometry.row_ends)
+        self._memory = ctypes.create_string_buffer(loaded.weight_size(len(ends)) + 64)
+        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
+        status = loaded.weight_init(
+            self.address, data.data_ptr() if data is not None else None, geometry.n, geometry.k, fmt.bits, fmt.group or 0,
+            _DTYPES[geometry.dtype], family, ends.buffer_info()[0], len(ends),
+            table.data_ptr() if table is not None else None,
+        )  # fmt: skip
+        if status:
+            raise AssertionError(f"the CPU library refused {geometry}")
+        self.n, self.k, self.dtype = geometry.n, geometry.k, geometry.dtype
+        self.blocks = sizes(geometry, zeros_dtype).blocks
+
+
+def aligned_bytes(size: int) -> Tensor:
+    """uint8 [size] on 2 MiB boundaries that the kernel is asked to back with huge pages; small sizes plain."""
+    if size < _HUGE:
+        return torch.empty(size, dtype=torch.uint8)
+    storage = torch.empty(-(-size // _HUGE) * _HUGE + _HUGE, dtype=torch.uint8)
+    start = -storage.data_ptr() % _HUGE
+    # Advice only: where it is not taken, the weight is merely read through small pages.
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        libc = ctypes.CDLL(None)
+        libc.madvise(
+            ctypes.c_void_p(storage.data_ptr() + start), ctypes.c_size_t(-(-size // _HUGE) * _HUGE), mmap.MADV_HUGEPAGE
+        )
+    return storage[start : start + size]
+
+
+class NativeRows16(Rows16):
+    """rows16 packed by the library where there is one, by torch where there is none."""
+
+    def pack_data(self, geometry: Geometry, parts: Parts) -> Tensor:
+        loaded = library() if parts["codes"].device.type == "cpu" else None
+        if loaded is None:
+            return super().pack_data(geometry, parts)
+        zeros = parts.get("zeros")
+        zeros_dtype = None if zeros is None else zeros.dtype
+        cut = sizes(geometry, zeros_dtype)
+        data = aligned_bytes(cut.blocks * cut.block_bytes)
+        handle = Handle(loaded, geometry, data, zeros_dtype, parts.get("table"))
+        loaded.pack(
+            handle.address, data.data_ptr(), parts["codes"].data_ptr(), parts["scales"].data_ptr(),
+            None if zeros is None else zeros.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return data
+
+    def unpack_data(self, geometry: Geometry, data: Tensor, zeros_dtype: torch.dtype | None) -> Parts:
+        loaded = library() if data.device.type == "cpu" else None
+        if loaded is None:
+            return super().unpack_data(geometry, data, zeros_dtype)
+        parts = {
+            "codes": torch.empty(geometry.n, geometry.format.code_bytes(1, geometry.k), dtype=torch.uint8),
+            "scales": torch.empty(geometry.n, geometry.groups, dtype=geometry.dtype),
+        }
+        if zeros_dtype:
+            parts["zeros"] = torch.empty(geometry.n, geometry.groups, dtype=zeros_dtype)
+        # The values of the table do not matter for moving bits.
+        entries = 1 << geometry.format.bits
+        table = torch.zeros(len(geometry.row_ends), entries, dtype=geometry.dtype) if geometry.format.is_table else None
+        handle = Handle(loaded, geometry, data, zeros_dtype, table)
+        loaded.unpack(
+            handle.address, data.data_ptr(), parts["codes"].data_ptr(), parts["scales"].data_ptr(),
+            parts["zeros"].data_ptr() if zeros_dtype else None, torch.get_num_threads(),
+        )  # fmt: skip
+        return parts
+
+
+LAYOUT = register_layout(NativeRows16())
+
+# Handles of weights that are rebuilt around the same tensors on every call, as the op under torch.compile does.
+_handles: dict[int, tuple[weakref.ref, Handle]] = {}
+
+
+def handle_of(weight: QuantisedWeight) -> Handle:
+    """The handle of a weight in rows16, made once."""
+    handle = weight.cache.get("cpu")
+    if handle is not None:
+        return handle
+    data = weight.parts["data"]
+    known = _handles.get(id(data))
+    if known is not None and known[0]() is data:
+        handle = known[1]
+    else:
+        zeros = weight.parts.get("zeros")
+        handle = Handle(library(), weight.geometry, data, None if zeros is None else zeros.dtype, weight.parts.get("table"))
+        key = id(data)
+        _handles[key] = (weakref.ref(data, lambda _: _handles.pop(key, None)), handle)
+    weight.cache["cpu"] = handle
+    return handle
+
+
+def dequantise(weight: QuantisedWeight, out: Tensor | None = None) -> Tensor:
+    """The dense weight [n, k] in its dtype, from rows16: scale times value, rounded once to nearest even."""
+    handle = handle_of(weight)
+    if out is None:
+        out = torch.empty(handle.n, handle.k, dtype=handle.dtype)
+    library().dequantise(handle.address, out.data_ptr(), 0, handle.blocks, torch.get_num_threads())
+    return out
+
+
+class CpuKernel:
+    """The C++ kernels: exact activations, float32 accumulation, scales applied to the sums of each group."""
+
+    name = "cpu"
+    layout = LAYOUT.name
+
+    def supports(self, problem: Problem) -> str | None:
+        return why_not()
+
+    def rounds_weights(self, problem: Problem) -> bool:
+        return False
+
+    def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
+        handle = weight.cache.get("cpu") or handle_of(weight)
+        loaded = library()
+        status = loaded.linear(
+            handle.address, x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), x.shape[0],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if status:
+            raise MemoryError(f"no memory for the packed activations {list(x.shape)}")
+
+
+KERNEL = CpuKernel()
