@@ -36,7 +36,7 @@ IMPORT_BUDGET_MS = 60
 
 
 def tracked_files() -> list[Path]:
-    """Files under version control and new ones that are not ignored; all files where there is no git, as in an sdist."""
+    """Files under version control and new ones that are not ignored; all files without git, as in an sdist."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
