@@ -3,11 +3,21 @@
 Importing fdk touches no GPU, no compiler and no network.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from fdk import nn
 from fdk.errors import FdkError, FormatError, UnsupportedError
 from fdk.formats import Format, parse
 from fdk.ops import dequantise, explain, linear
 from fdk.weight import QuantisedWeight, concat
+
+if TYPE_CHECKING:
+    from fdk import models
+    from fdk.models import load, save
+    from fdk.nn.convert import from_linear, quantise_
 
 __version__ = "0.1.0"
 
@@ -20,7 +30,32 @@ __all__ = [
     "concat",
     "dequantise",
     "explain",
+    "from_linear",
     "linear",
+    "load",
+    "models",
     "nn",
     "parse",
+    "quantise_",
+    "save",
 ]
+
+# Imported when first used, so that `import fdk` stays light.
+_LAZY = {
+    "from_linear": "fdk.nn.convert",
+    "load": "fdk.models",
+    "quantise_": "fdk.nn.convert",
+    "save": "fdk.models",
+}
+
+
+def __getattr__(name: str):
+    if name == "models":
+        return import_module("fdk.models")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fdk' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,305 @@
+"""A minimal Llama with Hugging Face's parameter names: prefill and decoding on a static cache, nothing else.
+
+Written after transformers' LlamaForCausalLM, whose logits the tests compare. Shapes: b sequences, t tokens,
+h query heads, g key/value heads, d = head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdk.errors import FormatError, UnsupportedError
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a Hugging Face Llama config that change the arithmetic; `rope_scaling` as there (type llama3)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 500000.0
+    rope_scaling: Mapping | None = None
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise FormatError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}; correct config.json"
+            )
+        if self.head_dim % 2:
+            raise FormatError(
+                f"head_dim = {self.head_dim} is odd, but rotary embedding pairs the channels; correct config.json"
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping, where: str = "config.json") -> LlamaConfig:
+        """From a Hugging Face config; FormatError for a missing field, UnsupportedError for another activation or rope."""
+        values = {}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            values[name] = _positive(config, name, where)
+        heads = values["num_attention_heads"]
+        values["num_key_value_heads"] = _positive(config, "num_key_value_heads", where, heads)
+        values["head_dim"] = _positive(config, "head_dim", where, values["hidden_size"] // heads)
+        if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise UnsupportedError(
+                f"{where}: hidden_act {activation!r} is not in fdk's Llama, which has silu; load with transformers"
+            )
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise UnsupportedError(
+                f"{where}: rope type {kind!r} is not in fdk's Llama (default, llama3); load with transformers"
+            )
+        values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+        values["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if kind == "llama3" else None
+        for name, fallback in (("rms_norm_eps", 1e-6), ("max_position_embeddings", 2048)):
+            values[name] = config.get(name, fallback)
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            values[name] = bool(config.get(name, False))
+        return cls(**values)
+
+    def to_hf(self) -> dict:
+        """A config.json that transformers and `from_hf` read."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **asdict(self),
+            "rope_scaling": None if self.rope_scaling is None else dict(self.rope_scaling),
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model."""
+        d, attention = self.hidden_size, self.num_attention_heads * self.head_dim
+        kv = self.num_key_value_heads * self.head_dim
+        layer = 2 * d * attention + 2 * d * kv + 3 * d * self.intermediate_size + 2 * d
+        layer += self.attention_bias * (attention + 2 * kv + d) + self.mlp_bias * (2 * self.intermediate_size + d)
+        return self.num_hidden_layers * layer + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+
+
+def _positive(config: Mapping, name: str, where: str, fallback: int | None = None) -> int:
+    value = config.get(name)
+    value = fallback if value is None else value
+    if value is None:
+        raise FormatError(f"{where} has no {name}, which a Llama needs; restore the file from the original model")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FormatError(f"{where}: {name} = {value!r} is not a positive number; correct it")
+    return value
+
+
+def inverse_frequencies(config: LlamaConfig) -> Tensor:
+    """float32 [d / 2] on the CPU: theta^(-2i/d), slowed down at long wavelengths for rope type llama3."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return frequency
+    try:
+        factor, low, high, length = (
+            float(config.rope_scaling[name])
+            for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        )
+    except KeyError as error:
+        raise FormatError(f"rope_scaling of type llama3 has no {error}; correct config.json") from None
+    wavelength = 2 * math.pi / frequency
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequency / factor + smooth * frequency
+    return torch.where(
+        wavelength > length / low, frequency / factor, torch.where(wavelength < length / high, frequency, between)
+    )
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), normalised in float32 and rounded to x's dtype before the weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [b, heads, t, d]; cos, sin [t, d]; channel i is paired with i + d/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of `length` positions, [layers, b, g, length, d] each, and the rotary table beside them."""
+
+    def __init__(self, config: LlamaConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.cos, self.sin = rotary_table(config, length, device, dtype)
+        self.length = length
+        self.filled = 0
+
+
+def rotary_table(config: LlamaConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, d] of positions 0 to length - 1, computed in float32."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), inverse_frequencies(config)).repeat(
+        1, 2
+    )
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding."""
+
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.index = index
+        size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        start = 0
+        if cache is not None:
+            start = cache.filled
+            keys, values = cache.keys[self.index], cache.values[self.index]
+            keys[:, :, start : start + t], values[:, :, start : start + t] = k, v
+            k, v = keys[:, :, : start + t], values[:, :, : start + t]
+        y = attend(q, k, v, start)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Causal attention of q [b, h, t, d] at positions start.. on k, v [b, g, start + t, d]."""
+    b, heads, t, d = q.shape
+    groups = heads // k.shape[1]
+    if t == 1:
+        # One query token: the heads that share keys become rows of one product, so that keys are not copied.
+        y = F.scaled_dot_product_attention(q.reshape(b, k.shape[1], groups, d), k, v)
+        return y.reshape(b, heads, 1, d)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if start == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = torch.ones(t, start + t, dtype=torch.bool, device=q.device).tril(start)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Everything below the head; called `model` in the names of the parameters."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        if not embedding.is_meta:
+            # On the meta device normal_ would import torch's compiler, which takes seconds.
+            nn.init.normal_(embedding)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """logits [b, t, vocab] of tokens [b, t]; with a cache, the tokens follow those that it already holds."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def skeleton(cls, config: LlamaConfig) -> Llama:
+        """The modules on the meta device: shapes without memory."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of at most `length` tokens."""
+        return Cache(self.config, batch, length, self.device, self.dtype)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
+        start, t = (0 if cache is None else cache.filled), tokens.shape[1]
+        if cache is None:
+            cos, sin = rotary_table(self.config, t, self.device, self.dtype)
+        elif start + t > cache.length:
+            raise ValueError(
+                f"the cache holds {cache.length} positions, but {start} + {t} are asked for; make a longer one"
+            )
+        else:
+            cos, sin = cache.cos[start : start + t], cache.sin[start : start + t]
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.filled += t
+        x = self.model.norm(x[:, -1:] if last_only else x)
+        return self.lm_head(x)
