@@ -1,0 +1,22 @@
+"""The kernel benchmark, `python -m fdk.bench`: every number is gated on correctness and stands beside its ceilings.
+
+command.py    flags, the loop over shapes, what is run and what is passed over
+problems.py   cases: names, bytes, operations, which lines a run has
+providers.py  who can multiply: fdk, torch, bitsandbytes; each with its operands
+gate.py       the correctness check before a timing
+timing.py     rounds, percentiles, ratios; CPU clock and CUDA graphs
+roofline.py   ceilings measured in the same process: read and copy bandwidth, bf16 rate, streaming floor
+records.py    one flat JSON object a line, with everything needed to read it later
+report.py     tables and progress
+plots.py      figures from records
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark with command line arguments `argv`; returns the exit status."""
+    from fdk.bench.command import main
+
+    return main(argv)
+
+
+__all__ = ["main"]

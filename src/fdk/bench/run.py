@@ -1,0 +1,345 @@
+"""One run: build the operands of a shape, gate every product, time all of them in interleaved rounds, record."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fdk.bench import records, roofline, timing
+from fdk.bench.command import Settings, Shape, UsageError, cold_bytes, copies_for
+from fdk.bench.gate import Gate
+from fdk.bench.problems import BASELINE, DTYPES, Line, activation_bytes, lines, operations
+from fdk.bench.providers import Prepared, Source, Unavailable, prepare
+from fdk.bench.report import Report
+from fdk.errors import FdkError
+from fdk.formats import parse
+
+ACTIVATIONS = 4
+"""Sets of activations and outputs to rotate over: in a model they come from the kernel before and are in the cache."""
+
+NOISY = 1.3
+
+
+class Bench:
+    """All operands of one shape, shared by every m and number of threads."""
+
+    def __init__(self, settings: Settings, shape: Shape, report: Report) -> None:
+        self.settings, self.shape, self.device = settings, shape, settings.device
+        wanted = [
+            line
+            for line in lines(settings.selection, shape.g)
+            if any(settings.wants(line.test(m), line.provider) for m in settings.ms)
+        ]
+        if BASELINE not in wanted and not settings.profile:
+            wanted.insert(0, BASELINE)
+        self.lines = wanted
+        self.prepared: dict[Line, Prepared] = {}
+        self.unavailable: dict[Line, str] = {}
+        self._sources: dict[tuple, Source] = {}
+        self._gates: dict[tuple, Gate] = {}
+        self._x: dict[str, Tensor] = {}
+        for line in wanted:
+            report.doing(f"preparing {line.format} for {line.provider}")
+            self._prepare(line)
+
+    def _prepare(self, line: Line) -> None:
+        try:
+            prepared = prepare(line, self.source(line))
+            room = int(0.6 * available_bytes(self.device)) // (len(self.lines) - len(self.prepared))
+            prepared.copy_to(copies_for(prepared.weight_bytes, self._wanted_copies(), self.device, room))
+            self.prepared[line] = prepared
+        except Unavailable as error:
+            self.unavailable[line] = str(error)
+        except (MemoryError, torch.OutOfMemoryError):
+            self.unavailable[line] = f"no memory for [{self.shape.n}, {self.shape.k}]; free some or use smaller sizes"
+
+    def _wanted_copies(self) -> int | None:
+        copies, inner = self.settings.copies, self.settings.inner
+        if copies is None and self.device.type == "cuda":
+            return min(100, inner)
+        return copies
+
+    def source(self, line: Line) -> Source:
+        key = (line.format, line.dtype, line.family == "marlin_lut")
+        if key not in self._sources:
+            self._sources[key] = Source(line, self.shape.n, self.shape.k, self.device, self.settings.seed)
+        return self._sources[key]
+
+    def x(self, dtype: str) -> Tensor:
+        """Activations [largest m, k]; seeded."""
+        if dtype not in self._x:
+            generator = torch.Generator().manual_seed(self.settings.seed + 1)
+            x = torch.randn(max(self.settings.ms), self.shape.k, generator=generator)
+            self._x[dtype] = x.to(DTYPES[dtype]).to(self.device)
+        return self._x[dtype]
+
+    def check(self, line: Line, m: int) -> tuple[str, str | None]:
+        """Status of the line for m rows, "ok", "failed" or "skipped", and the reason for the last two."""
+        if line in self.unavailable:
+            return "skipped", self.unavailable[line]
+        prepared, source = self.prepared[line], self.source(line)
+        key = (line.format, line.dtype, line.family == "marlin_lut")
+        if key not in self._gates:
+            self._gates[key] = Gate(self.x(line.dtype), source.exact_rows, self.shape.n)
+        try:
+            for index in sorted({0, len(prepared.weights) - 1}):
+                product = lambda x, out, index=index: prepared.run(x, index, out)  # noqa: E731
+                if wrong := self._gates[key].check(product, m, prepared.rounds(m)):
+                    return "failed", wrong
+        except FdkError as error:
+            return "skipped", str(error)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            # Ours must not raise, and an error of the device says nothing about what a provider can do.
+            broken = line.provider.startswith("fdk") or "CUDA error" in str(error)
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return ("failed" if broken else "skipped"), text
+        return "ok", None
+
+    def call(self, line: Line, m: int) -> timing.Call:
+        """The line's timed call for m rows."""
+        prepared = self.prepared[line]
+        x = self.x(line.dtype)[:m]
+        xs = [x.clone() for _ in range(ACTIVATIONS)]
+        outs = [torch.empty(m, self.shape.n, dtype=x.dtype, device=self.device) for _ in range(ACTIVATIONS)]
+        run, copies = prepared.run, len(prepared.weights)
+        return lambda i: run(xs[i % ACTIVATIONS], i % copies, outs[i % ACTIVATIONS])
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be had without harm to others."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30
+
+
+def estimate(call: timing.Call, least: int = 3) -> float:
+    """Seconds of a call on a CPU, roughly: the fastest of a few, one if it is slow."""
+    fastest = float("inf")
+    for i in range(least):
+        start = time.perf_counter()
+        call(i)
+        fastest = min(fastest, time.perf_counter() - start)
+        if fastest > timing.SLOW_SECONDS:
+            break
+    return max(fastest, 1e-7)
+
+
+def measure_point(
+    bench: Bench, m: int, memory: roofline.Memory, ceilings: roofline.Ceilings, seconds: float, common: records.Record
+) -> tuple[list[records.Record], str | None]:
+    """Check and time every line for m rows: a record for each line that was asked for, and a warning of noise."""
+    settings, shape, device = bench.settings, bench.shape, bench.device
+    active = [line for line in bench.lines if line == BASELINE or settings.wants(line.test(m), line.provider)]
+    verdicts = {line: bench.check(line, m) for line in active}
+    ok = {str(index): line for index, line in enumerate(active) if verdicts[line][0] == "ok"}
+    moved = {
+        name: bench.prepared[line].weight_bytes + activation_bytes(m, shape.n, shape.k, line.dtype)
+        for name, line in ok.items()
+    }
+    floors = roofline.share_floors(moved)
+    calls = {name: bench.call(line, m) for name, line in ok.items()}
+    calls |= {f"floor {owner}": memory.stream(moved[owner]) for owner, _ in floors.values()}
+    read_bytes = roofline.READ_BYTES[device.type]
+    calls["read"] = memory.stream(read_bytes)
+    times, blocks, plan = time_calls(calls, settings, seconds, device)
+    read = times["read"]
+    baseline = next((name for name, line in ok.items() if line == BASELINE), None)
+    results = []
+    for index, line in enumerate(active):
+        if not settings.wants(line.test(m), line.provider):
+            continue
+        name = str(index)
+        status, reason = verdicts[line]
+        prepared = bench.prepared.get(line)
+        entry = dict(
+            common, test=line.test(m), m=m, k=shape.k, n=shape.n, bits=line.bits, format=line.format, dtype=line.dtype,
+            g=None if line.dense else parse(line.format).group_size(shape.k), provider=line.provider, status=status,
+            reason=reason, ops=operations(m, shape.k, shape.n), peak=ceilings.peak, reader=ceilings.reader,
+            copy_bandwidth=ceilings.copy, read_bandwidth=read_bytes / timing.median(read),
+        )  # fmt: skip
+        if status == "ok":
+            owner, factor = floors[name]
+            floor = [value * factor for value in times[f"floor {owner}"]]
+            spread = timing.Times.of(times[name])
+            block = blocks[name]
+            if reason := getattr(block, "why_not_graph", None):
+                entry["reason"] = f"no CUDA graph: {reason}"
+            entry |= {
+                "kernel": prepared.kernel(m), "copies": len(prepared.weights), "launch": block.launch,
+                "inner_reps": plan.inner[name], "reps": plan.inner[name] * plan.outer[name], "bytes_rw": moved[name],
+                "avg_time": spread.mean, "time_p20": spread.p20, "time_p50": spread.p50, "time_p80": spread.p80,
+                "floor": timing.median(floor), "x_floor": timing.ratio(times[name], floor),
+                "x_bf16": timing.ratio(times[baseline], times[name]) if baseline else None,
+                "read_fraction": moved[name] / read_bytes * timing.ratio(read, times[name]),
+            }  # fmt: skip
+        results.append(records.record(**entry))
+    return results, noise(read)
+
+
+def noise(read: list[float]) -> str | None:
+    """A warning if the time to read one and the same number of bytes differed much from round to round."""
+    spread = timing.percentile(read, 80) / timing.percentile(read, 20)
+    if spread < NOISY:
+        return None
+    return (
+        f"note: the read bandwidth changed by {spread:.2f} x (p80 over p20) while this was timed: "
+        "other work is running, so trust ratios more than times, and run again"
+    )
+
+
+def time_calls(
+    calls: dict[str, timing.Call], settings: Settings, seconds: float, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, timing.CpuBlock | timing.CudaBlock], timing.Plan]:
+    """Seconds per call of every name, round by round, with the blocks and the plan that were used."""
+    if device.type == "cuda":
+        plan = timing.Plan(dict.fromkeys(calls, settings.inner), dict.fromkeys(calls, settings.outer))
+        blocks = {name: timing.CudaBlock(call, plan.inner[name]) for name, call in calls.items()}
+    else:
+        plan = timing.plan(
+            {name: estimate(call) for name, call in calls.items()}, seconds, settings.inner, settings.outer
+        )
+        blocks = {name: timing.CpuBlock(call, plan.inner[name]) for name, call in calls.items()}
+    return timing.rounds(blocks, plan.outer), blocks, plan
+
+
+def profile(settings: Settings, report: Report) -> int:
+    """Run the named benchmark's calls and nothing else, for a profiler around this process."""
+    calls = (settings.inner or 100) * (1 if settings.device.type == "cuda" else settings.outer or 1)
+    for shape in settings.shapes:
+        bench = Bench(settings, shape, report)
+        for line in bench.lines:
+            for m in settings.ms:
+                if not settings.wants(line.test(m), line.provider):
+                    continue
+                what = f"{line.test(m)} {line.format} {line.provider}, m={m} k={shape.k} n={shape.n}"
+                if line in bench.unavailable:
+                    report.note(f"not run: {what}: {bench.unavailable[line]}")
+                    continue
+                call = bench.call(line, m)
+                for i in range(calls):
+                    call(i)
+                if settings.device.type == "cuda":
+                    torch.cuda.synchronize()
+                report.note(f"ran {calls} calls of {what}; nothing was checked, so no times are reported")
+    return 0
+
+
+def run(settings: Settings, warning: str | None = None) -> int:
+    """Run everything; returns 1 if a product was wrong, else 0. Raises UsageError if records cannot be written."""
+    report = Report(settings.output)
+    if warning:
+        report.note(f"warning: {warning}")
+    try:
+        with torch.inference_mode():
+            return profile(settings, report) if settings.profile else _run(settings, report)
+    finally:
+        report.close()
+
+
+def _run(settings: Settings, report: Report) -> int:
+    started = time.monotonic()
+    environment = records.environment(settings.device)
+    try:
+        writer = records.Writer(settings.output_dir, str(environment["id"]))
+    except OSError as error:
+        raise UsageError(
+            f"cannot write records into {settings.output_dir} ({error.strerror}); name another folder with --output-dir"
+        ) from None
+    points = [(s, t, m) for s in settings.shapes for t in settings.threads for m in settings.ms]
+    failed = 0
+    with writer:
+        report.note(f"{environment['device']}, {environment['isa']}; {environment['versions']}")
+        if settings.shrunk:
+            minutes = 2 if settings.budget > 60 else 1
+            report.note(
+                f"no GPU is used: the default sizes are to end within about {minutes} min, with as many repetitions "
+                "as fit (--inner-reps, --outer-reps and --copies set them)"
+            )
+        report.start(len(points))
+        report.doing("measuring ceilings")
+        memory = roofline.Memory(settings.device)
+        ceilings = {}
+        for threads in settings.threads:
+            set_threads(threads)
+            ceilings[threads] = found = memory.ceilings()
+            where = "" if threads is None else f"{plural(threads, 'thread')}: "
+            report.note(
+                f"{where}read {found.read / 1e9:.1f} GB/s ({found.reader}), copy {found.copy / 1e9:.1f} GB/s, "
+                f"bf16 matmul {found.peak / 1e12:.3g} TFLOP/s"
+            )
+        report.note("")
+        left = len(points)
+        for shape in settings.shapes:
+            set_threads(max((t for t in settings.threads if t), default=None))
+            bench = Bench(settings, shape, report)
+            note_warm(bench, report)
+            for threads in settings.threads:
+                set_threads(threads)
+                memory.use(ceilings[threads])
+                for m in settings.ms:
+                    ceilings[threads] = memory.refine(ceilings[threads])
+                    title = f"m={m} k={shape.k} n={shape.n}" + (
+                        "" if threads is None else f", {plural(threads, 'thread')}"
+                    )
+                    report.doing(title)
+                    share = (settings.budget - (time.monotonic() - started)) / left
+                    common = dict(environment, threads=threads)
+                    found, busy = measure_point(
+                        bench, m, memory, ceilings[threads], min(5.0, max(0.7, 0.8 * share)), common
+                    )
+                    for entry in found:
+                        writer.write(entry)
+                    failed += sum(entry["status"] == "failed" for entry in found)
+                    report.results(title, found, busy)
+                    left -= 1
+                    report.doing(title, advance=1)
+            del bench
+            gc.collect()
+    report.note(f"{writer.count} records in {writer.path}")
+    if failed:
+        report.note(f"{plural(failed, 'product')} failed the correctness check", "bold red")
+    if settings.plot:
+        plot(writer.path, settings, report)
+    return 1 if failed else 0
+
+
+def plot(path: Path, settings: Settings, report: Report) -> None:
+    """Draw the run's records; a reason why that cannot be done is a note, since the records are safe."""
+    from fdk.bench import plots
+
+    try:
+        for drawn in plots.draw([path], settings.output_dir):
+            report.note(f"drew {drawn}")
+    except (plots.PlotError, records.RecordError, OSError) as error:
+        report.note(f"no plots: {error}")
+
+
+def note_warm(bench: Bench, report: Report) -> None:
+    """Say which weights may stay in a cache because there is no room for enough copies, or few were asked for."""
+    needed = cold_bytes(bench.device)
+    for line, prepared in bench.prepared.items():
+        total = prepared.weight_bytes * len(prepared.weights)
+        if total < min(needed, 300_000_000):
+            report.note(
+                f"note: {line.format} for {line.provider} has {plural(len(prepared.weights), 'copy', 'copies')}, "
+                f"{total / 1e6:.0f} MB together: parts may stay in the cache"
+            )
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"

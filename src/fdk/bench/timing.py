@@ -1,0 +1,167 @@
+"""Timing: interleaved rounds, percentiles, ratios.
+
+A shared machine drifts by tens of per cent within minutes. So every round times a block of calls of every
+participant, one after the other, and ratios are taken within a round before their median is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[int], object]
+"""A timed call; its argument counts calls, so that it can rotate over copies of its operands."""
+
+Clock = Callable[[], int]
+"""Nanoseconds from an arbitrary start."""
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100) with linear interpolation between the two nearest values."""
+    if not values:
+        raise ValueError("no values to take a percentile of")
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * q / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def median(values: Sequence[float]) -> float:
+    return percentile(values, 50)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call: the mean, and percentiles over rounds."""
+
+    mean: float
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Times:
+        return cls(sum(seconds) / len(seconds), *(percentile(seconds, q) for q in (20, 50, 80)))
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over rounds of numerator / denominator; rounds that only one of them took part in are left out."""
+    return median([a / b for a, b in zip(numerator, denominator, strict=False)])
+
+
+class CpuBlock:
+    """Times blocks of `inner` calls by the clock. The count of calls goes on from block to block."""
+
+    launch = "direct"
+
+    def __init__(self, call: Call, inner: int = 1, clock: Clock = time.perf_counter_ns) -> None:
+        self.call, self.inner, self.clock = call, inner, clock
+        self.calls = 0
+
+    def __call__(self) -> float:
+        """Seconds per call of the next block."""
+        first, call = self.calls, self.call
+        start = self.clock()
+        for i in range(first, first + self.inner):
+            call(i)
+        elapsed = self.clock() - start
+        self.calls += self.inner
+        return elapsed / self.inner / 1e9
+
+
+class CudaBlock:
+    """Times replays of a CUDA graph of `inner` calls, by events on the stream.
+
+    A call that cannot be captured is launched one by one instead; `launch` says which of the two it was, and
+    `why_not_graph` the reason.
+    """
+
+    def __init__(self, call: Call, inner: int) -> None:
+        self.call, self.inner = call, inner
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.why_not_graph: str | None = None
+        self.stream = torch.cuda.Stream()
+        with torch.cuda.stream(self.stream):
+            call(0)
+            call(min(1, inner - 1))
+            self.stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    for i in range(inner):
+                        call(i)
+                self.graph = graph
+            except RuntimeError as error:
+                self.why_not_graph = str(error).splitlines()[0]
+                torch.cuda.synchronize()
+        self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self()
+
+    @property
+    def launch(self) -> str:
+        return "graph" if self.graph is not None else "eager"
+
+    def __call__(self) -> float:
+        """Seconds per call of the next replay."""
+        start, end = self.events
+        with torch.cuda.stream(self.stream):
+            start.record()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                for i in range(self.inner):
+                    self.call(i)
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / self.inner / 1e3
+
+
+def rounds(
+    blocks: Mapping[str, Callable[[], float]], counts: Mapping[str, int], on_round: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
+    """Seconds per call of every block, one value for each round that it took part in.
+
+    Block b takes part in the first counts[b] rounds. Each round starts with another block, so that no block always
+    follows the same neighbour.
+    """
+    names = list(blocks)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(max(counts.values(), default=0)):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            if number < counts[name]:
+                times[name].append(blocks[name]())
+        if on_round:
+            on_round()
+    return times
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often each block runs: calls in a block, and rounds."""
+
+    inner: dict[str, int]
+    outer: dict[str, int]
+
+
+BLOCK_SECONDS = 0.015
+FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS, MOST_ROUNDS = 7, 3, 100
+SLOW_SECONDS = 0.4
+
+
+def plan(estimates: Mapping[str, float], budget: float, inner: int | None = None, outer: int | None = None) -> Plan:
+    """Calls and rounds that fit `budget` seconds, from an estimate of seconds per call of every participant.
+
+    A block lasts about BLOCK_SECONDS, so that the clock and the change of participant do not count; there are
+    between FEWEST_ROUNDS and MOST_ROUNDS rounds, FEWEST_SLOW_ROUNDS for a call that takes SLOW_SECONDS. `inner` and
+    `outer`, if given, are taken as they are.
+    """
+    calls = {name: inner or min(100, max(1, round(BLOCK_SECONDS / t))) for name, t in estimates.items()}
+    fast = sum(calls[name] * t for name, t in estimates.items() if t < SLOW_SECONDS)
+    count = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / fast) if fast else FEWEST_ROUNDS))
+    counts = {name: outer or (count if t < SLOW_SECONDS else FEWEST_SLOW_ROUNDS) for name, t in estimates.items()}
+    return Plan(calls, counts)
