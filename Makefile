@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip --quiet
 
-INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/fdk/kernels/cpu/build.py src/fdk/kernels/cpu/csrc/*)
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help test check bench figures test-gpu lint clean
@@ -46,7 +46,7 @@ test-gpu:
 	fi
 
 clean:
-	@rm -rf $(VENV) build dist out .pytest_cache .ruff_cache src/*.egg-info src/fdk/kernels/cpu/*.so
+	@rm -rf $(VENV) build dist out .pytest_cache .ruff_cache src/*.egg-info
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian keeps pip for new environments in python3-venv; a pip outside the environment does as well.
@@ -60,14 +60,17 @@ $(BIN)/python:
 	    $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --quiet --python $@ install pip || { rm -rf $(VENV); exit 1; }; \
 	else echo "'$(PYTHON) -m venv' does not work here; on Debian: apt-get install python3-venv"; exit 1; fi
 
-$(VENV)/.dev: $(BIN)/python $(INSTALL_INPUTS)
-	@echo "installing fdk and the test tools (torch is large: a minute or two the first time)"
+# The compiled kernels are built here, or at their first use after the sources have changed.
+define install
+	@echo "installing fdk with '$(1)' (a minute or two the first time: torch is large)"
 	@$(PIP) install -c constraints.txt setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(1)]'
+	@$(BIN)/python -c "from fdk.kernels import cpu; why = cpu.info()['reason']; why and print('no compiled kernels:', why)"
 	@touch $@
+endef
+
+$(VENV)/.dev: $(BIN)/python $(INSTALL_INPUTS)
+	$(call install,dev)
 
 $(VENV)/.bench: $(BIN)/python $(INSTALL_INPUTS)
-	@echo "installing fdk and the benchmark's companions (torch is large: a minute or two the first time)"
-	@$(PIP) install -c constraints.txt setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[bench]'
-	@touch $@
+	$(call install,bench)

@@ -34,22 +34,26 @@ class PlatformDistribution(Distribution):
 
 
 class BuildWithLibrary(build_py):
-    """Copy the Python files, then put the library beside them; an editable install gets it in the source tree."""
+    """Copy the Python files, then put the library beside them.
+
+    An editable install has it in the run-time cache instead, whose key holds the sources: there it cannot go stale.
+    """
 
     def run(self):
         super().run()
-        target = self.library()
-        target.unlink(missing_ok=True)
         try:
-            cpu_build.build(target)
+            if self.editable_mode:
+                cpu_build.LIBRARY.unlink(missing_ok=True)
+                cpu_build.cached_library()
+            else:
+                self.library().unlink(missing_ok=True)
+                cpu_build.build(self.library())
         except cpu_build.BuildError as error:
             print(f"fdk: installing without the compiled CPU kernels: {error}")
             print("fdk: at run time they are built if a compiler is found then; otherwise plain torch is used")
 
     def library(self):
-        """Where the library goes."""
-        if self.editable_mode:
-            return cpu_build.LIBRARY
+        """Where the library goes in a wheel."""
         return Path(self.build_lib, *BUILD.parent.parts[1:], cpu_build.LIBRARY.name)
 
     def get_outputs(self, include_bytecode=True):

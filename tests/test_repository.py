@@ -46,8 +46,7 @@ def tracked_files() -> list[Path]:
 
 
 TRACKED = tracked_files()
-PYTHON_FILES = [path for path in TRACKED if path.suffix == ".py"]
-SOURCES = [path for path in PYTHON_FILES if PACKAGE in path.parents]
+SOURCES = [path for path in TRACKED if path.suffix == ".py" and PACKAGE in path.parents]
 MARKDOWN = [path for path in TRACKED if path.suffix == ".md"]
 
 
@@ -225,7 +224,7 @@ def unpickling(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", PYTHON_FILES, ids=relative)
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_no_pickle_is_loaded(path):
     assert unpickling(ast.parse(path.read_text(encoding="utf-8"))) == []
 
