@@ -1,0 +1,127 @@
+// From a lane's packed words to A fragments of mma.m16n8k16, one mechanism per width.
+//
+// Words and codes are arranged as fdk/packing/fragments.py says: word r*BITS + i of a unit serves row tile r, and
+// code e = 8s + 4h + j is row 8h+g, column 4t+j of step s. Register a[s][h + 2*(j/2)] holds columns j, j+1.
+//
+//   1 bit    a lop3 puts the bit into sign, exponent or mantissa: value = offset(position) + 2*bit, for any step
+//   2 bits   four codes index a table of 4 values (8 bytes), replicated for 16 lanes: 64-bit loads without conflicts
+//   3, 4     two codes index a table of pairs (4 bytes), replicated for 32 lanes
+//   5 to 8   one code indexes a table of values, both halves equal, replicated for 32 lanes
+// A table row is 128 bytes, so a field at bits 7.. of a word, masked, is its byte offset.
+#pragma once
+#include "ptx.cuh"
+
+template <int BITS>
+struct Table {
+    static constexpr int CODES = BITS == 1 ? 0 : BITS == 2 ? 4 : BITS <= 4 ? 2 : 1;  // codes per index
+    static constexpr int INDEX_BITS = BITS * CODES;
+    static constexpr int ROWS = BITS == 1 ? 0 : 1 << INDEX_BITS;
+    static constexpr int BYTES = ROWS * 128;
+    static constexpr u32 MASK = ((1u << INDEX_BITS) - 1) << 7;
+};
+
+// Fill the replicated table; entry(c) is the 16-bit value of code c. All threads of the CTA take part.
+template <int BITS, int WARPS, class Entry>
+__device__ __forceinline__ void fill_table(char* table, int warp, int lane, Entry entry) {
+    using T = Table<BITS>;
+    constexpr u32 LOW = (1u << BITS) - 1;
+    // A warp stores four rows at once: eight lanes of 16 bytes cover the 128 bytes of one.
+#pragma unroll 8
+    for (int row = warp * 4 + lane / 8; row < T::ROWS; row += WARPS * 4) {
+        u32x4 v;
+        if constexpr (T::CODES == 4) {
+            const u32 lo = entry(row & LOW) | u32(entry((row >> BITS) & LOW)) << 16;
+            const u32 hi = entry((row >> (2 * BITS)) & LOW) | u32(entry(row >> (3 * BITS))) << 16;
+            v = {lo, hi, lo, hi};
+        } else {
+            const u32 pair = entry(row & LOW) | u32(entry(T::CODES == 2 ? row >> BITS : row)) << 16;
+            v = {pair, pair, pair, pair};
+        }
+        *reinterpret_cast<u32x4*>(table + row * 128 + lane % 8 * 16) = v;
+    }
+}
+
+__device__ __forceinline__ u32 rotate_left(u32 v, int by) {
+    return __funnelshift_l(v, v, by);
+}
+
+// What a lane needs to look codes up: the shared address of its column of the table, which starts at a multiple of its
+// size so that an `or` adds a row's offset. For one bit, the constants of its lop3: they come from the host, because
+// the instruction has room for one immediate only and the compiler splits it when it knows both.
+struct Lookup {
+    u32 table, one, base7, base6;
+};
+
+// Row tile `tile` of a unit: a[s] is the A operand of step s.
+template <int BITS, bool BF16>
+__device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 * BITS], int tile, const Lookup& lookup) {
+    using T = Table<BITS>;
+    const auto at = [&](u32 v) { return (v & T::MASK) | lookup.table; };
+    const auto pair_at = [&](u32 v) {
+        u32 pair;
+        asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at(v)));
+        return pair;
+    };
+    if constexpr (BITS == 1) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const u32 v = words[tile] << (2 * s);
+            a[s][0] = (~v & 0x80008000u) ^ lookup.one;  // -1 or 1
+            a[s][1] = v & 0x40004000u;                  // 0 or 2
+            a[s][2] = (v & 0x00800080u) | lookup.base7;  // bf16: 2 or 4; fp16: 16 or 18
+            a[s][3] = (v & 0x00400040u) | lookup.base6;  // bf16: 4 or 6; fp16: 32 or 34
+        }
+    } else if constexpr (BITS == 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 w = words[tile * 2 + i];
+            const u32 fields[4] = {w, w >> 8, w >> 16, rotate_left(w, 8)};
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                u32x2 four;
+                asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(four.x), "=r"(four.y) : "r"(at(fields[q])));
+                a[2 * i + q / 2][q % 2 * 2] = four.x;
+                a[2 * i + q / 2][q % 2 * 2 + 1] = four.y;
+            }
+        }
+    } else if constexpr (BITS == 3) {
+        const u32 w0 = words[tile * 3], w1 = words[tile * 3 + 1], w2 = words[tile * 3 + 2];
+#pragma unroll
+        for (int pair = 0; pair < 15; ++pair) {
+            const u32 w = pair < 5 ? w0 : pair < 10 ? w1 : w2;
+            const int shift = pair % 5 * 6 - 6;
+            const int s = pair / 4, h = pair / 2 % 2, jj = pair % 2;
+            a[s][h + 2 * jj] = pair_at(shift < 0 ? w << 6 : w >> shift);
+        }
+        const u32 spare = (rotate_left(w0, 8) & 0x180u) | (rotate_left(w1, 10) & 0x600u) | (rotate_left(w2, 12) & 0x1800u);
+        a[3][3] = pair_at(spare);
+    } else if constexpr (BITS == 4) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const u32 w = words[tile * 4 + s];
+            a[s][0] = pair_at(w);
+            a[s][2] = pair_at(w >> 8);
+            a[s][1] = pair_at(w >> 16);
+            a[s][3] = pair_at(rotate_left(w, 8));
+        }
+    } else {
+#pragma unroll
+        for (int p = 0; p < 16; ++p) {
+            u32 value[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int e = 2 * p + i, bit = e * BITS % 32;
+                const u32 w = words[tile * BITS + e * BITS / 32];
+                u32 v;
+                if constexpr (BITS == 8)
+                    v = bit == 24 ? rotate_left(w, 8) : w >> bit;
+                else if (bit + BITS > 32)
+                    v = __funnelshift_r(w, words[tile * BITS + e * BITS / 32 + 1], bit - 7);
+                else
+                    v = bit < 7 ? w << (7 - bit) : w >> (bit - 7);
+                value[i] = pair_at(v);
+            }
+            a[p / 4][p / 2 % 2 + p % 2 * 2] = __byte_perm(value[0], value[1], 0x7610);
+        }
+    }
+}

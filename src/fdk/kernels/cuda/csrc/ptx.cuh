@@ -1,0 +1,164 @@
+// Thin wrappers around the PTX that the kernels use. No CUDA headers, so that NVRTC needs nothing but these files.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+struct __align__(16) u32x4 {
+    u32 x, y, z, w;
+};
+struct __align__(8) u32x2 {
+    u32 x, y;
+};
+struct __align__(16) f32x4 {
+    float x, y, z, w;
+};
+struct __align__(8) f32x2 {
+    float x, y;
+};
+
+#if __CUDA_ARCH__ >= 900
+#define FDK_HOPPER 1
+#else
+#define FDK_HOPPER 0
+#endif
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// --- 16-bit floats ---------------------------------------------------------------------------------------------
+
+template <bool BF16>
+__device__ __forceinline__ float low_half(u32 pair) {
+    if constexpr (BF16) return __uint_as_float(pair << 16);
+    float value;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(value) : "r"(pair));
+    return value;
+}
+
+template <bool BF16>
+__device__ __forceinline__ float high_half(u32 pair) {
+    if constexpr (BF16) return __uint_as_float(pair & 0xffff0000u);
+    float value;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(pair));
+    return value;
+}
+
+template <bool BF16>
+__device__ __forceinline__ u16 round_half(float value) {
+    u16 half;
+    if constexpr (BF16)
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+
+// --- tensor cores ----------------------------------------------------------------------------------------------
+
+// d[16 x 8] += a[16 x 16] b[16 x 8]; lane 4g+t holds rows g, g+8 and columns 2t, 2t+1 of d.
+template <bool BF16>
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if constexpr (BF16)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --- global memory ---------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u64 evict_first_policy() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// 16 bytes from global to shared memory, past L1; weights are read once, so L2 drops them first.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Plain loads that stay behind the dependency wait: activations may come from the kernel before.
+__device__ __forceinline__ u32x2 load_8(const void* from) {
+    u32x2 v;
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u16 load_2(const void* from) {
+    u16 v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32x4 stream_16(const void* from, u64 policy) {
+    u32x4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from), "l"(policy));
+    return v;
+}
+
+// --- programmatic dependent launch -----------------------------------------------------------------------------
+
+// Until this returns nothing may be written to global memory, nor read if the kernel before may have written it.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if FDK_HOPPER
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if FDK_HOPPER
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --- clusters --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank = 0;
+#if FDK_HOPPER
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if FDK_HOPPER
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if FDK_HOPPER
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Store to the same shared-memory address in CTA `rank` of the cluster.
+__device__ __forceinline__ void store_remote(u32 address, u32 rank, f32x4 v) {
+#if FDK_HOPPER
+    u32 remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(remote), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+#endif
+}

@@ -1,0 +1,288 @@
+"""The decode kernel (csrc/decode.cuh): its tile configuration, launch arithmetic and launcher, for up to 64 tokens."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fdk.kernels.cuda import driver, jit
+from fdk.packing.fragments import BLOCK, block_counts, units
+from fdk.packing.layouts import Geometry
+from fdk.weight import QuantisedWeight
+
+MAX_TOKENS = 64
+MAX_RANGES = 16
+
+# Shared memory of one multiprocessor that CTAs may use: 228 KB, of which each CTA costs 1 KB extra.
+_SHARED_PER_SM = 228 * 1024
+_SHARED_PER_CTA_EXTRA = 1024
+MAX_SHARED = 227 * 1024
+
+TABLE, INT, UINT_U8, UINT_FLOAT = range(4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is fixed at compile time about a weight; `group` is k for one scale per row."""
+
+    n: int
+    k: int
+    bits: int
+    group: int
+    bf16: bool
+    kind: int
+
+    @property
+    def units(self) -> int:
+        return units(self.k)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group)
+
+    @property
+    def subs(self) -> int:
+        """Scale changes inside a unit of 64 columns, at most."""
+        if self.group % 64 == 0 or self.groups == 1:
+            return 1
+        return 2 if self.group % 32 == 0 else 4
+
+    @property
+    def unit_groups(self) -> int:
+        """Groups that a unit touches, at most."""
+        if self.subs == 1:
+            return 1
+        return 64 // self.group if self.group < 64 and 64 % self.group == 0 else (self.group + 47) // self.group + 1
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the replicated table in shared memory."""
+        if self.bits == 1:
+            return 0
+        return 128 << self.bits * (4 if self.bits == 2 else 2 if self.bits <= 4 else 1)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of one unit in the ring: codes, scales, zeros."""
+        zeros = {UINT_U8: 64, UINT_FLOAT: 128}.get(self.kind, 0)
+        return self.bits * 512 + self.unit_groups * (128 + zeros)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile configuration of the decode kernel.
+
+    tokens     tokens that the compiled kernel serves
+    cluster    CTAs that split k and add up through distributed shared memory
+    k_warps    warps of a CTA that split its share of k;  row_warps: blocks of 64 rows that it takes at once
+    stages     units in flight per warp
+    blocks     blocks of rows per cluster
+    batch      row steps whose partial sums are kept before they are added up: 1, or all of them
+    min_ctas   CTAs per multiprocessor that registers are limited for
+    """
+
+    tokens: int
+    cluster: int
+    k_warps: int
+    row_warps: int
+    stages: int
+    blocks: int
+    batch: int
+    min_ctas: int
+
+    @property
+    def warps(self) -> int:
+        return self.k_warps * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
+        """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
+        cta_units = -(-shape.units // self.cluster)
+        table = shape.table_bytes
+        before = max(0, table - 1024) if hopper else 0
+        buffers = 2 if self.batch == 1 else 1
+        head = cta_units * self.tokens * 128
+        if shape.bits == 1 or shape.kind in (UINT_U8, UINT_FLOAT):
+            head += cta_units * shape.subs * (3 if shape.bits == 1 else 1) * -(-self.tokens // 8) * 32
+        head += buffers * self.batch * self.warps * BLOCK * self.tokens * 4
+        if self.cluster > 1:
+            head += buffers * self.batch * self.row_warps * BLOCK * self.tokens * 4
+        ring = self.stages * shape.stage_bytes
+        low = head if head <= before else 0
+        low_rings = min(self.warps, (before - low) // ring)
+        return before + table + (0 if low else head) + (self.warps - low_rings) * ring
+
+    def defines(self, shape: Shape, hopper: bool = True) -> dict[str, int]:
+        """Macros that the kernel is compiled with."""
+        return {
+            "FDK_N": shape.n,
+            "FDK_K": shape.k,
+            "FDK_BITS": shape.bits,
+            "FDK_GROUP": shape.group,
+            "FDK_BF16": int(shape.bf16),
+            "FDK_KIND": shape.kind,
+            "FDK_M": self.tokens,
+            "FDK_CLUSTER": self.cluster,
+            "FDK_K_WARPS": self.k_warps,
+            "FDK_ROW_WARPS": self.row_warps,
+            "FDK_STAGES": self.stages,
+            "FDK_BATCH": self.batch,
+            "FDK_MIN_CTAS": self.min_ctas,
+            "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
+        }
+
+
+def shape_of(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Shape:
+    """The compile-time shape of a weight whose zeros, if any, have `zeros_dtype`."""
+    fmt = geometry.format
+    if fmt.is_table:
+        kind = TABLE
+    elif not fmt.has_zeros:
+        kind = INT
+    else:
+        kind = UINT_U8 if zeros_dtype == torch.uint8 else UINT_FLOAT
+    return Shape(geometry.n, geometry.k, fmt.bits, geometry.group_size, geometry.dtype == torch.bfloat16, kind)
+
+
+def token_tile(m: int) -> int:
+    """Tokens that the kernel serving m is compiled for."""
+    return next(tile for tile in (1, 2, 4, 8, 16, 32, 64) if m <= tile)
+
+
+def clusters_at_once(sms: int, cluster: int) -> int:
+    """Clusters that run at once, one CTA per multiprocessor; larger ones leave over what a GPC has beyond 16."""
+    return sms // cluster if cluster <= 2 or sms < 16 else sms // 16 * 16 // cluster
+
+
+@lru_cache(maxsize=4096)
+def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True) -> Config:
+    """The configuration for m tokens of a weight with that many blocks of rows."""
+    tokens = token_tile(m)
+    if not hopper:
+        clusters = (1,)
+    else:
+        clusters = (1, 2, 4, 8)
+    best = None
+    for cluster in clusters:
+        cta_units = -(-shape.units // cluster)
+        at_once = max(1, clusters_at_once(sms, cluster))
+        per_cluster = max(1, -(-blocks // at_once))
+        busy = blocks / (per_cluster * at_once)
+        for k_warps in (8, 7, 6, 5, 4, 2, 1):
+            if k_warps > cta_units:
+                continue
+            even = cta_units / (-(-cta_units // k_warps) * k_warps)
+            config = Config(tokens, cluster, k_warps, 1, 2, per_cluster, 1, 1)
+            budget = _SHARED_PER_SM // 2 - _SHARED_PER_CTA_EXTRA
+            fits_two = config.shared_bytes(shape, hopper) <= budget
+            fits = config.shared_bytes(shape, hopper) <= MAX_SHARED
+            if not fits:
+                continue
+            score = busy * even * (1 if fits_two else 0.9) * min(1.0, 0.4 + k_warps * 0.075)
+            if best is None or score > best[0]:
+                best = (score, config, budget if fits_two else MAX_SHARED)
+    if best is None:
+        raise AssertionError(f"no configuration fits {shape} with {m} tokens")
+    _, config, budget = best
+    if (batched := replace(config, batch=max(2, config.blocks))).shared_bytes(shape, hopper) <= budget * 0.6:
+        config = batched
+    # Bytes in flight hide the latency of memory; 64 KB per multiprocessor suffice.
+    while config.stages < 16 and config.warps * config.stages * shape.stage_bytes < 65536:
+        deeper = replace(config, stages=config.stages + 1)
+        if deeper.shared_bytes(shape, hopper) > budget:
+            break
+        config = deeper
+    return replace(config, min_ctas=2 if budget < MAX_SHARED and tokens <= 8 and config.warps <= 8 else 1)
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (
+        ("first_cluster", ctypes.c_int),
+        ("first_block", ctypes.c_int),
+        ("end_block", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("first_row", ctypes.c_int64),
+        ("end_row", ctypes.c_int64),
+    )
+
+
+class Params(ctypes.Structure):
+    """Twin of fdk::Params in csrc/decode.cuh."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("m", ctypes.c_int),
+        ("ranges", ctypes.c_int),
+        ("blocks_per_cluster", ctypes.c_int),
+        ("one_bit", ctypes.c_uint32 * 3),
+        ("zero", ctypes.c_uint32),
+        ("range", _Range * MAX_RANGES),
+    )
+
+
+_ONE_BIT = {True: (0x3F803F80, 0x40004000, 0x40804080), False: (0x3C003C00, 0x4C004C00, 0x50005000)}
+
+
+def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
+    """The kernel's argument without the operands of a call, and the number of CTAs."""
+    geometry, parts = weight.geometry, weight.parts
+    params = Params(
+        codes=parts["codes"].data_ptr(),
+        scales=parts["scales"].data_ptr(),
+        zeros=parts["zeros"].data_ptr() if "zeros" in parts else None,
+        table=parts["table"].data_ptr() if "table" in parts else None,
+        ranges=len(geometry.row_ends),
+        blocks_per_cluster=config.blocks,
+        one_bit=_ONE_BIT[geometry.dtype == torch.bfloat16],
+    )
+    cluster = block = 0
+    for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
+        params.range[i] = _Range(cluster, block, block + count, 0, start, end)
+        cluster += -(-count // config.blocks)
+        block += count
+    return params, cluster * config.cluster
+
+
+@lru_cache(maxsize=None)
+def load(shape: Shape, config: Config, device: int) -> driver.Function:
+    """The compiled kernel on CUDA device `device`, which must be the current one."""
+    capability = torch.cuda.get_device_capability(device)
+    hopper = capability >= (9, 0)
+    cubin = jit.cubin("decode.cuh", config.defines(shape, hopper), jit.architecture(capability))
+    shared = config.shared_bytes(shape, hopper)
+    return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
+
+
+class Plan:
+    """A weight bound to a configuration on its device: what is left for a call are four fields and a launch."""
+
+    def __init__(self, weight: QuantisedWeight, config: Config) -> None:
+        zeros = weight.parts.get("zeros")
+        self.shape = shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+        self.config = config
+        self.template, self.grid = params_for(weight, config)
+        self.device = weight.device
+        with torch.cuda.device(self.device):
+            self.function = load(self.shape, config, self.device.index)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device, m <= config.tokens."""
+        params = Params.from_buffer_copy(self.template)
+        params.x = x.data_ptr()
+        params.bias = None if bias is None else bias.data_ptr()
+        params.out = out.data_ptr()
+        params.m = x.shape[0]
+        self.function(self.grid, torch.cuda.current_stream(self.device).cuda_stream, params)

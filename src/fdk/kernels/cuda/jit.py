@@ -1,0 +1,160 @@
+"""Compile CUDA C++ with NVRTC and keep the cubins on disk; nothing here touches a GPU.
+
+A cubin is keyed by all sources, the defines, the architecture, the flags and the compiler's version. It is written
+to a temporary file and renamed, so that two processes may fill the cache at once; a file whose checksum does not
+match is compiled again; a directory that cannot be written to is read only. `FDK_CACHE_DIR` names the directory,
+default ~/.cache/fdk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from fdk.errors import UnsupportedError
+
+_CSRC = Path(__file__).parent / "csrc"
+_FLAGS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
+_MAGIC = b"fdk-cubin-1\n"
+
+Defines = Mapping[str, int]
+
+
+def cache_dir() -> Path:
+    """Where cubins are kept."""
+    root = os.environ.get("FDK_CACHE_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "fdk"
+
+
+@lru_cache(maxsize=None)
+def _nvrtc():
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise UnsupportedError(
+            f"the CUDA kernels are compiled by NVRTC through cuda-bindings, which cannot be imported ({error}); "
+            "install fused-dequantisation-kernels[cuda]"
+        ) from None
+    return nvrtc
+
+
+def unavailable() -> str | None:
+    """Why kernels cannot be compiled here, or None."""
+    try:
+        compiler_version()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=None)
+def compiler_version() -> tuple[int, int]:
+    """(major, minor) of NVRTC."""
+    try:
+        status, major, minor = _nvrtc().nvrtcVersion()
+    except RuntimeError as error:
+        raise UnsupportedError(f"NVRTC cannot be loaded: {error}; install nvidia-cuda-nvrtc") from None
+    if int(status):
+        raise UnsupportedError(f"NVRTC does not answer: {status}")
+    return major, minor
+
+
+@lru_cache(maxsize=None)
+def sources() -> dict[str, str]:
+    """Name and text of every file under csrc."""
+    return {path.name: path.read_text() for path in sorted(_CSRC.glob("*.cuh"))}
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """NVRTC's name of a compute capability; from 9.0 on the variant with all instructions of that chip."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def _check(status, program=None) -> None:
+    if int(status):
+        log = compile_log(program) if program is not None else ""
+        raise RuntimeError(f"NVRTC failed: {status}\n{log}")
+
+
+def compile_log(program) -> str:
+    nvrtc = _nvrtc()
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    buffer = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, buffer)
+    return buffer.rstrip(b"\0 ").decode()
+
+
+def build(file: str, defines: Defines, arch: str) -> tuple[bytes, str]:
+    """Compile csrc/<file> for `arch`; the cubin and the compiler's log (registers, spills). RuntimeError on failure."""
+    nvrtc = _nvrtc()
+    headers = sources()
+    options = [f"--gpu-architecture={arch}", *_FLAGS, *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
+    status, program = nvrtc.nvrtcCreateProgram(
+        f'#include "{file}"\n'.encode(),
+        b"fdk.cu",
+        len(headers),
+        [text.encode() for text in headers.values()],
+        [name.encode() for name in headers],
+    )
+    _check(status)
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        _check(status, program)
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(status)
+        cubin = b" " * size
+        (status,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+        _check(status)
+        return cubin, compile_log(program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def cache_key(file: str, defines: Defines, arch: str, version: tuple[int, int]) -> str:
+    """Hash of everything that the cubin depends on."""
+    text = [file, arch, str(version), *_FLAGS]
+    text += [f"{name}={value}" for name, value in sorted(defines.items())]
+    text += [part for item in sources().items() for part in item]
+    return hashlib.sha256("\0".join(text).encode()).hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    """A cached cubin, or None if it is missing or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    head = len(_MAGIC)
+    digest, cubin = data[head : head + 32], data[head + 32 :]
+    return cubin if data[:head] == _MAGIC and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _write(path: Path, cubin: bytes) -> None:
+    """Store a cubin so that readers see all of it or nothing; a cache that cannot be written to is left alone."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(_MAGIC + hashlib.sha256(cubin).digest() + cubin)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+
+
+def cubin(file: str, defines: Defines, arch: str) -> bytes:
+    """The machine code of csrc/<file> with `defines` for `arch`, from the cache or compiled now."""
+    path = cache_dir() / f"{cache_key(file, defines, arch, compiler_version())}.cubin"
+    cached = _read(path)
+    if cached is not None:
+        return cached
+    code, _ = build(file, defines, arch)
+    _write(path, code)
+    return code

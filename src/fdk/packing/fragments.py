@@ -1,0 +1,214 @@
+"""The layout of the CUDA kernels: codes in the order of tensor-core fragments, exactly `bits` bits per weight.
+
+Rows are cut into blocks of 64 and k into units of 64 (both padded with zeros); a unit is what one warp reads with
+`bits` 16-byte loads per lane. Lane = 4*g + t holds 128 weights of it, 32 for each of four row tiles r:
+
+    e = 8*s + 4*h + j  ->  row 16*r + 8*h + g of the block, column 16*s + 4*t + j of the unit
+
+so step s of a row tile is the A operand of one mma.m16n8k16 whose k positions (2t, 2t+1, 2t+8, 2t+9) are columns
+16*s + 4*t + (0, 1, 2, 3): a lane's activations are contiguous, and the same order serves mma.sync and wgmma.
+
+Parts of an [n, k] weight with B blocks, U units and G groups:
+    codes   int32 [B, U, bits, 32, 4]  the words of a lane are [r, word] in order, four to a 16-byte load
+    scales  [B, G, 64]                 row 16*r + 8*h + g at g*8 + r*2 + h: one 16-byte load per lane
+    zeros   [B, G, 64]                 in the order of the scales
+    table   [tables, 2^bits]           as canonical; every table's range of rows starts a block of its own
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fdk.packing.bits import pack_codes, unpack_codes
+from fdk.packing.layouts import Geometry, Layout, Parts, register_layout
+
+BLOCK = 64
+"""Rows of a block."""
+UNIT = 64
+"""Columns of a unit."""
+
+# A kernel masks a field out of a word and uses it as an offset into a table of 128-byte rows, so fields start at bit 7.
+ROTATION = 7
+
+# Codes expanded to 32 bits at a time: bounds the scratch memory of packing.
+_CHUNK = 1 << 26
+
+Piece = tuple[int, int, int, int, int]
+
+
+def _before_rotation(bits: int) -> list[int]:
+    """First bit of each of a lane's 32 codes of 2, 4 or 8 bits, before the words are rotated."""
+    if bits == 2:
+        # A byte indexes a table of four values: two neighbours of row g, then of row g+8, a register pair each.
+        return [8 * (e // 8 * 2 + e // 2 % 2) + 4 * (e // 4 % 2) + 2 * (e % 2) for e in range(32)]
+    return [e * bits for e in range(32)]
+
+
+def _bit_positions(bits: int) -> list[list[int]]:
+    """Bit [e][i] of a lane's 32 codes in their `bits` words: where bit i of code e lies."""
+    if bits == 1:
+        # Halves of a register pair lie 16 bits apart; shifts by 0, 2, 4, 6 bring each to bit 15, 14, 7 or 6.
+        return [[16 * (e % 2) + 15 - (e // 4) % 2 - 8 * ((e // 2) % 2) - 2 * (e // 8)] for e in range(32)]
+    if bits in (2, 4, 8):
+        return [[p // 32 * 32 + (p % 32 + i + ROTATION) % 32 for i in range(bits)] for p in _before_rotation(bits)]
+    if bits == 3:
+        # Five 6-bit pairs in bits 1 to 30 of each word; the sixteenth pair takes bits 31 and 0 of all three.
+        positions = []
+        for e in range(32):
+            pair, first = divmod(e, 2)
+            for_pair = [pair // 5 * 32 + 1 + pair % 5 * 6 + i for i in range(6)] if pair < 15 else [31, 0, 63, 32, 95, 64]
+            positions.append(for_pair[3 * first : 3 * first + 3])
+        return positions
+    return [[e * bits + i for i in range(bits)] for e in range(32)]
+
+
+@lru_cache(maxsize=None)
+def pieces(bits: int) -> tuple[Piece, ...]:
+    """Runs of bits that move together: (code e, first bit of the code, width, word, first bit of the word)."""
+    found: list[list[int]] = []
+    for e, positions in enumerate(_bit_positions(bits)):
+        for i, position in enumerate(positions):
+            word, bit = divmod(position, 32)
+            last = found[-1] if found else None
+            if last and i and last[3] == word and last[4] + last[2] == bit:
+                last[2] += 1
+            else:
+                found.append([e, i, 1, word, bit])
+    return tuple(tuple(piece) for piece in found)
+
+
+def _rotate(words: Tensor, by: int) -> Tensor:
+    """Words rotated left by `by` bits; the right shift of a negative word smears its sign, so it is masked."""
+    return words << by | (words >> (32 - by) & ((1 << by) - 1))
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    first = [positions[0] for positions in _bit_positions(1)] if bits == 1 else _before_rotation(bits)[: 32 // bits]
+    return torch.tensor(first, dtype=torch.int32, device=device)
+
+
+def _words_from_codes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., 32] in the order of e to int32 [..., bits]."""
+    if 32 % bits == 0:
+        per = codes.reshape(*codes.shape[:-1], bits, 32 // bits).to(torch.int32)
+        words = (per << _shifts(bits, codes.device)).sum(-1, dtype=torch.int32)
+        return words if bits == 1 else _rotate(words, ROTATION)
+    words = [torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device) for _ in range(bits)]
+    planes = codes.to(torch.int32).unbind(-1)
+    for e, first, width, word, bit in pieces(bits):
+        words[word] |= (planes[e] >> first & ((1 << width) - 1)) << bit
+    return torch.stack(words, -1)
+
+
+def _codes_from_words(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `_words_from_codes`."""
+    if 32 % bits == 0:
+        straight = words if bits == 1 else _rotate(words, 32 - ROTATION)
+        codes = straight[..., None] >> _shifts(bits, words.device) & ((1 << bits) - 1)
+        return codes.to(torch.uint8).flatten(-2)
+    planes = words.unbind(-1)
+    codes = [torch.zeros_like(planes[0]) for _ in range(32)]
+    for e, first, width, word, bit in pieces(bits):
+        codes[e] |= (planes[word] >> bit & ((1 << width) - 1)) << first
+    return torch.stack(codes, -1).to(torch.uint8)
+
+
+def block_counts(geometry: Geometry) -> tuple[int, ...]:
+    """Blocks of 64 rows of each table's range of rows."""
+    return tuple(-(-(end - start) // BLOCK) for start, end in geometry.ranges)
+
+
+def units(k: int) -> int:
+    """Units of 64 columns, the last one padded."""
+    return -(-k // UNIT)
+
+
+def _pad_ranges(rows: Tensor, geometry: Geometry) -> Tensor:
+    """[n, ...] to [B*64, ...]: every range of rows padded with zeros to whole blocks."""
+    if len(geometry.row_ends) == 1:
+        return pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK))
+    return torch.cat([pad(rows[a:b], (0, 0, 0, (a - b) % BLOCK)) for a, b in geometry.ranges])
+
+
+def _unpad_ranges(rows: Tensor, geometry: Geometry) -> Tensor:
+    """Inverse of `_pad_ranges`."""
+    if len(geometry.row_ends) == 1:
+        return rows[: geometry.n].contiguous()
+    parts, offset = [], 0
+    for (start, end), blocks in zip(geometry.ranges, block_counts(geometry), strict=True):
+        parts.append(rows[offset : offset + end - start])
+        offset += blocks * BLOCK
+    return torch.cat(parts)
+
+
+def _pack_block_codes(stream: Tensor, bits: int, k: int) -> Tensor:
+    """Canonical codes uint8 [b*64, ...] to int32 [b, U, bits, 32, 4]."""
+    codes = pad(unpack_codes(stream, bits, k), (0, -k % UNIT))
+    b, u = codes.shape[0] // BLOCK, codes.shape[1] // UNIT
+    # [b, r, h, g, u, s, t, j] to [b, u, g, t, r, s, h, j]
+    codes = codes.view(b, 4, 2, 8, u, 4, 4, 4).permute(0, 4, 3, 6, 1, 5, 2, 7).reshape(b, u, 32, 4, 32)
+    words = _words_from_codes(codes, bits)
+    return words.view(b, u, 32, bits, 4).transpose(2, 3).contiguous()
+
+
+def _unpack_block_codes(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of `_pack_block_codes`."""
+    b, u = packed.shape[:2]
+    words = packed.transpose(2, 3).reshape(b, u, 32, 4, bits)
+    codes = _codes_from_words(words, bits).view(b, u, 8, 4, 4, 4, 2, 4)
+    codes = codes.permute(0, 4, 6, 2, 1, 5, 3, 7).reshape(b * BLOCK, u * UNIT)
+    return pack_codes(codes[:, :k].contiguous(), bits)
+
+
+def _pack_groups(values: Tensor, geometry: Geometry) -> Tensor:
+    """[n, G] to [B, G, 64]."""
+    padded = _pad_ranges(values, geometry)
+    return padded.view(-1, 4, 2, 8, geometry.groups).permute(0, 4, 3, 1, 2).reshape(-1, geometry.groups, BLOCK)
+
+
+def _unpack_groups(values: Tensor, geometry: Geometry) -> Tensor:
+    """Inverse of `_pack_groups`."""
+    rows = values.view(-1, geometry.groups, 8, 4, 2).permute(0, 3, 4, 2, 1).reshape(-1, geometry.groups)
+    return _unpad_ranges(rows, geometry)
+
+
+class Fragments(Layout):
+    """See the module; works on any device, the CPU and meta included."""
+
+    name = "fragments"
+
+    def pack(self, geometry: Geometry, parts: Parts) -> Parts:
+        bits, u = geometry.format.bits, units(geometry.k)
+        stream = _pad_ranges(parts["codes"], geometry)
+        b = stream.shape[0] // BLOCK
+        codes = torch.empty((b, u, bits, 32, 4), dtype=torch.int32, device=stream.device)
+        step = max(1, _CHUNK // max(1, BLOCK * u * UNIT))
+        for i in range(0, b, step):
+            codes[i : i + step] = _pack_block_codes(stream[i * BLOCK : (i + step) * BLOCK], bits, geometry.k)
+        packed = {"codes": codes, "scales": _pack_groups(parts["scales"], geometry)}
+        if "zeros" in parts:
+            packed["zeros"] = _pack_groups(parts["zeros"], geometry)
+        if "table" in parts:
+            packed["table"] = parts["table"]
+        return packed
+
+    def unpack(self, geometry: Geometry, parts: Parts) -> Parts:
+        bits, codes = geometry.format.bits, parts["codes"]
+        step = max(1, _CHUNK // max(1, BLOCK * units(geometry.k) * UNIT))
+        streams = [_unpack_block_codes(chunk, bits, geometry.k) for chunk in codes.split(step)]
+        canonical = {
+            "codes": _unpad_ranges(torch.cat(streams), geometry),
+            "scales": _unpack_groups(parts["scales"], geometry),
+        }
+        if "table" in parts:
+            canonical["table"] = parts["table"]
+        if "zeros" in parts:
+            canonical["zeros"] = _unpack_groups(parts["zeros"], geometry)
+        return canonical
+
+
+FRAGMENTS = register_layout(Fragments())
