@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from math import log2
 from pathlib import Path
 
 from fdk.bench.records import Record, RecordError, read
@@ -16,8 +17,23 @@ from fdk.errors import FormatError
 from fdk.formats import parse
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers; yellow is left out on a light background.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Our lines take their colour from the width, their marker from the kind of format.
+COLOUR_OF_BITS = dict(
+    zip(
+        range(1, 9),
+        ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#E69F00", "#882255", "#000000"),
+        strict=True,
+    )
+)
+MARKER_OF_KIND = {"lut": "o", "int": "s", "uint": "^", "nf": "D", "fp": "v"}
+# Others are dotted, black or grey, with hollow markers.
+PEERS = {
+    "torch-bf16": ("torch bf16", "#000000", "s"),
+    "torch-fp16": ("torch fp16", "#000000", "v"),
+    "torch-float32": ("torch float32", "#777777", "o"),
+    "torch-int4pack": ("torch int4pack", "#000000", "^"),
+    "bitsandbytes-nf4": ("bitsandbytes NF4", "#777777", "D"),
+}
 GREY = "#555555"
 
 
@@ -58,17 +74,33 @@ def shape_of(entry: Record) -> tuple[int, int]:
     return entry["n"], entry["k"]
 
 
-def provider_label(entry: Record) -> str:
-    """Who ran it: fdk with its kernel, or the peer; the source's fp16 benchmarks are named."""
+def label_of(entry: Record) -> str:
+    """Who ran it: fdk's format with the kernel where one was asked for or the reference had to serve, or the peer."""
     provider = str(entry["provider"])
-    label = {
-        "torch-bf16": "torch bf16",
-        "torch-fp16": "torch fp16",
-        "torch-float32": "torch float32",
-        "torch-int4pack": "torch int4pack",
-        "bitsandbytes-nf4": "bitsandbytes NF4",
-    }.get(provider, provider)
-    return f"fdk {entry['test']}" if str(entry["test"]).startswith("marlin") else label
+    if provider in PEERS:
+        return PEERS[provider][0]
+    if provider == "fdk" and entry.get("kernel") == "reference":
+        provider = "fdk:reference"
+    return f"{provider} {entry['format']}"
+
+
+def style_of(entry: Record) -> dict[str, object]:
+    """Colour, marker and line of an entry's series, the same in every figure."""
+    if str(entry["provider"]) in PEERS:
+        _, colour, marker = PEERS[entry["provider"]]
+        return {"color": colour, "marker": marker, "linestyle": ":", "linewidth": 1.3, "markerfacecolor": "white"}
+    fmt = parse(entry["format"])
+    marker = MARKER_OF_KIND.get(fmt.kind.name, "P")
+    line = "-" if entry["provider"] == "fdk" else "--"
+    return {"color": COLOUR_OF_BITS[fmt.bits], "marker": marker, "linestyle": line, "linewidth": 1.8}
+
+
+def series_of(entries: Iterable[Record]) -> dict[str, list[Record]]:
+    """Entries by label, each in ascending m; ours by width first, then peers."""
+    found: dict[str, list[Record]] = {}
+    for entry in sorted(entries, key=lambda e: (e["provider"] in PEERS, e["bits"], label_of(e), e["m"])):
+        found.setdefault(label_of(entry), []).append(entry)
+    return found
 
 
 def caption(entries: Sequence[Record]) -> str:
@@ -97,10 +129,6 @@ def titled(axes, headline: str, entries: Sequence[Record]) -> None:
     axes.text(0, 1.015, caption(entries), transform=axes.transAxes, fontsize=9, color=GREY, va="bottom")
 
 
-def us_label(value: float, _position: object = None) -> str:
-    return f"{value:g}"
-
-
 def spread_labels(ys: Sequence[float], gap: float) -> list[float]:
     """Positions for labels at ys, moved apart to at least `gap`, in the order of ys and near them."""
     order = sorted(range(len(ys)), key=lambda i: ys[i])
@@ -123,39 +151,30 @@ def spread_labels(ys: Sequence[float], gap: float) -> list[float]:
 
 def roofline(plt, entries: list[Record]):
     """Arithmetic intensity against GFLOP/s under the measured read bandwidth and bf16 rate, for one shape."""
-    figure, axes = plt.subplots(figsize=(8.6, 5.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.2, 5.4), layout="constrained")
     read = max(entry["read_bandwidth"] for entry in entries)
     peak = max(entry["peak"] for entry in entries)
-    points = [(entry["ops"] / entry["bytes_rw"], entry["ops"] / entry["time_p50"] / 1e9) for entry in entries]
-    left = min(x for x, _ in points) / 1.6
-    right = max(max(x for x, _ in points), peak / read) * 1.8
+
+    def place(entry: Record) -> tuple[float, float]:
+        return entry["ops"] / entry["bytes_rw"], entry["ops"] / entry["time_p50"] / 1e9
+
+    points = [place(entry) for entry in entries]
     corner = peak / read
-    axes.plot([left, corner, right], [left * read / 1e9, peak / 1e9, peak / 1e9], color=GREY, linewidth=1.6, zorder=1)
-    series: dict[str, list[tuple[Record, float, float]]] = {}
-    for entry, (x, y) in zip(entries, points, strict=True):
-        label = f"{provider_label(entry)} {entry['format']}"
-        if entry["provider"].startswith("torch-") and entry["format"] in ("bf16", "fp16", "fp32"):
-            label = provider_label(entry)
-        series.setdefault(label, []).append((entry, x, y))
-    for index, (label, found) in enumerate(sorted(series.items())):
-        found.sort(key=lambda point: point[0]["m"])
-        style = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
-        }
-        axes.plot([x for _, x, _ in found], [y for _, _, y in found], label=label, linewidth=1, markersize=5, **style)
+    left = min(x for x, _ in points) / 1.6
+    right = max(corner, *(x for x, _ in points)) * 1.8
+    ceiling = f"ceilings measured in the same run:\nread {read / 1e9:.1f} GB/s\nbf16 matmul {peak / 1e9:.0f} GFLOP/s"
+    heights = [left * read / 1e9, peak / 1e9, peak / 1e9]
+    axes.plot([left, corner, right], heights, color=GREY, linewidth=2, zorder=1, label=ceiling)
+    for label, group in series_of(entries).items():
+        xs, ys = zip(*(place(entry) for entry in group), strict=True)
+        axes.plot(xs, ys, label=label, markersize=5, **style_of(group[0]))
     axes.set(xscale="log", yscale="log", xlim=(left, right))
-    axes.set_ylim(min(y for _, y in points) / 1.6, peak / 1e9 * 2.2)
+    axes.set_ylim(min(min(y for _, y in points), heights[0]) / 1.5, max(peak / 1e9, *(y for _, y in points)) * 1.6)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("arithmetic intensity, FLOP per byte moved")
     axes.set_ylabel("GFLOP/s")
     ms = sorted({entry["m"] for entry in entries})
-    axes.annotate(
-        f"bf16 matmul {peak / 1e9:.0f} GFLOP/s", (right, peak / 1e9), xytext=(-4, 5), textcoords="offset points",
-        ha="right", color=GREY, fontsize=9,
-    )  # fmt: skip
-    axes.annotate(
-        f"read {read / 1e9:.1f} GB/s", (0.02, 0.93), xycoords="axes fraction", color=GREY, fontsize=9, va="top",
-    )  # fmt: skip
     n, k = shape_of(entries[0])
     rows = f"m = {ms[0]}" if len(ms) == 1 else f"m = {', '.join(map(str, ms))} from left to right"
     titled(axes, f"Roofline, [{n}, {k}], {rows}", entries)
@@ -165,47 +184,34 @@ def roofline(plt, entries: list[Record]):
 
 def speedup(plt, entries: list[Record]):
     """Speed-up over torch bf16 against m, one line for every format and provider, named at its right end."""
-    found: dict[str, list[Record]] = {}
-    for entry in entries:
-        if entry["provider"] != "torch-bf16" and entry.get("x_bf16"):
-            label = provider_label(entry)
-            if entry["format"] not in ("fp16", "fp32"):
-                label += f" {entry['format']}"
-            found.setdefault(label, []).append(entry)
+    found = series_of(e for e in entries if e["provider"] != "torch-bf16" and e.get("x_bf16"))
     if not found:
         return None
-    figure, axes = plt.subplots(figsize=(8.6, 5.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.2, 5.4), layout="constrained")
     ms = sorted({entry["m"] for group in found.values() for entry in group})
     places = {m: place for place, m in enumerate(ms)}
-    # Log axis: slowdowns and speed-ups of the same factor are equally far from 1.
     axes.axhline(1, color=GREY, linewidth=1.2, linestyle="--")
     ends = []
-    for index, (label, group) in enumerate(sorted(found.items())):
-        group.sort(key=lambda entry: entry["m"])
-        colour = COLOURS[index % len(COLOURS)]
-        dashed = not label.startswith("fdk")
-        axes.plot(
-            [places[e["m"]] for e in group], [e["x_bf16"] for e in group], color=colour, linewidth=1.8,
-            marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)], linestyle=":" if dashed else "-",
-        )  # fmt: skip
-        ends.append((label, group[-1]["x_bf16"], places[group[-1]["m"]], colour))
+    for label, group in found.items():
+        style = style_of(group[0])
+        axes.plot([places[e["m"]] for e in group], [e["x_bf16"] for e in group], **style)
+        ends.append((label, group[-1]["x_bf16"], places[group[-1]["m"]], style["color"]))
+    # A log axis, so that a slow-down and a speed-up of the same factor are equally far from 1.
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(us_label)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(ms)), [str(m) for m in ms])
     axes.set_xlabel("m, rows of activations")
     axes.set_ylabel("speed-up over torch bf16 (median of ratios)")
     axes.set_xlim(-0.15 - 0.05 * len(ms), len(ms) - 1 + 0.1 * len(ms))
-    label_ends(axes, ends, len(ms) - 1)
+    label_ends(axes, ends)
     axes.text(0.0, 1, " torch bf16 = 1", transform=axes.get_yaxis_transform(), fontsize=9, color=GREY, va="bottom")
     n, k = shape_of(entries[0])
     titled(axes, f"Speed-up over torch bf16, [{n}, {k}]", entries)
     return figure
 
 
-def label_ends(axes, ends: list[tuple[str, float, float, str]], last: float) -> None:
+def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
     """Name lines at their right ends, outside the axes, in their colours, moved apart where they would overlap."""
-    from math import log2
-
     low, high = (log2(limit) for limit in axes.get_ylim())
     heights = [(log2(y) - low) / (high - low) for _, y, _, _ in ends]
     for (label, y, x, colour), height in zip(ends, spread_labels(heights, 0.05), strict=True):
@@ -216,46 +222,54 @@ def label_ends(axes, ends: list[tuple[str, float, float, str]], last: float) -> 
 
 
 def over_bits(plt, entries: list[Record]):
-    """Time and fraction of the streaming floor against bits, for our table formats and their peers; one m."""
-    ours = sorted(
-        (e for e in entries if e["provider"].startswith("fdk") and e["test"] in ("mv_lut8", "mm_lut8")),
-        key=lambda e: e["bits"],
-    )
-    if len({entry["bits"] for entry in ours}) < 2:
-        return None
+    """Time and fraction of the streaming floor against bits, for our formats and their peers; one m."""
     kinds: dict[str, list[Record]] = {}
-    for entry in ours:
-        kinds.setdefault(f"{entry['provider']} {parse(entry['format']).kind.name}", []).append(entry)
+    for entry in sorted(entries, key=lambda e: e["bits"]):
+        if entry["provider"] not in PEERS:
+            kinds.setdefault(label_of(entry).replace(entry["format"], parse(entry["format"]).kind.name), []).append(
+                entry
+            )
+    if max((len({e["bits"] for e in group}) for group in kinds.values()), default=0) < 2:
+        return None
     figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(8.6, 6.4), layout="constrained", sharex=True, height_ratios=(3, 2)
+        2, 1, figsize=(9.2, 6.6), layout="constrained", sharex=True, height_ratios=(3, 2)
     )
-    for index, (label, group) in enumerate(kinds.items()):
-        style = {"color": COLOURS[index], "marker": MARKERS[index], "linewidth": 1.8}
-        bits = [e["bits"] for e in group]
-        times = [e["time_p50"] * 1e6 for e in group]
-        spread = [[t - e["time_p20"] * 1e6 for t, e in zip(times, group, strict=True)],
-                  [e["time_p80"] * 1e6 - t for t, e in zip(times, group, strict=True)]]  # fmt: skip
-        upper.errorbar(bits, times, yerr=spread, label=label, capsize=3, elinewidth=1, **style)
-        lower.plot(bits, [1 / e["x_floor"] for e in group], label=label, **style)
-        if index == 0:
-            floor = [e["floor"] * 1e6 for e in group]
-            upper.plot(bits, floor, color=GREY, linestyle="--", linewidth=1.4, label="streaming floor, same bytes")
-    others = [e for e in entries if not e["provider"].startswith(("fdk", "reference")) and e["bits"] <= 16]
-    for index, entry in enumerate(sorted(others, key=provider_label), len(kinds)):
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
-        upper.plot([entry["bits"]], [entry["time_p50"] * 1e6], label=provider_label(entry), **style)
+    longest = max(kinds.values(), key=len)
+    peers = sorted((e for e in entries if e["provider"] in PEERS), key=label_of)
+    floors = {e["bits"]: e["floor"] * 1e6 for e in [*peers, *longest]}
+    upper.plot(
+        *zip(*sorted(floors.items()), strict=True),
+        color=GREY,
+        linestyle="--",
+        label="streaming floor\nfor the same bytes",
+    )
+    for (label, group), colour in zip(kinds.items(), COLOUR_OF_BITS.values(), strict=False):
+        style = style_of(group[0]) | {"color": colour}
+        bits, times = [e["bits"] for e in group], [e["time_p50"] * 1e6 for e in group]
+        below = [max(0.0, e["time_p50"] - e["time_p20"]) * 1e6 for e in group]
+        above = [max(0.0, e["time_p80"] - e["time_p50"]) * 1e6 for e in group]
+        upper.errorbar(bits, times, yerr=[below, above], label=label, capsize=3, elinewidth=1, **style)
+        lower.plot(bits, [1 / e["x_floor"] for e in group], **style)
+    for entry in peers:
+        style = style_of(entry) | {"linestyle": "none"}
+        upper.plot([entry["bits"]], [entry["time_p50"] * 1e6], label=label_of(entry), **style)
         lower.plot([entry["bits"]], [1 / entry["x_floor"]], **style)
-    upper.set_ylabel("us per product")
-    upper.set_ylim(bottom=0)
-    lower.set_ylabel("fraction of floor speed")
-    lower.set_ylim(0, max(1.1, 1.1 * max(1 / e["x_floor"] for e in [*ours, *others])))
-    lower.axhline(1, color=GREY, linestyle="--", linewidth=1.2)
-    widths = sorted({e["bits"] for e in [*ours, *others]})
+    # On logarithmic axes time that is proportional to bits is a straight line parallel to the floor's.
+    upper.set_xscale("log", base=2)
+    upper.set_yscale("log", base=2)
+    upper.yaxis.set_major_formatter("{x:g}")
+    upper.set_ylabel("us per product (bars: p20 to p80)")
+    shown = [*peers, *(e for group in kinds.values() for e in group)]
+    lower.set_ylabel("fraction of the floor's speed")
+    lower.set_ylim(0, 1.1 * max(1, *(1 / e["x_floor"] for e in shown)))
+    lower.axhline(1, color=GREY, linestyle="--")
+    widths = sorted({e["bits"] for e in shown})
     lower.set_xticks(widths, [str(bits) for bits in widths])
+    lower.minorticks_off()
     lower.set_xlabel("bits per weight, without scales")
-    upper.legend(frameon=False, fontsize=9, loc="upper left")
+    upper.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
     n, k = shape_of(entries[0])
-    titled(upper, f"Time over bits, m = {entries[0]['m']}, [{n}, {k}]", [*ours, *others])
+    titled(upper, f"Time over bits, m = {entries[0]['m']}, [{n}, {k}]", shown)
     return figure
 
 
@@ -290,7 +304,7 @@ def draw(sources: Iterable[Path], folder: Path) -> list[Path]:
     Raises RecordError if the records cannot be read, PlotError if there is nothing to draw or no matplotlib.
     """
     plt = pyplot()
-    entries = [e for e in read(sources) if e["status"] == "ok" and e["provider"] != "reference" and not _is_ref(e)]
+    entries = [e for e in read(sources) if e["status"] == "ok" and drawable(str(e["test"]))]
     if not entries:
         raise PlotError("no record has a time to draw; the runs failed or were skipped, see the field 'reason'")
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,8 +324,9 @@ def draw(sources: Iterable[Path], folder: Path) -> list[Path]:
     return drawn
 
 
-def _is_ref(entry: Record) -> bool:
-    return str(entry["test"]).endswith("_ref")
+def drawable(test: str) -> bool:
+    """Plain torch references and the fp16 grids of `marlin` stay in the records; the figures would be crowded."""
+    return not test.endswith("_ref") and not test.startswith("marlin")
 
 
 def main(argv: list[str] | None = None) -> int:

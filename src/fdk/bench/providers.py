@@ -223,6 +223,8 @@ class BitsAndBytesNF4(Prepared):
             code=weight.parts["table"][0].float(),
             quant_type="nf4",
         )
+        if weight.device.type == "cpu" and line.dtype != "bf16":
+            raise Unavailable(f"its CPU kernels compute in bf16, not {line.dtype}")
         if weight.device.type == "cpu" and functional.has_avx512bf16():
             if n % 32:
                 raise Unavailable(f"its packed arrangement needs n to be a multiple of 32, not {n}")
