@@ -35,7 +35,9 @@ bench: $(VENV)/.bench
 	@$(BIN)/python -m fdk.models --model custom-llama-tiny
 
 figures: $(VENV)/.bench
-	@$(BIN)/fdk plot results --output-dir docs/figures
+	@for folder in results/*/; do \
+	    $(BIN)/python -m fdk.bench.plots $$folder --output-dir docs/figures/$$(basename $$folder) || exit 1; \
+	done
 
 # A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing.
 test-gpu:
