@@ -68,7 +68,7 @@ def from_source(weight_data: Tensor, scale: Tensor, lut: Tensor, name: str = "we
 
 
 def to_source(weight: QuantisedWeight) -> dict[str, Tensor]:
-    """Exact inverse of `from_source`: {weight_data, scale, lut, byte_lut}. FormatError if the source has no such form."""
+    """Inverse of `from_source`: {weight_data, scale, lut, byte_lut}; FormatError if the source has no such form."""
     weight = weight.canonical()
     fmt, (n, k) = weight.format, weight.shape
     if not fmt.is_table or fmt.bits not in BITS or len(weight.geometry.row_ends) != 1 or k * fmt.bits % 8:

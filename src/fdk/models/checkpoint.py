@@ -332,7 +332,8 @@ def _check_names(files: TensorFiles, expected: set[str], tied: dict[str, str]) -
     if extra := sorted(set(files) - expected):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise FormatError(
-            f"{files.where(extra[0])}{more} belongs to no layer of the model; the weights and {CONFIG} are of different models"
+            f"{files.where(extra[0])}{more} belongs to no layer of the model; "
+            f"the weights and {CONFIG} are of different models"
         )
 
 
@@ -347,7 +348,8 @@ def _check_module(module: nn.Module | None, name: str, spec: LayerSpec, files: T
         )
     if (module.out_features, module.in_features) != (geometry.n, geometry.k):
         raise FormatError(
-            f"{where} is [{module.out_features}, {module.in_features}] in the model; the weights and modules are of different models"
+            f"{where} is [{module.out_features}, {module.in_features}] in the model; "
+            "the weights and the modules are of different models"
         )
 
 
@@ -355,7 +357,8 @@ def _check_dense(files: TensorFiles, name: str, expected: Tensor) -> None:
     dtype, shape = files.spec(name)
     if shape != tuple(expected.shape) or dtype.is_floating_point != expected.is_floating_point():
         raise FormatError(
-            f"{files.where(name)} is {dtype} {list(shape)}, but the model needs {expected.dtype} {list(expected.shape)}; "
+            f"{files.where(name)} is {dtype} {list(shape)}, "
+            f"but the model needs {expected.dtype} {list(expected.shape)}; "
             "the weights and the modules are of different models"
         )
 

@@ -61,7 +61,7 @@ class QuantisationConfig:
             object.__setattr__(self, name, value)
 
         put("kernel", _check_kernel(self.kernel))
-        put("dtype", _check_dtype(self.dtype))
+        put("dtype", check_dtype(self.dtype))
         if self.codebook not in CODEBOOKS:
             raise FormatError(f"codebook {self.codebook!r} is unknown; choose one of {', '.join(CODEBOOKS)}")
         if self.scale not in METHODS:
@@ -186,7 +186,7 @@ class QuantisationConfig:
 
     @classmethod
     def from_text(cls, path: str | Path, **settings) -> QuantisationConfig:
-        """A configuration whose overrides are read from a text file; `settings` are the other fields. See `read_overrides`."""
+        """A configuration with the overrides of a text file (see `read_overrides`); `settings` are the other fields."""
         return cls(**settings, overrides=read_overrides(path))
 
 
@@ -228,7 +228,8 @@ def _check_bits(bits, what: str, dense: bool = False) -> int:
     ):
         return number
     also = " (16 keeps a layer dense)" if dense else ""
-    raise FormatError(f"{what} = {bits!r} is not a width; choose 1 to 8{also}")
+    shown = bits if isinstance(bits, str) and bits.isdigit() else repr(bits)
+    raise FormatError(f"{what} = {shown} is not a width; choose 1 to 8{also}")
 
 
 def _check_group(block_size) -> int | None:
@@ -249,7 +250,7 @@ def _check_kernel(kernel: str) -> str:
     raise FormatError(f"kernel {kernel!r} is unknown; choose one of {', '.join(available)}")
 
 
-def _check_dtype(dtype) -> torch.dtype | None:
+def check_dtype(dtype) -> torch.dtype | None:
     name = _DTYPE_ALIASES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     found = DTYPES.get(name) if isinstance(name, str) else name
     if found is None and dtype is None:

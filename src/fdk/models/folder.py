@@ -41,7 +41,8 @@ def resolve(name: str | Path) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise FormatError(
-            f"{name} is not a folder, and ids need huggingface_hub: pip install 'fused-dequantisation-kernels[transformers]'"
+            f"{name} is not a folder, and ids need huggingface_hub: "
+            "pip install 'fused-dequantisation-kernels[transformers]'"
         ) from None
     try:
         return Path(snapshot_download(str(name), local_files_only=True))

@@ -51,7 +51,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping, where: str = "config.json") -> LlamaConfig:
-        """From a Hugging Face config; FormatError for a missing field, UnsupportedError for another activation or rope."""
+        """From a Hugging Face config; FormatError for a missing field, UnsupportedError for other arithmetic."""
         values = {}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             values[name] = _positive(config, name, where)

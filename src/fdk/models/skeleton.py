@@ -59,8 +59,9 @@ def build(config: dict, folder: Path) -> nn.Module:
             model = cls(kind.from_dict(plain))
     except (KeyError, AttributeError):
         raise UnsupportedError(
-            f"{where} asks for {name} of type {config.get('model_type')!r}, which transformers {transformers.__version__} "
-            "does not have; upgrade transformers, or give the modules with model="
+            f"{where} asks for {name} of type {config.get('model_type')!r}, "
+            f"which transformers {transformers.__version__} does not have; "
+            "upgrade transformers, or give the modules with model="
         ) from None
     model.tie_weights()
     return model

@@ -59,13 +59,13 @@ class TensorFiles:
             pickled = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLED)
             if pickled:
                 raise FormatError(
-                    f"{self.folder} holds its weights as pickles ({pickled[0]}), which run code when they are loaded; fdk "
-                    "never does. Save the model as safetensors (save_pretrained in transformers does) and use that folder"
+                    f"{self.folder} holds its weights as pickles ({pickled[0]}), which can run code when loaded, so "
+                    "fdk never does; save the model as safetensors (save_pretrained in transformers does)"
                 )
             raise FormatError(f"{self.folder} holds no safetensors file; give the folder that {SINGLE} is in")
         if len(found) > 1:
             raise FormatError(f"{self.folder} holds {len(found)} safetensors files but no {INDEX}; copy that file too")
-        return {name: found[0].name for name in self._handle(found[0].name).keys()}  # noqa: SIM118
+        return dict.fromkeys(self._handle(found[0].name).keys(), found[0].name)
 
     def _indexed(self) -> dict[str, str]:
         path = self.folder / INDEX
@@ -198,7 +198,7 @@ class TensorWriter:
         index = self.file_of[name]
         data = tensor_bytes(tensor)
         header = self._headers[index]
-        start, end = header[name]["data_offsets"]
+        start, _ = header[name]["data_offsets"]
         header["__metadata__"][CHECKSUMS][name] = f"{zlib.crc32(data):08x}"
         _write_at(self._files[index], data, self._starts[index] + start)
         self._written.add(name)

@@ -210,7 +210,7 @@ def _other_holders(model: nn.Module, jobs: dict[int, Job]) -> Iterator[tuple[int
 def run_job(job: Job, device: torch.device | None, dtype: torch.dtype | None) -> tuple[list[Linear], LayerReport]:
     """Quantise one weight on `device`; one module for each layer that holds it, all around the same weight."""
     start = time.perf_counter()
-    name = job.name or "linear"
+    name = f"{job.name}.weight".lstrip(".")
     dense = next(iter(job.layers.values())).weight.detach()
     dense = dense if device is None else dense.to(device)
     weight = quantise_weight(dense, job.recipe, name, dtype)

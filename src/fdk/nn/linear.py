@@ -104,7 +104,9 @@ class Linear(nn.Module):
         missing_keys.extend(missing)
         known = {prefix + name for name in (*BUFFERS, "bias")}
         unexpected_keys.extend(
-            key for key in state_dict if key.startswith(prefix) and key in known and key.removeprefix(prefix) not in wanted
+            key
+            for key in state_dict
+            if key.startswith(prefix) and key in known and key.removeprefix(prefix) not in wanted
         )
         if missing:
             return
@@ -117,7 +119,8 @@ class Linear(nn.Module):
             weight = QuantisedWeight.from_parts(geometry.format, geometry.k, parts, row_ends, prefix.rstrip("."))
             if weight.shape != (geometry.n, geometry.k):
                 raise FormatError(
-                    f"{prefix}codes has {weight.shape[0]} rows, but the module has {geometry.n}; load the matching checkpoint"
+                    f"{prefix}codes has {weight.shape[0]} rows, but the module has {geometry.n}; "
+                    "load the matching checkpoint"
                 )
         except FormatError as error:
             error_msgs.append(str(error))

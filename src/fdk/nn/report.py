@@ -87,7 +87,8 @@ class Report:
         text = f"{len(self.layers)} layers, {self.share:.1%} of {self.parameters:,} parameters quantised"
         if worst is None:
             return text
-        return f"{text}, {self.bits_per_weight:.3f} bits a weight; least SQNR {worst.error.sqnr_db:.1f} dB in {worst.name!r}"
+        least = f"least SQNR {worst.error.sqnr_db:.1f} dB in {worst.name or 'the layer'}"
+        return f"{text}, {self.bits_per_weight:.3f} bits a weight; {least}"
 
     def rows(self) -> Iterable[tuple[str, str, str, str, str, str]]:
         """Cells of the table: layer, shape, format, bits a weight, SQNR, seconds."""

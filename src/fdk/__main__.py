@@ -1,0 +1,7 @@
+"""python -m fdk"""
+
+import sys
+
+from fdk.cli import main
+
+sys.exit(main())

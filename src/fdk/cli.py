@@ -1,0 +1,414 @@
+"""The fdk command: info, explain, quantise, bench, plot. Exit status 0, 1 if it failed, 2 for a wrong command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+
+from fdk.errors import FdkError
+
+OPTIONAL = ("safetensors", "numpy", "rich", "transformers", "huggingface_hub", "triton", "bitsandbytes", "matplotlib")
+
+
+class UsageError(Exception):
+    """The command line is wrong; the text says how to right it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without the flags of bench and plot, which read their own."""
+    p = _Parser(prog="fdk", description="Low-bit weights: quantise models, see which kernel serves them, measure.")
+    p.add_argument("--version", action="store_true", help="print the version")
+    commands = p.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
+
+    info = commands.add_parser("info", help="this machine, or the layers of a model folder")
+    info.add_argument("folder", nargs="?", help="folder or cached id of a model; without it: machine and kernels")
+    info.set_defaults(run=run_info)
+
+    explain = commands.add_parser("explain", help="which kernel serves a product, and why not another")
+    explain.add_argument("--format", required=True, help="such as lut4_g64 or int4_g128")
+    explain.add_argument("-m", type=int, default=1, help="rows of activations (1)")
+    explain.add_argument("-n", type=int, required=True, help="output features")
+    explain.add_argument("-k", type=int, required=True, help="input features")
+    explain.add_argument("--dtype", default="bf16", help="of activations and scales: bf16, fp16, fp32 (bf16)")
+    explain.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    explain.add_argument("--kernel", default="auto", help="ask for one kernel by name (auto)")
+    explain.set_defaults(run=run_explain)
+
+    quantise = commands.add_parser("quantise", help="quantise a Hugging Face model folder into a new folder")
+    quantise.add_argument(
+        "model", help="folder, or id of a model in the local Hugging Face cache; nothing is downloaded"
+    )
+    quantise.add_argument("--output", required=True, metavar="DIR", help="the new folder")
+    quantise.add_argument("--bits", help="1 to 8 (4)")
+    quantise.add_argument("--format", help="a format name such as int4_g128, in place of --bits and --block-size")
+    quantise.add_argument("--block-size", help="weights that share a scale: a multiple of 16, or chan (64)")
+    quantise.add_argument("--codebook", default="uniform", help="of lut formats: uniform, kmeans, int (uniform)")
+    quantise.add_argument("--scale", default="auto", help="auto, absmax, absmean, search (auto)")
+    quantise.add_argument("--skip", default="^lm_head$", metavar="REGEX", help="layers that stay dense (^lm_head$)")
+    quantise.add_argument("--overrides", metavar="FILE", help="lines 'layer.name: bits', or a format name for the bits")
+    quantise.add_argument("--dtype", help="of scales and dense tensors: bf16, fp16, fp32 (as the source, fp32 as bf16)")
+    quantise.add_argument("--device", help="where to quantise: cpu or cuda (cpu)")
+    quantise.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (5)")
+    quantise.add_argument("--overwrite", action="store_true", help="replace an output folder that fdk has written")
+    quantise.set_defaults(run=run_quantise)
+
+    commands.add_parser("bench", help="measure the kernels; the same as python -m fdk.bench", add_help=False)
+    commands.add_parser("plot", help="draw figures from records; fdk plot --help", add_help=False)
+    return p
+
+
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """A table: by rich on a terminal, aligned text elsewhere. The first `left` columns are text, the others numbers."""
+    rows = [list(row) for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in (columns, *rows):
+        cells = (
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """`fdk info` and `fdk info <folder>`."""
+    return folder_info(args.folder) if args.folder else machine_info()
+
+
+def machine_info() -> int:
+    """Versions, CPU, CUDA and what each kernel can do here."""
+    import torch
+
+    import fdk
+    from fdk import device, kernels
+    from fdk.formats import parse
+    from fdk.packing.layouts import Geometry
+
+    facts: list[tuple[str, str]] = []
+    facts.append(("fdk", f"{fdk.__version__}, Python {platform.python_version()}, torch {torch.__version__}"))
+    found = {name: _version(name) for name in OPTIONAL}
+    facts.append(("with", ", ".join(f"{name} {number}" for name, number in found.items() if number)))
+    if missing := [name for name, number in found.items() if not number]:
+        facts.append(("without", ", ".join(missing)))
+    cpu = torch.device("cpu")
+    total, free = device.memory(cpu)
+    facts.append(
+        (
+            "CPU",
+            f"{device.cpu_name()}, {device.cpu_count()} cores, {total / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free",
+        )
+    )
+    facts.append(
+        ("", f"has {', '.join(device.cpu_instruction_sets()) or 'none of the instruction sets that fdk uses'}")
+    )
+    if "cpu" in kernels.names():
+        facts += _cpu_library()
+    reason = device.why_no_cuda()
+    facts += [("CUDA", f"none: {reason}")] if reason else [("CUDA", line) for line in device.cuda_devices()]
+    for name, text in facts:
+        print(f"{name:12} {text}")
+    geometry = Geometry(parse("lut4_g64"), 4096, 4096, torch.bfloat16, (4096,))
+    rows = []
+    for where in ("cpu", *(() if reason else ("cuda",))):
+        problem = kernels.Problem(1, geometry, torch.device(where))
+        rows += [(where, name, _reason(name, problem) or "yes") for name in kernels.names()]
+    print()
+    show(("device", "kernel", "serves lut4_g64, m = 1, 4096 x 4096, bf16"), rows, left=3)
+    return 0
+
+
+def _reason(name: str, problem) -> str | None:
+    from fdk import kernels
+
+    try:
+        return kernels.reason_against(kernels.kernel(name), problem)
+    except FdkError as error:
+        return str(error)
+
+
+def _cpu_library() -> list[tuple[str, str]]:
+    from fdk.kernels.cpu import info
+
+    try:
+        facts = info()
+    except FdkError as error:
+        return [("CPU library", f"none: {error}")]
+    if facts["reason"]:
+        return [("CPU library", f"none, so the reference runs: {facts['reason']}")]
+    lines = [
+        ("CPU library", f"{facts['library']}"),
+        (
+            "",
+            f"runs {facts['isa']} on {facts['threads']} threads; FDK_CPU_ISA chooses among {', '.join(facts['isas'])}",
+        ),
+    ]
+    return lines + ([("", str(facts["note"]))] if facts.get("note") else [])
+
+
+def folder_info(name: str) -> int:
+    """Layers, formats, memory and kernels of a model folder."""
+    import torch
+
+    from fdk import kernels
+    from fdk.models.checkpoint import layer_specs, quantisation_of
+    from fdk.models.folder import open_source, resolve
+    from fdk.models.skeleton import read_config
+    from fdk.models.tensors import TensorFiles
+
+    folder = resolve(name)
+    config = read_config(folder)
+    if "quantization_config" not in config:
+        source = open_source(folder)
+        count = sum(parameter.numel() for parameter in source.model.parameters())
+        size = _stored_bytes(source.files)
+        print(f"{folder}: dense {config['architectures'][0]}, {count:,} parameters, {_size(size)}, not quantised")
+        return 0
+    files = TensorFiles(folder)
+    layers = layer_specs(quantisation_of(config, folder), files)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, low_bytes, weights = [], 0, 0
+    for layer, spec in layers.items():
+        geometry = spec.geometry
+        size = geometry.format.nbytes(geometry.n, geometry.k, geometry.dtype.itemsize, len(geometry.row_ends), 1)
+        bits = 8 * size / max(1, geometry.n * geometry.k)
+        if spec.same_as is None:
+            low_bytes, weights = low_bytes + size, weights + geometry.n * geometry.k
+        chosen = kernels.choose(kernels.Problem(1, geometry, where)).kernel.name
+        sqnr = "-" if spec.sqnr_db is None else f"{spec.sqnr_db:.1f}"
+        label = layer or "(the layer)"
+        label += "" if spec.same_as is None else f" = {spec.same_as}"
+        rows.append(
+            (
+                label,
+                str(geometry.format),
+                chosen,
+                f"{geometry.n} x {geometry.k}",
+                f"{bits:.3f}",
+                sqnr,
+                f"{size / 1e6:.3f}",
+            )
+        )
+    show(("layer", "format", f"kernel on {where.type}", "shape", "bits", "SQNR dB", "MB"), rows, left=3)
+    total = _stored_bytes(files)
+    what = (config.get("architectures") or [config.get("fdk_module", "model")])[0] if config else "model"
+    print(
+        f"{folder}: {what}, {len(layers)} low-bit layers, {weights:,} weights in {_size(low_bytes)} "
+        f"({8 * low_bytes / max(1, weights):.3f} bits each), {_size(total - low_bytes)} dense, {_size(total)} in all"
+    )
+    return 0
+
+
+def _size(count: int) -> str:
+    """Bytes for people: 12.3 MB, 4.56 GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _stored_bytes(files) -> int:
+    import torch
+
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in map(files.spec, files))
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """`fdk explain`: the choice of kernel for a product that is described, not made."""
+    import torch
+
+    from fdk import ops
+    from fdk.formats import parse
+    from fdk.models.config import check_dtype
+    from fdk.packing.layouts import Geometry, canonical_shapes
+    from fdk.weight import QuantisedWeight
+
+    for flag, value, least in (("-m", args.m, 0), ("-n", args.n, 1), ("-k", args.k, 1)):
+        if value < least:
+            raise UsageError(f"{flag} {value}: sizes start at {least}")
+    try:
+        geometry = Geometry(parse(args.format), args.n, args.k, check_dtype(args.dtype), (args.n,))
+        shapes = canonical_shapes(geometry)
+    except FdkError as error:
+        raise UsageError(str(error)) from None
+    device = _device(args.device)
+    # Memory that is never written takes none.
+    parts = {
+        name: torch.empty(shape, dtype=torch.uint8 if name in ("codes", "zeros") else geometry.dtype, device=device)
+        for name, shape in shapes.items()
+    }
+    x = torch.empty(args.m, args.k, dtype=geometry.dtype, device=device)
+    print(ops.explain(x, QuantisedWeight(geometry, parts), args.kernel))
+    return 0
+
+
+def _device(name: str):
+    import torch
+
+    from fdk.device import why_no_cuda
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is unknown; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (reason := why_no_cuda()):
+        raise UsageError(f"--device {name}: {reason}; use --device cpu")
+    return device
+
+
+def run_quantise(args: argparse.Namespace) -> int:
+    """`fdk quantise`: a model folder to a quantised one, with progress and the error of every layer."""
+    from fdk.models.config import QuantisationConfig, read_overrides
+    from fdk.models.folder import quantise_folder
+    from fdk.nn.report import COLUMNS
+
+    if args.format and (args.bits or args.block_size):
+        raise UsageError("--format stands for --bits and --block-size; give the one or the others")
+    if args.shard_size <= 0:
+        raise UsageError(f"--shard-size {args.shard_size}: a positive number of GB is needed")
+    try:
+        config = QuantisationConfig(
+            bits=None if args.format else args.bits or 4,
+            block_size=args.block_size or 64,
+            format=args.format,
+            codebook=args.codebook,
+            scale=args.scale,
+            skip=args.skip,
+            overrides=read_overrides(args.overrides) if args.overrides else {},
+            dtype=args.dtype,
+        )
+    except FdkError as error:
+        raise UsageError(str(error)) from None
+    device = _device(args.device) if args.device else None
+    # A terminated process cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        report = quantise_folder(
+            args.model,
+            args.output,
+            config,
+            device=device,
+            overwrite=args.overwrite,
+            shard_bytes=int(args.shard_size * 1e9),
+            progress=_progress(stack),
+        )
+    show(COLUMNS, report.rows())
+    for name, reason in report.kept.items():
+        print(f"kept dense: {name}: {reason}")
+    print(f"{report.summary}; {time.perf_counter() - start:.1f} s")
+    print(f"{args.output} is ready: fdk.load({args.output!r}) in Python, or fdk info {args.output}")
+    return 0
+
+
+def _progress(stack: ExitStack):
+    """A progress callback with a bar on standard error if that is a terminal, else None."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+    task = bar.add_task("quantising")
+    noise = [0, 0.0]
+
+    def advance(layer, done: int, total: int) -> None:
+        noise[0] += 1
+        noise[1] += layer.error.sqnr_db
+        bar.update(task, completed=done, total=total, description=f"SQNR {noise[1] / noise[0]:.1f} dB  {layer.name}")
+
+    return advance
+
+
+def _run_module(name: str, what: str, argv: list[str]) -> int:
+    if importlib.util.find_spec(name) is None:
+        raise FdkError(f"this installation has no {what}; install the whole package again")
+    module = importlib.import_module(name)
+    return module.main(argv) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; every expected error is one line with its remedy (FDK_DEBUG=1 adds the traceback)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("FDK_DEBUG") == "1"
+    try:
+        if arguments[:1] == ["bench"]:
+            return _run_module("fdk.bench", "benchmark", arguments[1:])
+        if arguments[:1] == ["plot"]:
+            return _run_module("fdk.bench.plots", "plots", arguments[1:])
+        p = parser()
+        args = p.parse_args(arguments)
+        if args.version:
+            import fdk
+
+            print(f"fdk {fdk.__version__}")
+            return 0
+        if args.command is None:
+            p.print_help()
+            return 0
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _fail(arguments, str(error), 2, debug)
+    except FdkError as error:
+        return _fail(arguments, str(error), 1, debug)
+    except BrokenPipeError:
+        # The reader of our output has gone; the interpreter must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(arguments, f"{error.strerror or error}:{where}; nothing half-written was kept", 1, debug)
+    except MemoryError:
+        return _fail(arguments, "out of memory; free some, or use a smaller model", 1, debug)
+    except KeyboardInterrupt:
+        return _fail(arguments, "interrupted; nothing half-written was kept", 130, debug)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        return _fail(arguments, f"{type(error).__name__}: {text} (a defect of fdk; FDK_DEBUG=1 shows where)", 1, debug)
+
+
+def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    names = {"info", "explain", "quantise"}
+    command = f"fdk {arguments[0]}" if arguments and arguments[0] in names else "fdk"
+    print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+__all__ = ["main", "parser"]
+
+if __name__ == "__main__":
+    sys.exit(main())

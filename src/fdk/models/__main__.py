@@ -1,0 +1,255 @@
+"""python -m fdk.models: decode with whole models, dense and quantised, and hold the time to the bytes they read."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from fdk import device, load
+from fdk.bench import records, timing
+from fdk.bench.command import rebind
+from fdk.bench.report import significant
+from fdk.bench.roofline import Memory
+from fdk.errors import FdkError
+from fdk.models import QuantisationConfig, quantise
+from fdk.models.configs import CUSTOM
+from fdk.models.decode import model_bytes, time_steps
+from fdk.models.folder import load_dense, resolve
+from fdk.models.llama import Llama
+from fdk.models.random import estimated_bytes, random_llama
+from fdk.models.skeleton import read_config
+
+COLUMNS = ("format", "batch", "tokens/s", "ms/step (p20-p80)", "GB/s", "x floor", "x 16 bits", "GB")
+MEMORY_SHARE = 0.8
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        print(f"fdk.models: {message}; see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = _Parser(prog="python -m fdk.models", description=__doc__, allow_abbrev=False)
+    default = "custom-llama-4B" if torch.cuda.is_available() else "custom-llama-tiny"
+    p.add_argument("--model", default=default, help=f"{', '.join(CUSTOM)}, or a folder or cached id ({default})")
+    p.add_argument("--batch-size", type=int, nargs="+", default=[1], help="sequences decoded together (1)")
+    p.add_argument("--bits", type=int, nargs="+", default=[16, 4, 1], help="16 for dense, 1 to 8 (16 4 1)")
+    p.add_argument(
+        "--format", nargs="+", default=[], metavar="NAME", help="formats instead of --bits, such as int4_g128"
+    )
+    p.add_argument("--skip", default="^lm_head$", metavar="REGEX", help="layers that stay dense (^lm_head$)")
+    p.add_argument("--block-size", default="64", help="weights that share a scale, or chan (64)")
+    p.add_argument("--codebook", default="uniform", help="uniform, kmeans or int (uniform)")
+    p.add_argument("--kernel", default="auto", help="auto, a kernel's name, marlin or marlin-lut (auto)")
+    p.add_argument("--reps", type=int, default=100, help="timed decoding steps (100)")
+    p.add_argument("--prompt", type=int, default=16, metavar="TOKENS", help="length of the random prompt (16)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    p.add_argument("--seed", type=int, default=0, help="of weights and prompt (0)")
+    p.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for the records (out)")
+    return p
+
+
+class Sweep:
+    """All formats and batch sizes of one model; one that fails leaves a line with the reason."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.environment = records.environment(self.device)
+        self.configs = self._configs()
+        self.custom = CUSTOM.get(args.model)
+        self.folder = None if self.custom else resolve(args.model)
+        if self.folder and "quantization_config" in read_config(self.folder):
+            self.configs = {"as stored": None}
+        self.memory = Memory(self.device)
+        self.ceilings = self.memory.ceilings()
+        self.dense_time: dict[int, float] = {}
+        self.rows: list[list[str]] = []
+        self.failed = 0
+
+    def _configs(self) -> dict[str, QuantisationConfig | None]:
+        args = self.args
+        found: dict[str, QuantisationConfig | None] = {}
+        common = {"kernel": args.kernel, "skip": args.skip}
+        for name in args.format:
+            config = QuantisationConfig(format=name, **common)
+            found[str(config.format)] = config
+        for bits in [] if args.format else args.bits:
+            if bits == 16:
+                found["bf16"] = None
+                continue
+            config = QuantisationConfig(bits, args.block_size, codebook=args.codebook, **common)
+            found[str(config.format)] = config
+        return found
+
+    def model(self, config: QuantisationConfig | None) -> Llama:
+        """The model in one format, or an FdkError that says why not."""
+        if self.custom:
+            needed = estimated_bytes(self.custom, config)
+            total, free = device.memory(self.device)
+            room = int(MEMORY_SHARE * (total if self.device.type == "cuda" else free))
+            if needed > room:
+                raise FdkError(
+                    f"needs {needed / 1e9:.1f} GB, but {MEMORY_SHARE:.0%} of the memory are {room / 1e9:.1f} GB; "
+                    "use fewer bits, a smaller model or another device"
+                )
+            return random_llama(self.custom, config, self.device, seed=self.args.seed)
+        if "quantization_config" in read_config(self.folder):
+            model = load(self.folder, self.device)
+        else:
+            dense = load_dense(self.folder, dtype=torch.bfloat16)
+            model = quantise(dense, config, self.device, torch.bfloat16).requires_grad_(False)
+        if not isinstance(model, Llama):
+            raise FdkError(f"{type(model).__name__} is not decoded here, only Llama; use transformers' own generate")
+        return model
+
+    def run(self, writer: records.Writer) -> None:
+        for name, config in self.configs.items():
+            gc.collect()
+            try:
+                model = self.model(config)
+            except Exception as error:
+                for batch in self.args.batch_size:
+                    self.skip(writer, name, batch, error)
+                continue
+            for batch in self.args.batch_size:
+                try:
+                    self.time(writer, name, config, model, batch)
+                except Exception as error:
+                    self.skip(writer, name, batch, error)
+            del model
+
+    def skip(self, writer: records.Writer, name: str, batch: int, error: Exception) -> None:
+        """Say and record why there is no time."""
+        expected = isinstance(error, FdkError | MemoryError | torch.OutOfMemoryError)
+        self.failed += not expected
+        if not expected and os.environ.get("FDK_DEBUG") == "1":
+            traceback.print_exception(error)
+        text = str(error).splitlines()[0] if str(error) else ""
+        reason = text if isinstance(error, FdkError) else f"{type(error).__name__}: {text}"
+        status = "skipped" if expected else "failed"
+        print(f"{status}: {self.args.model} {name}, batch {batch}: {reason}", flush=True)
+        writer.write({**self.base(name, batch), "status": status, "reason": reason, **self.environment})
+
+    def base(self, name: str, batch: int) -> records.Record:
+        return {"test": "decode", "model": self.args.model, "m": batch, "format": name, "codebook": self.args.codebook}
+
+    def time(self, writer: records.Writer, name: str, config, model: Llama, batch: int) -> None:
+        """Decode, print and record."""
+        args = self.args
+        seconds = time_steps(model, batch, args.reps, args.prompt, args.seed)
+        times = timing.Times.of(seconds)
+        size = model_bytes(model)
+        # Keys and values of the positions filled half way through are read too.
+        cache = model.new_cache(batch, args.prompt + args.reps // 2)
+        read = size.per_step + cache.keys.nbytes + cache.values.nbytes
+        floor = read / self.ceilings.read
+        if config is None and name == "bf16":
+            self.dense_time[batch] = times.p50
+        dense = self.dense_time.get(batch)
+        report = getattr(model, "fdk_report", None)
+        writer.write(
+            {
+                **self.base(name, batch),
+                "g": None if config is None else config.block_size,
+                "bits": 16 if config is None else config.bits,
+                "kernel": args.kernel,
+                "status": "ok",
+                "reason": None,
+                "reps": args.reps,
+                "prompt": args.prompt,
+                "tokens_per_second": batch / times.p50,
+                "avg_time": times.mean,
+                "time_p20": times.p20,
+                "time_p50": times.p50,
+                "time_p80": times.p80,
+                "bytes_rw": read,
+                "model_bytes": size.total,
+                "floor": floor,
+                "x_floor": times.p50 / floor,
+                "x_bf16": None if dense is None else dense / times.p50,
+                "read_bandwidth": self.ceilings.read,
+                "threads": torch.get_num_threads(),
+                "quantise_seconds": report.seconds if report else None,
+                "share_quantised": report.share if report else None,
+                **self.environment,
+            }
+        )
+        low, middle, high = (significant(value * 1e3) for value in (times.p20, times.p50, times.p80))
+        self.rows.append(
+            [
+                name, str(batch), significant(batch / times.p50), f"{middle} ({low}-{high})",
+                significant(read / times.p50 / 1e9), significant(times.p50 / floor),
+                "-" if dense is None else significant(dense / times.p50), significant(size.total / 1e9),
+            ]
+        )  # fmt: skip
+
+    def table(self) -> None:
+        """Print what was measured."""
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        bandwidth = f"read bandwidth {self.ceilings.read / 1e9:.1f} GB/s"
+        title = f"{self.args.model} on {self.environment['device']}{threads}; {bandwidth}"
+        if sys.stdout.isatty():
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(title=title, title_justify="left")
+            for index, column in enumerate(COLUMNS):
+                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+            for row in self.rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+        show_plain((COLUMNS, *self.rows), title)
+
+
+def show_plain(rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Aligned text; the first column to the left, numbers to the right."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    if title:
+        print(title)
+    for row in rows:
+        cells = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join(cells).rstrip())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sweep; 0, 1 if something failed that should not have, 2 for a wrong command line."""
+    args = parser().parse_args(argv)
+    for flag, values in (("--batch-size", args.batch_size), ("--reps", [args.reps]), ("--prompt", [args.prompt])):
+        if min(values) < 1:
+            print(f"fdk.models: {flag} {min(values)}: at least 1 is needed", file=sys.stderr)
+            return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"fdk.models: --device cuda: {device.why_no_cuda()}; use --device cpu", file=sys.stderr)
+        return 2
+    if warning := rebind(argv, not torch.cuda.is_available() or args.device == "cpu"):
+        print(f"fdk.models: {warning}", file=sys.stderr)
+    try:
+        sweep = Sweep(args)
+        with records.Writer(args.output_dir, f"models-{sweep.environment['id']}") as writer:
+            sweep.run(writer)
+    except FdkError as error:
+        print(f"fdk.models: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fdk.models: interrupted; the records so far are whole", file=sys.stderr)
+        return 130
+    if sweep.rows:
+        sweep.table()
+    print(f"records: {writer.path}")
+    return 1 if sweep.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

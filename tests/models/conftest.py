@@ -1,0 +1,34 @@
+"""Small models that the tests of this folder share."""
+
+import pytest
+import torch
+from torch import nn
+
+from fdk.models.llama import Llama, LlamaConfig
+
+SMALL = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+@pytest.fixture
+def llama() -> Llama:
+    torch.manual_seed(0)
+    return Llama(SMALL).eval()
+
+
+@pytest.fixture
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32, bias=False)).eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, SMALL.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
