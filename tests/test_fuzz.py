@@ -19,6 +19,8 @@ CASES = int(os.environ.get("FDK_FUZZ_CASES", "600"))
 SEED = int(os.environ.get("FDK_FUZZ_SEED", "0"))
 BATCHES = 20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# It compiles for seconds at every format and shape; tests/kernels/test_compiled.py holds it to the same checks.
+NAMES = [name for name in kernels.names() if name != "torch.compile"]
 
 
 def draw(seed: int) -> dict:
@@ -74,7 +76,7 @@ def run_case(seed: int, kernel_name: str, device: str) -> str | None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", kernels.names())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_problems(batch: int, name: str, device: str) -> None:
     failures = [text for seed in range(SEED + batch, SEED + CASES, BATCHES) if (text := run_case(seed, name, device))]

@@ -46,7 +46,9 @@ class Kernel(Protocol):
 # or a GPU to be imported.
 _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("cpu", "fdk.kernels.cpu", ("cpu",)),
+    ("triton", "fdk.kernels.triton", ("cuda", "cpu")),
     ("reference", "fdk.kernels.reference", ("cpu", "cuda", "meta")),
+    ("torch.compile", "fdk.kernels.compiled", ("cuda", "cpu")),  # after the reference: by name only
 )
 
 

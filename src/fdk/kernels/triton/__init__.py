@@ -1,0 +1,143 @@
+"""Portable GPU kernel in Triton: every format and shape, from the canonical layout. See source.py for the algorithm."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fdk.kernels import Problem
+from fdk.kernels.triton.config import Config, choose
+from fdk.packing.layouts import Geometry
+from fdk.weight import QuantisedWeight
+
+_WORDS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
+ADD_BLOCK = 256
+
+
+def interpreted() -> bool:
+    """True if Triton functions run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def word_bits(geometry: Geometry, address: int = 0) -> int:
+    """Width of the words that codes are read in: the widest that rows are made of and that stays inside a group."""
+    bits, group = geometry.format.bits, geometry.format.group or 32
+    if bits not in (1, 2, 4, 8):
+        return 8
+    apart = address | -(-geometry.k * bits // 8)
+    return next(width for width in (32, 16, 8) if apart % (width // 8) == 0 and group % (width // bits) == 0)
+
+
+def row_tiles(weight: QuantisedWeight, rows: int) -> Tensor:
+    """[tiles, 3] int32: first row, end and table of tiles of at most `rows` rows that each use one table."""
+    key = ("triton tiles", rows)
+    if key not in weight.cache:
+        tiles = [
+            (start, end, table)
+            for table, (first, end) in enumerate(weight.geometry.ranges)
+            for start in range(first, end, rows)
+        ]
+        weight.cache[key] = torch.tensor(tiles, dtype=torch.int32).to(weight.device)
+    return weight.cache[key]
+
+
+class TritonKernel:
+    """Dequantises a tile of weights to x's dtype in registers and multiplies it with dot products in float32."""
+
+    name = "triton"
+    layout = "canonical"
+
+    def supports(self, problem: Problem) -> str | None:
+        if find_spec("triton") is None:
+            return "the triton package is not installed"
+        if problem.device.type == "cpu" and not interpreted():
+            return "on the CPU it runs in Triton's interpreter only (TRITON_INTERPRET=1, for tests)"
+        if problem.device.type == "cuda" and torch.cuda.get_device_capability(problem.device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or newer"
+        return None
+
+    def rounds_weights(self, problem: Problem) -> bool:
+        return True
+
+    def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
+        fmt = weight.format
+        # A table of 2^8 codes has bank conflicts, and arithmetic on codes of many bits costs no more than a lookup.
+        lookup = fmt.is_table or fmt.bits <= 4
+        config = choose(x.shape[0], *weight.shape, fmt.bits, lookup, x.element_size())
+        if x.is_cuda:
+            with torch.cuda.device(x.device):
+                launch(x, weight, bias, out, config)
+        else:
+            launch(x, weight, bias, out, config)
+
+
+def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    """out [m, n] = x [m, k] W^T + bias with the given tile; weight in the canonical layout."""
+    from fdk.kernels.triton.source import add_splits, product
+
+    geometry, parts, fmt = weight.geometry, weight.parts, weight.format
+    (m, k), n = x.shape, geometry.n
+    assert out.shape == (m, n) and out.is_contiguous() and x.is_contiguous()
+    if k == 0:
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    width = word_bits(geometry, parts["codes"].data_ptr())
+    codes = parts["codes"].view(_WORDS[width])
+    several = fmt.is_table and len(geometry.row_ends) > 1
+    tiles = row_tiles(weight, config.bn) if several else codes
+    blocks = tiles.shape[0] if several else -(-n // config.bn)
+    steps = -(-k // (config.bk * config.splits))
+    split = config.splits > 1
+    target = torch.empty((config.splits, m, n), dtype=torch.float32, device=x.device) if split else out
+    product[(blocks, -(-m // config.bm), config.splits)](
+        x,
+        codes,
+        parts["scales"],
+        parts.get("zeros", codes),
+        parts.get("table", x),
+        x if bias is None else bias,
+        tiles,
+        target,
+        m,
+        n,
+        k,
+        codes.shape[1],
+        geometry.groups,
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        OFFSET=0 if fmt.is_table or fmt.has_zeros else fmt.offset,
+        STORED=fmt.is_table,
+        LOOKUP=fmt.is_table or fmt.bits <= 4,
+        ZEROS=fmt.has_zeros,
+        BIAS=bias is not None and not split,
+        TILES=several,
+        SPLIT=split,
+        EVEN_K=k == config.bk * steps * config.splits,
+        CODES=width // fmt.bits if fmt.bits in (1, 2, 4, 8) else 8,
+        BN=config.bn,
+        BM=config.bm,
+        BK=config.bk,
+        STEPS=steps,
+        PACK=config.pack,
+        STAGES=config.stages,
+        INTERPRETED=interpreted(),
+        num_warps=config.warps,
+    )
+    if split:
+        add_splits[(-(-m * n // ADD_BLOCK),)](
+            target,
+            x if bias is None else bias,
+            out,
+            m * n,
+            n,
+            SPLITS=config.splits,
+            BIAS=bias is not None,
+            BLOCK=ADD_BLOCK,
+            INTERPRETED=interpreted(),
+        )
+
+
+KERNEL = TritonKernel()

@@ -1,0 +1,60 @@
+"""Tile shapes of the Triton product: a pure function of the problem, so that nothing is tuned at the first call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPLIT_TARGET_BLOCKS = 528
+"""Thread blocks that fill a GPU of 132 multiprocessors four deep; fewer row tiles than that are split along k."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of `bm` tokens x `bn` rows x `bk` of k, for `warps` warps and `stages` tiles in flight.
+
+    pack is the number of codes looked up at once; splits the number of parts of k, each summed by its own blocks.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    pack: int
+    splits: int = 1
+
+
+# (largest m, bm, bn, bk, warps, stages). Rows equal to 32 per warp give every lane one row of codes. Chosen from the
+# generated sm_90 code (registers, shared-memory wavefronts per weight); not yet measured.
+_TILES = (
+    (16, 16, 128, 64, 4, 3),
+    (32, 32, 128, 64, 4, 3),
+    (64, 64, 128, 64, 4, 3),
+    (128, 128, 128, 64, 8, 3),
+)
+_LARGE = (128, 256, 64, 8, 3)
+
+# Codes looked up at once: as many as give a table that shared memory serves with few bank conflicts.
+_PACK = {1: 4, 2: 2, 3: 2}
+
+
+def choose(m: int, n: int, k: int, bits: int, lookup: bool, element_size: int) -> Config:
+    """The tile for x [m, k] times W [n, k] of `bits` bits; element_size is that of x in bytes."""
+    if element_size == 4:
+        bm, bn, bk, warps, stages = 16, 64, 32, 4, 2
+    else:
+        bm, bn, bk, warps, stages = next((tile for limit, *tile in _TILES if m <= limit), _LARGE)
+        if bits == 1 and bm <= 64:
+            bk = 128
+    blocks = -(-n // bn) * -(-m // bm)
+    splits = split_count(-(-k // bk), SPLIT_TARGET_BLOCKS // blocks)
+    pack = _PACK.get(bits, 1) if lookup and element_size == 2 else 1
+    return Config(bm, bn, bk, warps, stages, pack, splits)
+
+
+def split_count(steps: int, wanted: int) -> int:
+    """Parts to cut `steps` blocks of k into: at most `wanted` and 16, at least two steps each, equal if possible."""
+    most = max(1, min(wanted, steps // 2, 16))
+    even = max(parts for parts in range(1, most + 1) if steps % parts == 0)
+    # An uneven cut masks every load, but half of the wanted blocks leaves the GPU idle.
+    return even if 2 * even >= most else -(-steps // -(-steps // most))
