@@ -204,7 +204,7 @@ def settings(argv: list[str] | None) -> Settings:
         copies=args.copies,
         inner=args.inner_reps if on_cpu else args.inner_reps or 100,
         outer=args.outer_reps if on_cpu else args.outer_reps or (20 if args.quick else 100),
-        budget=50.0 if args.quick else 95.0,
+        budget=40.0 if args.quick else 95.0,
         shrunk=shrunk,
         output=args.output,
         output_dir=args.output_dir,
