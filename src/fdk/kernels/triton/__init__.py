@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -31,17 +32,15 @@ def word_bits(geometry: Geometry, address: int = 0) -> int:
     return next(width for width in (32, 16, 8) if apart % (width // 8) == 0 and group % (width // bits) == 0)
 
 
-def row_tiles(weight: QuantisedWeight, rows: int) -> Tensor:
+@lru_cache(maxsize=1024)
+def row_tiles(geometry: Geometry, rows: int, device: torch.device) -> Tensor:
     """[tiles, 3] int32: first row, end and table of tiles of at most `rows` rows that each use one table."""
-    key = ("triton tiles", rows)
-    if key not in weight.cache:
-        tiles = [
-            (start, end, table)
-            for table, (first, end) in enumerate(weight.geometry.ranges)
-            for start in range(first, end, rows)
-        ]
-        weight.cache[key] = torch.tensor(tiles, dtype=torch.int32).to(weight.device)
-    return weight.cache[key]
+    tiles = [
+        (start, min(start + rows, end), table)
+        for table, (first, end) in enumerate(geometry.ranges)
+        for start in range(first, end, rows)
+    ]
+    return torch.tensor(tiles, dtype=torch.int32).to(device)
 
 
 class TritonKernel:
@@ -87,7 +86,7 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor,
     width = word_bits(geometry, parts["codes"].data_ptr())
     codes = parts["codes"].view(_WORDS[width])
     several = fmt.is_table and len(geometry.row_ends) > 1
-    tiles = row_tiles(weight, config.bn) if several else codes
+    tiles = row_tiles(geometry, config.bn, x.device) if several else codes
     blocks = tiles.shape[0] if several else -(-n // config.bn)
     steps = -(-k // (config.bk * config.splits))
     split = config.splits > 1

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPLIT_TARGET_BLOCKS = 528
-"""Thread blocks that fill a GPU of 132 multiprocessors four deep; fewer row tiles than that are split along k."""
-
-
 @dataclass(frozen=True)
 class Config:
     """Tile of `bm` tokens x `bn` rows x `bk` of k, for `warps` warps and `stages` tiles in flight.
@@ -24,15 +20,17 @@ class Config:
     splits: int = 1
 
 
-# (largest m, bm, bn, bk, warps, stages). Rows equal to 32 per warp give every lane one row of codes. Chosen from the
-# generated sm_90 code (registers, shared-memory wavefronts per weight); not yet measured.
+# (largest m, bm, bn, bk, warps, stages, blocks wanted). Fewer blocks than wanted, on a GPU of 132 multiprocessors, are
+# split along k. Rows equal to 32 per warp give every lane one row of codes. Chosen from the generated sm_90 code
+# (registers, shared-memory wavefronts per weight); not yet measured.
 _TILES = (
-    (16, 16, 128, 64, 4, 3),
-    (32, 32, 128, 64, 4, 3),
-    (64, 64, 128, 64, 4, 3),
-    (128, 128, 128, 64, 8, 3),
+    (16, 16, 128, 64, 4, 3, 528),
+    (32, 32, 128, 64, 4, 3, 528),
+    (64, 64, 128, 64, 4, 3, 264),
+    (128, 128, 128, 64, 8, 3, 264),
 )
-_LARGE = (128, 256, 64, 8, 3)
+_LARGE = (128, 256, 64, 8, 3, 132)
+_FLOAT32 = (16, 64, 32, 4, 2, 528)
 
 # Codes looked up at once: as many as give a table that shared memory serves with few bank conflicts.
 _PACK = {1: 4, 2: 2, 3: 2}
@@ -41,13 +39,12 @@ _PACK = {1: 4, 2: 2, 3: 2}
 def choose(m: int, n: int, k: int, bits: int, lookup: bool, element_size: int) -> Config:
     """The tile for x [m, k] times W [n, k] of `bits` bits; element_size is that of x in bytes."""
     if element_size == 4:
-        bm, bn, bk, warps, stages = 16, 64, 32, 4, 2
+        tile = _FLOAT32
     else:
-        bm, bn, bk, warps, stages = next((tile for limit, *tile in _TILES if m <= limit), _LARGE)
-        if bits == 1 and bm <= 64:
-            bk = 128
+        tile = next((tile for limit, *tile in _TILES if m <= limit), _LARGE)
+    bm, bn, bk, warps, stages, wanted = tile
     blocks = -(-n // bn) * -(-m // bm)
-    splits = split_count(-(-k // bk), SPLIT_TARGET_BLOCKS // blocks)
+    splits = split_count(-(-k // bk), wanted // max(1, blocks))
     pack = _PACK.get(bits, 1) if lookup and element_size == 2 else 1
     return Config(bm, bn, bk, warps, stages, pack, splits)
 

@@ -157,20 +157,15 @@ def product(
 
         # One address per run, broadcast to its weights: it is loaded once, and it makes a lane own a row of codes.
         run = first + tl.arange(0, BK // RUN) * RUN
-        group = run // GROUP if GROUP else run * 0
+        # Past the end of k the last scale is as good as any: x is zero there.
+        group = tl.minimum(run // GROUP, groups - 1) if GROUP else run * 0
         group = tl.broadcast_to(group[:, None], (BK // RUN, RUN // CODES)).reshape(UNITS)
         group = tl.broadcast_to(group[None, :, None], (1, UNITS, CODES))
-        known = (first + ks < k).reshape(1, UNITS, CODES)
-        if EVEN_K:
-            scales = tl.load(scales_row + group).to(tl.float32)
-        else:
-            scales = tl.load(scales_row + group, mask=known, other=0.0).to(tl.float32)
         if ZEROS:
-            if EVEN_K:
-                values -= tl.load(zeros_row + group).to(tl.float32)
-            else:
-                values -= tl.load(zeros_row + group, mask=known, other=0).to(tl.float32)
-        weights = rounded(values * scales, kind, INTERPRETED).reshape(BN, BK)
+            values -= tl.load(zeros_row + group).to(tl.float32)
+        scales = tl.load(scales_row + group).to(tl.float32)
+        # Rounded after the reshape: Triton 3.6 fails to compile a wgmma operand that is itself a reshape of few codes.
+        weights = rounded((values * scales).reshape(BN, BK), kind, INTERPRETED)
 
         inside = (tokens < m)[:, None]
         if not EVEN_K:
