@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True)
 class Config:
     """Tile of `bm` tokens x `bn` rows x `bk` of k, for `warps` warps and `stages` tiles in flight.
