@@ -22,8 +22,8 @@ from fdk.models.llama import Llama
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
 from fdk.nn import Linear
-from fdk.packing.layouts import Geometry, canonical_shapes
-from fdk.weight import QuantisedWeight
+from fdk.packing.layouts import Geometry, canonical_shapes, check_canonical
+from fdk.weight import QuantisedWeight, check_values
 
 VERSION = 1
 METHOD = "fdk"
@@ -379,13 +379,12 @@ def _read_layer(files: TensorFiles, name: str, spec: LayerSpec, device: torch.de
             )
         parts[part] = _read(files, full, device, verify)
     try:
-        weight = QuantisedWeight.from_parts(geometry.format, geometry.k, parts, geometry.row_ends, name or "the layer")
-        if weight.shape != (geometry.n, geometry.k):
-            raise FormatError(
-                f"{name or 'the layer'}: codes have {weight.shape[0]} rows, but {CONFIG} says {geometry.n}"
-            )
+        check_canonical(geometry, parts)
+        check_values(geometry, parts)
     except FormatError as error:
-        raise FormatError(f"{files.where(joined(name, 'codes'))}: {error}; copy the folder again") from None
+        where = files.where(joined(name, "codes")).removesuffix(".codes")
+        raise FormatError(f"{where}: {error}; copy the folder again") from None
+    weight = QuantisedWeight(geometry, parts)
     bias = None
     if spec.bias:
         bias = _read(files, joined(name, "bias"), device, verify)

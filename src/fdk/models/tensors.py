@@ -301,6 +301,11 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Everything is on the disk before the rename, so that `target` is whole or not there.
     """
     check_target(target, overwrite)
+    for parent in target.parents:
+        if parent.is_dir():
+            break
+        if os.path.lexists(parent):
+            raise FormatError(f"{target} cannot be made, because {parent} is a file; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     work = target.parent / f".{target.name}.partial-{token}"

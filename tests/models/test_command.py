@@ -1,0 +1,119 @@
+"""python -m fdk.models on models of a few thousand parameters."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+import fdk
+from fdk.models import quantise
+from fdk.models.configs import CUSTOM
+
+
+@pytest.fixture
+def command(monkeypatch, llama, tmp_path):
+    """main of the command, with a small custom model, ceilings that cost nothing, and no restart of this process."""
+    module = importlib.import_module("fdk.models.__main__")
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    monkeypatch.setitem(CUSTOM, "custom-llama-mini", llama.config)
+    ceilings = type("Ceilings", (), {"read": 1e10})()
+    monkeypatch.setattr(module, "Memory", lambda device: type("Memory", (), {"ceilings": lambda self: ceilings})())
+
+    def main(*arguments: str) -> tuple[int, list[dict]]:
+        folder = tmp_path / "out"
+        status = module.main([*arguments, "--reps", "3", "--output-dir", str(folder), "--device", "cpu"])
+        lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        return status, [json.loads(line) for line in lines]
+
+    main.module = module
+    return main
+
+
+def test_a_sweep_prints_and_records(command, capsys):
+    status, found = command("--model", "custom-llama-mini", "--bits", "16", "4", "1", "--batch-size", "1", "2")
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "tokens/s" in out
+    assert [(r["format"], r["m"], r["status"]) for r in found] == [
+        (name, batch, "ok") for name in ("bf16", "lut4_g64", "lut1_g64") for batch in (1, 2)
+    ]
+    for record in found:
+        assert record["tokens_per_second"] == pytest.approx(record["m"] / record["time_p50"])
+        assert record["floor"] == record["bytes_rw"] / record["read_bandwidth"]
+        assert record["time_p20"] <= record["time_p50"] <= record["time_p80"]
+        assert record["versions"]
+    assert found[2]["bytes_rw"] < found[0]["bytes_rw"]
+    assert found[2]["share_quantised"] > 0.5
+
+
+def test_formats_kernels_and_skip(command):
+    _, found = command("--model", "custom-llama-mini", "--format", "int4_g32", "nf4_g64", "--skip", "mlp")
+    assert [record["format"] for record in found] == ["int4_g32", "nf4_g64"]
+    _, found = command("--model", "custom-llama-mini", "--bits", "4", "--kernel", "marlin")
+    assert "int4_g64" in [record["format"] for record in found]
+
+
+def test_a_model_that_does_not_fit_is_skipped_with_the_numbers(command, capsys, monkeypatch):
+    monkeypatch.setattr(fdk.device, "memory", lambda device: (10**9, 10**9))
+    status, found = command("--model", "custom-llama-31B", "--bits", "16", "1")
+    assert status == 0
+    assert [record["status"] for record in found] == ["skipped", "skipped"]
+    assert "needs 61.3 GB, but 80% of the memory are 0.8 GB; use fewer bits" in capsys.readouterr().out
+
+
+def test_one_failure_does_not_end_the_sweep(command, capsys, monkeypatch):
+    original = command.module.random_llama
+
+    def fail(config, plan, *arguments, **keywords):
+        if plan is None:
+            raise RuntimeError("the machine coughed")
+        return original(config, plan, *arguments, **keywords)
+
+    monkeypatch.setattr(command.module, "random_llama", fail)
+    status, found = command("--model", "custom-llama-mini", "--bits", "16", "4")
+    assert status == 1
+    assert [record["status"] for record in found] == ["failed", "ok"]
+    assert "failed: custom-llama-mini bf16, batch 1: RuntimeError: the machine coughed" in capsys.readouterr().out
+
+
+def test_a_saved_model_decodes(command, llama, tmp_path):
+    fdk.save(quantise(llama, "lut3_g64"), tmp_path / "m")
+    status, found = command("--model", str(tmp_path / "m"))
+    assert status == 0
+    assert [(record["format"], record["status"]) for record in found] == [("as stored", "ok")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bits", "9"], "bits = 9"),
+        (["--bits", "four"], "invalid int value"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--model", "./none"], "does not exist"),
+        (["--kernel", "warp"], "'warp'"),
+        (["--block-size", "7"], "block_size = '7'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(command, capsys, arguments, words):
+    try:
+        status, _ = command(*arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_group_that_does_not_fit_is_a_skip(command, capsys):
+    status, found = command("--model", "custom-llama-mini", "--bits", "4", "--block-size", "48")
+    assert status == 0
+    assert found[0]["status"] == "skipped"
+    assert "group 48 does not divide k = 64" in capsys.readouterr().out
+
+
+def test_the_default_device_is_what_is_there(command):
+    assert command.module.parser().parse_args([]).model == (
+        "custom-llama-4B" if torch.cuda.is_available() else "custom-llama-tiny"
+    )

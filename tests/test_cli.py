@@ -1,0 +1,204 @@
+"""The fdk command: what it prints, its exit status, one line for every error."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fdk
+from fdk import cli
+from fdk.models.checkpoint import write_config
+from fdk.models.llama import Llama, LlamaConfig
+from fdk.models.tensors import TensorWriter
+
+SMALL = LlamaConfig(96, 64, 128, 2, 4, 2, 16)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A dense Llama on disk, written without transformers."""
+    torch.manual_seed(0)
+    return write(tmp_path / "source", SMALL)
+
+
+def write(folder, config: LlamaConfig):
+    folder.mkdir()
+    state = Llama(config).bfloat16().state_dict()
+    with TensorWriter(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor)
+        writer.finish()
+    write_config(folder, config.to_hf())
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_quantise_info_and_load(capsys, tmp_path, source):
+    status, out, err = run(
+        capsys, "quantise", source, "--output", tmp_path / "low", "--bits", "3", "--codebook", "kmeans"
+    )
+    assert (status, err) == (0, "")
+    assert re.search(r"^model\.layers\.1\.mlp\.down_proj +64 x 128 +lut3_g64 +3\.\d+ +\d\d\.\d ", out, re.MULTILINE)
+    assert "kept dense: lm_head: skipped by the configuration" in out
+    assert "14 layers" in out
+    assert fdk.load(tmp_path / "low")(torch.arange(4)[None]).shape == (1, 4, 96)
+    status, out, err = run(capsys, "info", tmp_path / "low")
+    assert (status, err) == (0, "")
+    assert "LlamaForCausalLM, 14 low-bit layers" in out
+    status, out, _ = run(capsys, "info", source)
+    assert status == 0
+    assert "dense LlamaForCausalLM" in out
+
+
+def test_overrides_format_and_overwrite(capsys, tmp_path, source):
+    (tmp_path / "mixed.txt").write_text("model.layers.0.mlp.up_proj: 8\n")
+    low = ["quantise", source, "--output", tmp_path / "low"]
+    assert run(capsys, *low, "--format", "int4_g32", "--overrides", tmp_path / "mixed.txt", "--dtype", "fp16")[0] == 0
+    layers = json.loads((tmp_path / "low" / "config.json").read_text())["quantization_config"]["layers"]
+    assert layers["model.layers.0.mlp.up_proj"]["format"] == "lut8_g32"
+    assert layers["model.layers.1.mlp.up_proj"]["format"] == "int4_g32"
+    status, _, err = run(capsys, *low)
+    assert status == 1
+    assert "--overwrite" in err
+    assert run(capsys, *low, "--overwrite", "--skip", "mlp", "--shard-size", "0.00001")[0] == 0
+    assert len(list((tmp_path / "low").glob("*.safetensors"))) > 1
+
+
+def test_info_of_the_machine(capsys):
+    status, out, err = run(capsys, "info")
+    assert (status, err) == (0, "")
+    for word in (fdk.__version__, torch.__version__, "CPU", "CUDA", "reference", *fdk.kernels.names()):
+        assert word in out
+
+
+def test_explain(capsys):
+    status, out, _ = run(capsys, "explain", "--format", "lut4_g64", "-m", "1", "-n", "4096", "-k", "4096")
+    assert status == 0
+    assert "lut4_g64 [4096, 4096]" in out
+    assert "chosen" in out
+    for name in fdk.kernels.names():
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["frob"], 2, ["invalid choice: 'frob'", "--help"]),
+        (["quantise"], 2, ["--output", "fdk quantise --help"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--bits", "9"], 2, ["bits = 9", "1 to 8"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--block-size", "24"], 2, ["'24'", "multiple of 16"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--format", "lut4"], 2, ["'lut4'", "lut4_g64"]),
+        (
+            ["quantise", "{source}", "--output", "{tmp}/x", "--format", "lut4_g64", "--bits", "4"],
+            2,
+            ["--format stands for"],
+        ),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--overrides", "{tmp}/none"], 2, ["none", "No such file"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--device", "tpu"], 2, ["'tpu'", "cpu or cuda"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--shard-size", "0"], 2, ["--shard-size 0"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--block-size", "48"], 1, ["group 48 does not divide k = 64"]),
+        (["quantise", "{tmp}/none", "--output", "{tmp}/x"], 1, ["does not exist"]),
+        (["quantise", "{tmp}", "--output", "{tmp}/x"], 1, ["has no config.json"]),
+        (["quantise", "{source}", "--output", "{source}/config.json/x"], 1, ["config.json is a file; choose another"]),
+        (["info", "{tmp}/none"], 1, ["does not exist"]),
+        (["explain", "--format", "lut9_g64", "-n", "8", "-k", "64"], 2, ["no width of 9 bits"]),
+        (["explain", "--format", "lut4_g64", "-n", "8", "-k", "60"], 2, ["does not divide k = 60"]),
+        (["explain", "--format", "lut4_g64", "-n", "0", "-k", "64"], 2, ["-n 0"]),
+        (["explain", "--format", "lut4_g64", "-n", "8", "-k", "64", "--dtype", "int"], 2, ["'int'", "bfloat16"]),
+        (["explain", "--format", "lut4_g64", "-n", "8", "-k", "64", "--kernel", "warp"], 1, ["'warp'", "reference"]),
+    ],
+)
+def test_an_error_is_one_line_with_its_remedy(capsys, tmp_path, source, monkeypatch, arguments, status, words):
+    monkeypatch.delenv("FDK_DEBUG", raising=False)
+    filled = [argument.format(source=source, tmp=tmp_path) for argument in arguments]
+    got, _, err = run(capsys, *filled)
+    assert got == status
+    assert err.count("\n") == 1
+    assert err.startswith("fdk")
+    for word in words:
+        assert word in err
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_debug_shows_where(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FDK_DEBUG", "1")
+    status, _, err = run(capsys, "info", tmp_path / "none")
+    assert status == 1
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("fdk info: ")
+
+
+def test_a_defect_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.delenv("FDK_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "machine_info", lambda: 1 / 0)
+    status, _, err = run(capsys, "info")
+    assert status == 1
+    assert err == "fdk info: ZeroDivisionError: division by zero (a defect of fdk; FDK_DEBUG=1 shows where)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, number):
+    source = write(tmp_path / "source", LlamaConfig(96, 512, 2048, 12, 4, 2, 128))
+    command = [
+        sys.executable,
+        "-m",
+        "fdk",
+        "quantise",
+        str(source),
+        "--output",
+        str(tmp_path / "low"),
+        "--scale",
+        "search",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".low.partial-*/*.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err == "fdk quantise: interrupted; nothing half-written was kept\n"
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_closed_pipe_is_no_error_message(tmp_path):
+    command = f"{sys.executable} -m fdk info | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_rich_is_used_on_a_terminal_only(tmp_path, source):
+    import pty
+
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "fdk", "quantise", str(source), "--output", str(tmp_path / "low")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    seen = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            seen += chunk
+    except OSError:
+        pass  # The terminal ends when the process does.
+    assert process.wait() == 0, seen
+    assert "┃" in seen.decode()
+    assert "14/14" in seen.decode()
+
+
+def test_bench_reads_its_own_flags(capsys):
+    status, out, err = run(capsys, "bench", "--profile", "nonsense")
+    assert status == 2
+    assert "nonsense" in out + err
