@@ -221,6 +221,20 @@ def test_plot_draws_into_the_output_folder(small, capsys, tmp_path):
     assert (tmp_path / f"roofline_64x128_t{threads}.svg").exists()
 
 
+@pytest.mark.parametrize(
+    "weight_bytes, wanted, room, expected",
+    [
+        (9_000_000, None, 10**12, 36),
+        (500, None, 10**12, command.MOST_COPIES),
+        (9_000_000, 5, 10**12, 5),
+        (9_000_000, None, 20_000_000, 2),
+        (9_000_000, None, 1, 1),
+    ],
+)
+def test_copies_are_enough_to_be_cold_within_limits(weight_bytes, wanted, room, expected):
+    assert command.copies_for(weight_bytes, wanted, torch.device("cpu"), room) == expected
+
+
 PROBE = """
 import os, sys
 sys.argv = ["fdk", "bench"]

@@ -63,6 +63,11 @@ def test_rounds_interleave_and_start_with_another_block_each_time():
     assert times == {"a": [1.0, 6.0, 7.0], "b": [2.0, 4.0, 8.0], "c": [3.0, 5.0]}
 
 
+def test_no_round_begins_when_it_is_late_but_a_few_are_always_taken():
+    times = timing.rounds({"a": lambda: 1.0}, {"a": 50}, late=lambda: True)
+    assert len(times["a"]) == timing.FEWEST_SLOW_ROUNDS
+
+
 def test_drift_cancels_in_ratios():
     clock = FakeClock()
     slowness = iter([1, 1, 3, 3, 9, 9])

@@ -18,6 +18,8 @@ from fdk.errors import FormatError
 from fdk.formats import parse
 
 BOUND = "OMP_PROC_BIND"
+MOST_COPIES = 2048
+"""Without a limit a small weight would have a million copies, most of them overhead."""
 _FAMILIES = ("mv", "mv_lut8", "mv_int", "mm", "mm_lut8", "mm_int")
 TESTS = (*_FAMILIES, *(f"{family}_ref" for family in _FAMILIES), "marlin", "marlin_lut")
 
@@ -264,7 +266,8 @@ def cold_bytes(device: torch.device) -> int:
 
 
 def copies_for(weight_bytes: int, wanted: int | None, device: torch.device, room: int) -> int:
-    """Copies of a weight to rotate over: those wanted, else enough to be cold; never more than `room` bytes of them."""
+    """Copies of a weight: those wanted, else enough to be cold, up to MOST_COPIES; never more than `room` bytes."""
     if wanted is None:
-        wanted = 100 if device.type == "cuda" else max(2, math.ceil(cold_bytes(device) / weight_bytes))
+        enough = max(2, math.ceil(cold_bytes(device) / weight_bytes))
+        wanted = 100 if device.type == "cuda" else min(MOST_COPIES, enough)
     return max(1, min(wanted, room // max(1, weight_bytes)))

@@ -176,7 +176,7 @@ def measure_point(
                 entry["reason"] = f"no CUDA graph: {reason}"
             entry |= {
                 "kernel": prepared.kernel(m), "copies": len(prepared.weights), "launch": block.launch,
-                "inner_reps": plan.inner[name], "reps": plan.inner[name] * plan.outer[name], "bytes_rw": moved[name],
+                "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(times[name]), "bytes_rw": moved[name],
                 "avg_time": spread.mean, "time_p20": spread.p20, "time_p50": spread.p50, "time_p80": spread.p80,
                 "floor": timing.median(floor), "x_floor": timing.ratio(times[name], floor),
                 "x_bf16": timing.ratio(times[baseline], times[name]) if baseline else None,
@@ -209,7 +209,9 @@ def time_calls(
             {name: estimate(call) for name, call in calls.items()}, seconds, settings.inner, settings.outer
         )
         blocks = {name: timing.CpuBlock(call, plan.inner[name]) for name, call in calls.items()}
-    return timing.rounds(blocks, plan.outer), blocks, plan
+    limit = time.monotonic() + 2 * seconds
+    given = settings.outer is not None
+    return timing.rounds(blocks, plan.outer, lambda: not given and time.monotonic() > limit), blocks, plan
 
 
 def profile(settings: Settings, report: Report) -> int:
@@ -326,14 +328,11 @@ def plot(path: Path, settings: Settings, report: Report) -> None:
 
 def note_warm(bench: Bench, report: Report) -> None:
     """Say which weights may stay in a cache because there is no room for enough copies, or few were asked for."""
-    needed = cold_bytes(bench.device)
-    for line, prepared in bench.prepared.items():
-        total = prepared.weight_bytes * len(prepared.weights)
-        if total < min(needed, 300_000_000):
-            report.note(
-                f"note: {line.format} for {line.provider} has {plural(len(prepared.weights), 'copy', 'copies')}, "
-                f"{total / 1e6:.0f} MB together: parts may stay in the cache"
-            )
+    needed = min(cold_bytes(bench.device), 300_000_000)
+    warm = [line.format for line, p in bench.prepared.items() if p.weight_bytes * len(p.weights) < needed]
+    if warm:
+        names = ", ".join(dict.fromkeys(warm))
+        report.note(f"note: the copies of {names} are less than {needed / 1e6:.0f} MB together and may stay in a cache")
 
 
 def set_threads(threads: int | None) -> None:

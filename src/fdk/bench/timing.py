@@ -121,22 +121,23 @@ class CudaBlock:
 
 
 def rounds(
-    blocks: Mapping[str, Callable[[], float]], counts: Mapping[str, int], on_round: Callable[[], None] | None = None
+    blocks: Mapping[str, Callable[[], float]], counts: Mapping[str, int], late: Callable[[], bool] = lambda: False
 ) -> dict[str, list[float]]:
     """Seconds per call of every block, one value for each round that it took part in.
 
     Block b takes part in the first counts[b] rounds. Each round starts with another block, so that no block always
-    follows the same neighbour.
+    follows the same neighbour. Once `late` says so, no round begins after the first FEWEST_SLOW_ROUNDS, since other
+    work on the machine may make calls many times slower than their estimate.
     """
     names = list(blocks)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(max(counts.values(), default=0)):
+        if number >= FEWEST_SLOW_ROUNDS and late():
+            break
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             if number < counts[name]:
                 times[name].append(blocks[name]())
-        if on_round:
-            on_round()
     return times
 
 
