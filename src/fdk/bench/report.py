@@ -139,11 +139,15 @@ class Report:
         if not rows:
             self.note(f"{title}: nothing to show")
         elif self._console:
+            from rich.box import SIMPLE_HEAD
             from rich.table import Table
 
-            table = Table(title=title, title_justify="left", title_style="bold")
-            for index, column in enumerate(COLUMNS):
-                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+            table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+            table.add_column(COLUMNS[0], overflow="fold")
+            for index, column in enumerate(COLUMNS[1:], 1):
+                # On a narrow terminal names and heads wrap, numbers never lose a digit.
+                width = max(len(row[index]) for row in rows)
+                table.add_column(column, justify="right", min_width=width, overflow="fold")
             for row in rows:
                 table.add_row(*row)
             self._console.print(table)
