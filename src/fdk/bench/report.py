@@ -143,14 +143,13 @@ class Report:
             from rich.table import Table
 
             table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-            table.add_column(COLUMNS[0], overflow="fold")
-            for index, column in enumerate(COLUMNS[1:], 1):
-                # On a narrow terminal names and heads wrap, numbers never lose a digit.
-                width = max(len(row[index]) for row in rows)
-                table.add_column(column, justify="right", min_width=width, overflow="fold")
+            for index, column in enumerate(COLUMNS):
+                table.add_column(column, justify="right" if index else "left", no_wrap=True)
             for row in rows:
                 table.add_row(*row)
-            self._console.print(table)
+            # A narrow terminal breaks lines, which is better than a table that cuts digits off.
+            widths = [max(len(row[i]) for row in [list(COLUMNS), *rows]) + 2 for i in range(len(COLUMNS))]
+            self._console.print(table, width=max(self._console.width, sum(widths)), crop=False, no_wrap=True)
         else:
             self.note(f"{title}\n\n{markdown(rows)}")
 
