@@ -13,6 +13,8 @@ from fdk.bench.records import FIELDS, Record
 
 COLUMNS = ("name", "us (p20-p80)", "GB/s", "TFLOP/s", "x torch bf16", "x floor", "% of read")
 
+NEEDED_WIDTH = 116
+
 
 def significant(value: float, digits: int = 3) -> str:
     """A positive number with `digits` significant digits and no exponent: 0.0123, 1.23, 12.3, 1234."""
@@ -86,6 +88,8 @@ class Report:
             from rich.console import Console
 
             self._console = Console(file=self.out, highlight=False)
+            # A narrower terminal breaks lines, which is better than a table that cuts digits off.
+            self._console.width = max(self._console.width, NEEDED_WIDTH)
 
     def start(self, total: int) -> None:
         """Begin a progress bar of `total` steps, on a terminal."""
@@ -147,9 +151,7 @@ class Report:
                 table.add_column(column, justify="right" if index else "left", no_wrap=True)
             for row in rows:
                 table.add_row(*row)
-            # A narrow terminal breaks lines, which is better than a table that cuts digits off.
-            widths = [max(len(row[i]) for row in [list(COLUMNS), *rows]) + 2 for i in range(len(COLUMNS))]
-            self._console.print(table, width=max(self._console.width, sum(widths)), crop=False, no_wrap=True)
+            self._console.print(table)
         else:
             self.note(f"{title}\n\n{markdown(rows)}")
 
