@@ -179,9 +179,11 @@ def measure_point(
                 "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(times[name]), "bytes_rw": moved[name],
                 "avg_time": spread.mean, "time_p20": spread.p20, "time_p50": spread.p50, "time_p80": spread.p80,
                 "floor": timing.median(floor), "x_floor": timing.ratio(times[name], floor),
-                "x_bf16": timing.ratio(times[baseline], times[name]) if baseline else None,
                 "read_fraction": moved[name] / read_bytes * timing.ratio(read, times[name]),
             }  # fmt: skip
+            if baseline:
+                gains = timing.ratios(times[baseline], times[name])
+                entry |= {f"x_bf16_p{q}": timing.percentile(gains, q) for q in (20, 80)} | {"x_bf16": timing.median(gains)}
         results.append(records.record(**entry))
     return results, noise(read)
 

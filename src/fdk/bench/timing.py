@@ -48,9 +48,14 @@ class Times:
         return cls(sum(seconds) / len(seconds), *(percentile(seconds, q) for q in (20, 50, 80)))
 
 
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """numerator / denominator, round by round; rounds that only one of them took part in are left out."""
+    return [a / b for a, b in zip(numerator, denominator, strict=False)]
+
+
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over rounds of numerator / denominator; rounds that only one of them took part in are left out."""
-    return median([a / b for a, b in zip(numerator, denominator, strict=False)])
+    """Median over rounds of numerator / denominator."""
+    return median(ratios(numerator, denominator))
 
 
 class CpuBlock:
