@@ -72,7 +72,8 @@ def run_case(seed: int, kernel_name: str, device: str) -> str | None:
     if wrong is None and torch.equal(*again):
         return None
     reason = wrong or "two runs differ"
-    return f"FDK_FUZZ_CASES=1 FDK_FUZZ_SEED={seed} python -m pytest tests/test_fuzz.py  # {kernel_name}: {case}: {reason}"
+    command = f"FDK_FUZZ_CASES=1 FDK_FUZZ_SEED={seed} python -m pytest tests/test_fuzz.py"
+    return f"{command}  # {kernel_name}: {case}: {reason}"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -46,7 +46,10 @@ def test_short_table_repeats_its_last_entry() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codes": torch.zeros(8, 31, dtype=torch.uint8)}, r"layer.1: codes .* must be uint8 \[8, 32\], not uint8 \[8, 31\]"),
+        (
+            {"codes": torch.zeros(8, 31, dtype=torch.uint8)},
+            r"layer.1: codes .* must be uint8 \[8, 32\], not uint8 \[8, 31\]",
+        ),
         ({"codes": torch.zeros(8, 32, dtype=torch.int8)}, r"codes .* not int8"),
         ({"scales": torch.zeros(8, 3).bfloat16()}, r"scales .* must be bfloat16 \[8, 2\], not bfloat16 \[8, 3\]"),
         ({"scales": torch.zeros(8, 2).double()}, "float64 is not supported"),

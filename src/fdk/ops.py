@@ -39,7 +39,9 @@ def check_operands(x: Tensor, geometry: Geometry, device: torch.device, bias: Te
         )
 
 
-def run(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, kernel: str = "auto", out: Tensor | None = None) -> Tensor:
+def run(
+    x: Tensor, weight: QuantisedWeight, bias: Tensor | None, kernel: str = "auto", out: Tensor | None = None
+) -> Tensor:
     """x [..., k] times the weight's transpose plus bias, [..., n], by the kernel that `choose` picks; no autograd.
 
     The choice is remembered in the weight's cache, because hashing a problem costs more than a small product.
@@ -166,8 +168,9 @@ class Explanation:
     def __str__(self) -> str:
         problem = self.choice.problem
         geometry = problem.geometry
+        weight = f"{geometry.format} [{geometry.n}, {geometry.k}] {geometry.dtype}"
         lines = [
-            f"{geometry.format} [{geometry.n}, {geometry.k}] {geometry.dtype} times {problem.m} rows on {problem.device}:",
+            f"{weight} times {problem.m} rows on {problem.device}:",
             f"  {self.choice.kernel.name}  chosen, layout {self.choice.kernel.layout}",
         ]
         lines += [f"  {name}  passed over: {reason}" for name, reason in self.choice.rejected]

@@ -124,13 +124,15 @@ def poisoned(m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> 
 
 
 def one_hot_probe(k: int, columns: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Unit activations x [len(columns), k]: row i has a one at columns[i]. The product is W[:, columns].T, rounded once."""
+    """Unit activations x [len(columns), k]: row i is one at columns[i], so the product is W[:, columns].T, rounded."""
     x = torch.zeros(len(columns), k, dtype=dtype, device=device)
     x[torch.arange(len(columns), device=device), columns.to(device)] = 1
     return x
 
 
-def check_product(kernel, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, rounds_weights: bool) -> Violation | None:
+def check_product(
+    kernel, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, rounds_weights: bool
+) -> Violation | None:
     """Run `kernel` on poisoned output and hold it to the bound; None if every element passes.
 
     kernel: a function (x, weight, bias, out) -> None that writes out [m, n].

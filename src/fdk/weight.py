@@ -164,7 +164,9 @@ def check_values(geometry: Geometry, parts: Parts) -> None:
     if kind.table == "fixed" and not parts["table"].is_meta:
         expected = torch.tensor(kind.values, dtype=torch.float64).to(parts["table"])
         if not (parts["table"] == expected).all():
-            raise FormatError(f"the table of a {geometry.format} weight is fixed; store other tables as lut{geometry.format.bits}")
+            raise FormatError(
+                f"the table of a {geometry.format} weight is fixed; store other tables as lut{geometry.format.bits}"
+            )
 
 
 def concat(weights: Sequence[QuantisedWeight]) -> QuantisedWeight:
@@ -180,10 +182,12 @@ def concat(weights: Sequence[QuantisedWeight]) -> QuantisedWeight:
     for index, weight in enumerate(canonical):
         same = (weight.format, weight.shape[1], weight.dtype, weight.device)
         if same != (first.format, first.shape[1], first.dtype, first.device):
-            raise FormatError(f"weight {index} is {weight!r}, which cannot be merged with {first!r}; requantise it alike")
+            raise FormatError(
+                f"weight {index} is {weight!r}, which cannot be merged with {first!r}; requantise it alike"
+            )
     names = list(canonical[0].parts)
     if "zeros" in names and len({weight.parts["zeros"].dtype for weight in canonical}) > 1:
-        raise FormatError("integer and fractional zeros cannot be merged; convert the zeros to the weight's dtype first")
+        raise FormatError("integer and fractional zeros cannot be merged; convert the zeros to the weight's dtype")
     parts = {name: torch.cat([weight.parts[name] for weight in canonical]) for name in names}
     row_ends, offset = [], 0
     for weight in canonical:

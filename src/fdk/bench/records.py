@@ -20,7 +20,8 @@ import torch
 FIELDS = (
     "test", "m", "k", "n", "g", "bits", "format", "dtype", "provider", "kernel", "status", "reason",
     "copies", "inner_reps", "reps", "launch", "bytes_rw", "ops",
-    "avg_time", "time_p20", "time_p50", "time_p80", "floor", "x_bf16", "x_bf16_p20", "x_bf16_p80", "x_floor", "read_fraction",
+    "avg_time", "time_p20", "time_p50", "time_p80",
+    "floor", "x_bf16", "x_bf16_p20", "x_bf16_p80", "x_floor", "read_fraction",
     "read_bandwidth", "copy_bandwidth", "peak", "reader",
     "threads", "isa", "device", "driver", "versions", "commit", "dirty", "date", "id",
 )  # fmt: skip

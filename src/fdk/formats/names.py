@@ -1,13 +1,13 @@
 """Format names: `parse(str(f)) == f`.
 
-    name  = kind bits "_" group            lut4_g64  int3_g128  uint4_g32  nf4_g64  lut2_chan
-    group = "g" positive-multiple-of-16 | "chan"
+name  = kind bits "_" group            lut4_g64  int3_g128  uint4_g32  nf4_g64  lut2_chan
+group = "g" positive-multiple-of-16 | "chan"
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 
 from fdk.errors import FormatError
 from fdk.formats import registry
@@ -16,7 +16,7 @@ from fdk.formats.spec import Format
 _NAME = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[1-9]\d?)_(?:g(?P<group>[1-9]\d*)|(?P<chan>chan))")
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(name: str | Format) -> Format:
     """The Format called `name` (a Format is returned as it is). FormatError if the grammar does not match."""
     if isinstance(name, Format):

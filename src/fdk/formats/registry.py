@@ -65,4 +65,4 @@ LUT = register(Kind("lut", ALL_BITS, "any table of 2^bits values, stored with th
 INT = register(Kind("int", ALL_BITS, "code - 2^(bits-1)"))
 UINT = register(Kind("uint", ALL_BITS, "code - zero, one stored zero per group", zeros=True))
 NF4 = register(Kind("nf", (4,), "normal-float table of QLoRA", table="fixed", values=NF4_VALUES))
-FP4 = register(Kind("fp", (4,), "e2m1 floating point of the OCP microscaling formats", table="fixed", values=FP4_VALUES))
+FP4 = register(Kind("fp", (4,), "e2m1 float of the OCP microscaling formats", table="fixed", values=FP4_VALUES))

@@ -80,8 +80,10 @@ class Format:
             return 1
         if k % self.group:
             fitting = [g for g in (128, 64, 32, 16) if g < self.group and k % g == 0]
-            remedy = f"use a group of {fitting[0]} or one scale per row (chan)" if fitting else "use one scale per row (chan)"
-            raise FormatError(f"group {self.group} does not divide k = {k}; {remedy}, or skip this layer")
+            remedy = f"use a group of {fitting[0]} or one scale" if fitting else "use one scale"
+            raise FormatError(
+                f"group {self.group} does not divide k = {k}; {remedy} per row (chan), or skip this layer"
+            )
         return k // self.group
 
     def group_size(self, k: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Protocol, runtime_checkable
 
@@ -57,7 +57,7 @@ def names() -> tuple[str, ...]:
     return tuple(name for name, _, _ in _TABLE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(name: str) -> Kernel:
     """The kernel called `name`."""
     for entry, module, _ in _TABLE:

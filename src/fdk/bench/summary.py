@@ -1,0 +1,122 @@
+"""The README's tables, made from the records under results/, so that no figure is typed by hand.
+
+`python -m fdk.bench.summary RECORDS... --into README.md` replaces what lies between the markers `<!-- summary -->`
+and `<!-- /summary -->`; without `--into` it prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fdk.bench.plots import newest, shape_of
+from fdk.bench.records import Record, RecordError, files, read
+
+BEGIN, END = "<!-- summary -->", "<!-- /summary -->"
+PEERS = {"torch-int4pack": "torch int4pack", "bitsandbytes-nf4": "bitsandbytes NF4"}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def best_peer(entries: Sequence[Record], of: Record) -> float | None:
+    """Time of the fastest low-bit peer of the same run and problem; None if none ran."""
+    times = [
+        entry["time_p50"]
+        for entry in entries
+        if entry["provider"] in PEERS and all(entry[key] == of[key] for key in ("id", "m", "n", "k", "threads"))
+    ]
+    return min(times, default=None)
+
+
+def ours(entries: Iterable[Record]) -> list[Record]:
+    """fdk's own lines through the public path, by m, width and name."""
+    found = [entry for entry in entries if entry["provider"] == "fdk" and not str(entry["test"]).endswith("_ref")]
+    return sorted(found, key=lambda e: (e["m"], e["bits"], e["format"]))
+
+
+def decode_table(entries: Sequence[Record], m: int = 1) -> str:
+    """One row of activations: speed-up over torch bf16, share of the read bandwidth, and over the best peer."""
+    shapes = sorted({shape_of(entry) for entry in ours(entries)})
+    head = ["m = 1", *(f"{n} x {k}: x torch bf16 (p20-p80), % of read, x best 4-bit peer" for n, k in shapes)]
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    for entry in ours(entries):
+        if entry["m"] != m or entry["dtype"] != "bf16":
+            continue
+        text = f"{entry['x_bf16']:.1f} ({entry['x_bf16_p20']:.1f}-{entry['x_bf16_p80']:.1f})"
+        text += f", {100 * entry['read_fraction']:.0f} %"
+        if (peer := best_peer(entries, entry)) and entry["bits"] == 4:
+            text += f", {peer / entry['time_p50']:.1f}"
+        cells.setdefault(f"`{entry['format']}`", {})[shape_of(entry)] = text
+    return table(head, [[name, *(row.get(shape, "") for shape in shapes)] for name, row in cells.items()])
+
+
+def batch_table(entries: Sequence[Record]) -> str:
+    """Speed-up over torch bf16 for every m and format at the first shape."""
+    own = [entry for entry in ours(entries) if entry["dtype"] == "bf16"]
+    shape = min(shape_of(entry) for entry in own)
+    own = [entry for entry in own if shape_of(entry) == shape]
+    ms = sorted({entry["m"] for entry in own})
+    names = list(dict.fromkeys(entry["format"] for entry in own))
+    value = {(entry["format"], entry["m"]): f"{entry['x_bf16']:.2f}" for entry in own}
+    head = [f"x torch bf16, {shape[0]} x {shape[1]}", *(f"m = {m}" for m in ms)]
+    return table(head, [[f"`{name}`", *(value.get((name, m), "") for m in ms)] for name in names])
+
+
+def section(path: Path) -> str:
+    """The tables of one file of records, for all threads, with where and how they were measured."""
+    entries = [entry for entry in read([path]) if entry["status"] == "ok"]
+    threads = max((entry["threads"] or 0) for entry in entries)
+    entries = newest(entry for entry in entries if (entry["threads"] or 0) == threads)
+    if not ours(entries):
+        return ""
+    first = entries[0]
+    where = f"{first['device']}, {first['isa']}, {threads} threads" if threads else str(first["device"])
+    title = f"**{where}**, {first['date'][:10]}, `{path.as_posix()}`:"
+    tables = [decode_table(entries)] if any(e["m"] == 1 for e in ours(entries)) else []
+    if len({entry["m"] for entry in ours(entries)}) > 1:
+        tables.append(batch_table(entries))
+    return "\n\n".join([title, *tables])
+
+
+def replace_between(text: str, content: str) -> str:
+    """`text` with what lies between the markers replaced. RecordError if it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RecordError(f"no {BEGIN} ... {END} to put the tables into; add the two markers")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables or put them into a file; returns 0, or 2 if records or markers are missing."""
+    parser = argparse.ArgumentParser(prog="python -m fdk.bench.summary", description=__doc__)
+    parser.add_argument("records", nargs="+", type=Path, help=".jsonl files of the benchmark, or folders with them")
+    parser.add_argument("--into", type=Path, help="Markdown file with the markers")
+    args = parser.parse_args(argv)
+    try:
+        content = "\n\n".join(filter(None, map(section, files(args.records))))
+        if args.into is None:
+            print(content)
+            return 0
+        text = replace_between(args.into.read_text(), content)
+        handle, temporary = tempfile.mkstemp(dir=args.into.parent, prefix=args.into.name)
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.chmod(temporary, args.into.stat().st_mode)
+        os.replace(temporary, args.into)
+    except (RecordError, OSError) as error:
+        print(f"fdk.bench.summary: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
