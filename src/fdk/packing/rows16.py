@@ -127,7 +127,8 @@ def unpack(geometry: Geometry, data: Tensor, zeros_dtype: torch.dtype | None) ->
     cut = sizes(geometry, zeros_dtype)
     device = data.device
     if device.type == "meta":
-        parts = {"codes": torch.empty(geometry.n, geometry.format.code_bytes(1, geometry.k), dtype=torch.uint8, device=device)}
+        row = geometry.format.code_bytes(1, geometry.k)
+        parts = {"codes": torch.empty(geometry.n, row, dtype=torch.uint8, device=device)}
         parts["scales"] = torch.empty(geometry.n, geometry.groups, dtype=geometry.dtype, device=device)
         if zeros_dtype:
             parts["zeros"] = torch.empty(geometry.n, geometry.groups, dtype=zeros_dtype, device=device)

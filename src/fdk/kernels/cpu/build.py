@@ -26,6 +26,8 @@ FLAGS = (
 )  # fmt: skip
 LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-pthread")
 X86 = ("x86_64", "AMD64")
+# GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-Wno-maybe-uninitialized")
 
 # (source, architectures that compile it or None for all, flags): one unit per instruction set, each with its own
 # flags, because target attributes inside one unit fail with some compilers.
@@ -34,11 +36,11 @@ UNITS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...] = (
     ("pack.cpp", None, ("-O3",)),
     ("generic.cpp", None, ("-O2",)),
     ("x86_avx2.cpp", X86, ("-O2", "-mavx2", "-mfma", "-mf16c")),
-    ("x86_avx512.cpp", X86, ("-O2", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")),
+    ("x86_avx512.cpp", X86, ("-O2", *AVX512)),
     (
         "x86_avx512bf16.cpp",
         X86,
-        ("-O2", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512bf16", "-mfma", "-mf16c"),
+        ("-O2", *AVX512, "-mavx512vbmi", "-mavx512bf16"),
     ),
 )
 
@@ -61,7 +63,9 @@ def find_compiler() -> list[str] | None:
 def units(machine: str | None = None) -> list[tuple[Path, tuple[str, ...]]]:
     """Sources with their flags for an architecture (default: this one)."""
     machine = machine or platform.machine()
-    return [(CSRC / name, FLAGS + flags) for name, arches, flags in UNITS if arches is None or machine in arches]
+    wanted = [(name, flags) for name, arches, flags in UNITS if arches is None or machine in arches]
+    digest = (f'-DFDK_SOURCES="{source_digest()}"',)
+    return [(CSRC / name, FLAGS + flags + (digest if name == "dispatch.cpp" else ())) for name, flags in wanted]
 
 
 def version_of(compiler: list[str]) -> str:
@@ -69,13 +73,18 @@ def version_of(compiler: list[str]) -> str:
     return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def cache_key(compiler: list[str]) -> str:
-    """A digest of all sources, flags, the architecture and the compiler's version."""
-    digest = hashlib.sha256()
+def source_digest() -> str:
+    """A digest of the sources and flags; the library carries the one it was built from."""
+    digest = hashlib.sha256(repr((FLAGS, LINK_FLAGS, UNITS)).encode())
     for path in sorted(CSRC.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((FLAGS, LINK_FLAGS, UNITS, platform.machine(), version_of(compiler))).encode())
     return digest.hexdigest()[:20]
+
+
+def cache_key(compiler: list[str]) -> str:
+    """A digest of all sources, flags, the architecture and the compiler's version."""
+    text = source_digest() + platform.machine() + version_of(compiler)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def cache_directory() -> Path:

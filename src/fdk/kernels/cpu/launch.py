@@ -27,7 +27,12 @@ class Handle:
     __slots__ = ("__weakref__", "_memory", "address", "blocks", "dtype", "k", "n")
 
     def __init__(
-        self, loaded: Library, geometry: Geometry, data: Tensor | None, zeros_dtype: torch.dtype | None, table: Tensor | None
+        self,
+        loaded: Library,
+        geometry: Geometry,
+        data: Tensor,
+        zeros_dtype: torch.dtype | None,
+        table: Tensor | None,
     ) -> None:
         fmt = geometry.format
         if fmt.is_table:
@@ -40,7 +45,7 @@ class Handle:
         self._memory = ctypes.create_string_buffer(loaded.weight_size(len(ends)) + 64)
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
         status = loaded.weight_init(
-            self.address, data.data_ptr() if data is not None else None, geometry.n, geometry.k, fmt.bits, fmt.group or 0,
+            self.address, data.data_ptr(), geometry.n, geometry.k, fmt.bits, fmt.group or 0,
             _DTYPES[geometry.dtype], family, ends.buffer_info()[0], len(ends),
             table.data_ptr() if table is not None else None,
         )  # fmt: skip
@@ -121,7 +126,8 @@ def handle_of(weight: QuantisedWeight) -> Handle:
         handle = known[1]
     else:
         zeros = weight.parts.get("zeros")
-        handle = Handle(library(), weight.geometry, data, None if zeros is None else zeros.dtype, weight.parts.get("table"))
+        zeros_dtype = None if zeros is None else zeros.dtype
+        handle = Handle(library(), weight.geometry, data, zeros_dtype, weight.parts.get("table"))
         key = id(data)
         _handles[key] = (weakref.ref(data, lambda _: _handles.pop(key, None)), handle)
     weight.cache["cpu"] = handle

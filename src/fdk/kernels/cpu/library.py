@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
 _SIGNATURES = {
     "fdk_abi": (c_int32,),
+    "fdk_sources": (c_char_p,),
     "fdk_isa_available": (c_int32, c_int32),
     "fdk_use_isa": (c_int32, c_int32),
     "fdk_current_isa": (c_int32,),
@@ -35,6 +36,8 @@ _SIGNATURES = {
     "fdk_unpack": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
     "fdk_linear": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
     "fdk_dequantise": (None, c_void_p, c_void_p, c_int64, c_int64, c_int32),
+    "fdk_read": (None, c_void_p, c_int64, c_int32),
+    "fdk_multiply": (c_int64, c_int32, c_int64, c_int32),
     "fdk_block_row": (c_int64, c_void_p, c_int64),
 }  # fmt: skip
 
@@ -54,6 +57,9 @@ class Library:
             setattr(self, name.removeprefix("fdk_"), function)
         if self.abi() != ABI:
             raise OSError(f"{path} has interface version {self.abi()}, this package needs {ABI}; reinstall the package")
+        built_from = (self.sources() or b"").decode()
+        if built_from != build.source_digest():
+            raise OSError(f"{path} was built from other sources than those beside it; reinstall the package")
         if openmp:
             self._runtime = ctypes.CDLL(openmp)
             names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

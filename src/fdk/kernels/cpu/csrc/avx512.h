@@ -89,6 +89,7 @@ struct Avx512 {
     static FDK_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
     static FDK_INLINE vf broadcast(const void* p) { return _mm512_set1_ps(*(const float*)p); }
     static FDK_INLINE void keep(float* p, vf v) { _mm512_storeu_ps(p, v); }
+    static FDK_INLINE vf kept(const float* p) { return _mm512_loadu_ps(p); }
     static FDK_INLINE void keep_partial(float* p, vf v, int lanes) {
         _mm512_mask_storeu_ps(p, (__mmask16)((1u << lanes) - 1), v);
     }
@@ -190,12 +191,10 @@ typedef FloatPath<Avx512> Avx512Path;
 // addition replace four multiply-adds. nibbles :: [ranges][k_padded / 32][8][16] float32; in a unit, entry half * 4 + j
 // serves bits 4j .. 4j + 3 of that half.
 struct Nibbles {
-    typedef Block<Avx512Path, 1, 1, false> Plain;
-
-    static int64_t size(const fdk_weight* w, int64_t rows) {
+    static int64_t size(const fdk_weight& w) {
         // The tables take about as long as two blocks; each range of rows needs its own.
-        const bool pays = w->bits == 1 && rows == 1 && !w->split && w->blocks >= 8 * w->ranges_count;
-        return pays ? w->ranges_count * w->k_padded * 4 : 0;
+        const bool pays = w.bits == 1 && !w.split && w.blocks >= 8 * w.ranges_count;
+        return pays ? w.ranges_count * w.k_padded * 4 : 0;
     }
 
     static void prepare(const fdk_weight& w, const uint8_t* x, float* nibbles) {
@@ -223,30 +222,62 @@ struct Nibbles {
         }
     }
 
-    static void run(const Call& call) {
+    // Tables of 64 bytes for every 4 k do not fit the first-level cache, so BATCH blocks share a stretch of k whose
+    // tables do.
+    static constexpr int64_t BATCH = 8, TABLE_BYTES = 16 << 10;
+
+    static void run(const fdk_job& job, int64_t block0, int64_t block1) {
+        const fdk_weight& w = *job.w;
+        const int64_t fit = TABLE_BYTES / (w.units * 512), step = fit < 1 ? 1 : fit;
+        Call calls[BATCH];
+        int64_t count = 0, left = block1 - block0;
+        for_blocks(job, block0, block1, [&](Call& call) {
+            set_tile(call, job, 0);
+            calls[count++] = call;
+            left--;
+            if (count < BATCH && left) return;
+            __m512 totals[BATCH];
+            for (int64_t b = 0; b < count; b++) totals[b] = _mm512_setzero_ps();
+            for (int64_t s = 0; s < w.supers; s += step) {
+                const int64_t end = s + step < w.supers ? s + step : w.supers;
+                for (int64_t b = 0; b < count; b++) {
+                    // What is read next: the same stretch of the next block, the next stretch of the first, or the
+                    // start of the next batch.
+                    const uint8_t* next = b + 1 < count      ? calls[b + 1].block + s * w.super_bytes
+                                          : end < w.supers ? calls[0].block + end * w.super_bytes
+                                                           : calls[b].block + w.block_bytes;
+                    stretch(calls[b], s, end, next - (calls[b].block + s * w.super_bytes), totals[b]);
+                }
+            }
+            for (int64_t b = 0; b < count; b++) finish<Avx512, 1>(calls[b], &totals[b]);
+            count = 0;
+        });
+    }
+
+    static FDK_INLINE void stretch(const Call& call, int64_t first, int64_t end, int64_t ahead, __m512& total) {
         const fdk_weight& w = *call.w;
-        const float* t = call.tile->nibbles + call.range_index * w.k_padded * 4;
-        const float* sums = call.tile->sums;
+        const float* t = call.tile->nibbles + call.range_index * w.k_padded * 4 + first * w.units * 128;
+        const float* sums = call.tile->sums ? call.tile->sums + first : nullptr;
         const int64_t scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
-        __m512 total[1][1] = {{_mm512_setzero_ps()}};
-        const uint8_t* super = call.block;
-        for (int64_t s = 0; s < w.supers; s++, super += w.super_bytes) {
+        const uint8_t* super = call.block + first * w.super_bytes;
+        for (int64_t s = first; s < end; s++, super += w.super_bytes) {
             const uint8_t* zeros = zeros_size ? super + scales_size : nullptr;
             const uint8_t* unit = super + scales_size + zeros_size;
             __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            _mm_prefetch((const char*)super + ahead, _MM_HINT_T0);
             for (int64_t u = 0; u < w.units; u++, unit += 64, t += 128) {
                 const __m512i codes = _mm512_loadu_si512(unit);
-                _mm_prefetch((const char*)unit + 2048, _MM_HINT_T0);
+                _mm_prefetch((const char*)unit + ahead, _MM_HINT_T0);
                 unroll<0, 8>([&](auto n) FDK_LAMBDA {
                     constexpr int N = decltype(n)::value;
                     const __m512 value = _mm512_permutexvar_ps(Avx512::shr<4 * N>(codes), _mm512_load_ps(t + 16 * N));
                     acc[N % 4] = _mm512_add_ps(acc[N % 4], value);
                 });
             }
-            Plain::flush(w, super, zeros, sums, 0, acc, total[0]);
+            acc[0] = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
+            apply_scale<Avx512, 1>(w, super, zeros, sums, 0, acc, &total);
             if (sums) sums++;
         }
-        Plain::finish<1>(call, total);
     }
 };
 

@@ -10,7 +10,7 @@
 
 namespace {
 
-const int64_t CHUNK = 64;  // rows of x that are packed at a time, so also the most tiles there can be
+const int64_t MOST_TILES = 64;
 
 #if defined(__x86_64__)
 bool has(int isa) {
@@ -85,8 +85,10 @@ void* scratch_of(size_t size) {
 
 struct Run {
     fdk_job job;
-    fdk_tile tiles[CHUNK];
-    const uint8_t* x;  // row 0 of the chunk
+    fdk_plan plan;
+    fdk_tile tiles[MOST_TILES];
+    const uint8_t* x;    // row 0 of the chunk
+    uint8_t* workspace;  // plan.workspace bytes for each thread
 };
 
 void pack_part(void* context, int64_t part, int64_t parts) {
@@ -94,13 +96,14 @@ void pack_part(void* context, int64_t part, int64_t parts) {
     for (int64_t t = r.job.tiles_count * part / parts; t < r.job.tiles_count * (part + 1) / parts; t++) {
         const fdk_tile& tile = r.tiles[t];
         const uint8_t* x = r.x + (tile.row - r.tiles[0].row) * r.job.w->k * r.job.w->scale_bytes;
-        current->pack(r.job.w, x, tile.rows, tile.width, (void*)tile.x, (float*)tile.sums, (float*)tile.nibbles);
+        current->pack(r.job.w, &r.plan, x, tile.rows, (void*)tile.x, (float*)tile.sums, (float*)tile.nibbles);
     }
 }
 
 void linear_part(void* context, int64_t part, int64_t parts) {
     const Run& r = *(const Run*)context;
-    current->linear(&r.job, r.job.w->blocks * part / parts, r.job.w->blocks * (part + 1) / parts);
+    current->linear(&r.job, r.job.w->blocks * part / parts, r.job.w->blocks * (part + 1) / parts,
+                    r.workspace + part * r.plan.workspace);
 }
 
 struct Rows {
@@ -138,6 +141,9 @@ extern "C" void fdk_parallel(void (*fn)(void*, int64_t, int64_t), void* context,
 
 FDK_EXPORT int32_t fdk_abi(void) { return FDK_ABI; }
 
+// The digest of the sources this library was built from, as build.py computes it.
+FDK_EXPORT const char* fdk_sources(void) { return FDK_SOURCES; }
+
 FDK_EXPORT int32_t fdk_isa_available(int32_t isa) {
     if (isa == FDK_GENERIC) return 1;
     return isa > FDK_GENERIC && isa < FDK_ISAS && ops_of(isa) && has(isa);
@@ -161,48 +167,44 @@ FDK_EXPORT void fdk_use_openmp(void* parallel, void* thread_num, void* num_threa
 // x :: [m, k], bias :: [n] or null, out :: [m, n], all of the weight's dtype. Returns 0, or -1 if out of memory.
 FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bias, void* out, int64_t m,
                               int32_t threads) {
-    const int dot = current->bf16_dot && w->bf16_exact;
-    const int64_t row_size = w->k_padded * (dot ? 2 : 4);
-    const int64_t sums_size = w->zero_bytes ? w->supers * (w->split ? 2 : 1) * (int64_t)sizeof(float) : 0;
+    // Waking a thread costs about as much as 64 KiB of weights or a million products.
     if (w->blocks * w->block_bytes < 64 * 1024 && m * w->n * w->k < (1 << 20)) threads = 1;
     if (threads > w->blocks) threads = (int32_t)w->blocks;
-    for (int64_t row = 0; row < m; row += CHUNK) {
-        const int64_t rows = m - row < CHUNK ? m - row : CHUNK;
-        Run r;
-        r.job.w = w, r.job.tiles = r.tiles, r.job.tiles_count = 0, r.job.bias = bias, r.job.out = out;
+    if (threads < 1 || !gomp_parallel) threads = 1;
+    const int64_t sums_size = w->zero_bytes ? w->supers * (w->split ? 2 : 1) * (int64_t)sizeof(float) : 0;
+    Run r;
+    for (int64_t row = 0; row < m; row += r.plan.rows) {
+        current->plan(w, m - row, &r.plan);
+        if (r.plan.rows > m - row) r.plan.rows = m - row;
+        const int64_t rows = r.plan.rows, width = r.plan.width;
+        r.job.w = w, r.job.plan = &r.plan, r.job.tiles = r.tiles, r.job.bias = bias, r.job.out = out;
+        r.job.tiles_count = (rows + width - 1) / width;
         r.x = (const uint8_t*)x + row * w->k * w->scale_bytes;
-        const int64_t nibbles = current->nibbles_size ? current->nibbles_size(w, rows) : 0;
-        // A single row that already has the layout a kernel wants is used where it lies.
-        const bool in_place = rows == 1 && w->k == w->k_padded && (dot || w->dtype == FDK_FP32) && !nibbles;
-        size_t size = 64 + round_up(nibbles * 4);
-        for (int64_t at = 0; at < rows;) {
-            fdk_tile& t = r.tiles[r.job.tiles_count++];
-            t.row = row + at;
-            t.width = current->width_for(w, rows - at);
-            t.rows = (int32_t)(rows - at < t.width ? rows - at : t.width);
-            at += t.rows;
-            size += round_up(t.width * row_size) + round_up(t.width * sums_size);
-        }
-        uint8_t* memory = (uint8_t*)(in_place && !sums_size ? nullptr : scratch_of(size));
-        if (!memory && !(in_place && !sums_size)) return -1;
-        if (nibbles) {
-            r.tiles[0].nibbles = (const float*)memory;
-            memory += round_up(nibbles * 4);
-        }
-        for (int64_t i = 0; i < r.job.tiles_count; i++) {
+        // One row that already is what the kernel reads is used where it lies.
+        const bool as_is = r.plan.bf16_pairs || w->dtype == FDK_FP32;
+        const bool packed = !(rows == 1 && width == 1 && as_is && w->k == w->k_padded) && !r.plan.nibbles;
+        const int64_t x_size = packed ? round_up(width * w->k_padded * (r.plan.bf16_pairs ? 2 : 4)) : 0;
+        const int64_t tile_size = x_size + round_up(width * sums_size);
+        const int64_t workspace = round_up(r.plan.workspace);
+        uint8_t* memory = (uint8_t*)scratch_of(64 + round_up(r.plan.nibbles * 4) + r.job.tiles_count * tile_size +
+                                               threads * workspace);
+        if (!memory) return -1;
+        r.plan.workspace = workspace;
+        r.workspace = memory;
+        memory += threads * workspace;
+        float* nibbles = r.plan.nibbles ? (float*)memory : nullptr;
+        memory += round_up(r.plan.nibbles * 4);
+        for (int64_t i = 0; i < r.job.tiles_count; i++, memory += tile_size) {
             fdk_tile& t = r.tiles[i];
-            if (!nibbles) t.nibbles = nullptr;
-            t.x = memory;
-            if (memory) memory += round_up(t.width * row_size);
-            t.sums = sums_size ? (const float*)memory : nullptr;
-            if (memory) memory += round_up(t.width * sums_size);
+            t.row = row + i * width;
+            t.width = (int32_t)width;
+            t.rows = (int32_t)(rows - i * width < width ? rows - i * width : width);
+            t.x = packed ? memory : nullptr;
+            t.sums = sums_size ? (const float*)(memory + x_size) : nullptr;
+            t.nibbles = nibbles;
         }
-        if (in_place) {
-            r.tiles[0].x = r.x;
-            if (sums_size) current->pack(w, r.x, 1, 1, nullptr, (float*)r.tiles[0].sums, nullptr);
-        } else {
-            fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
-        }
+        if (packed || sums_size || nibbles) fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
+        if (!packed) r.tiles[0].x = r.x;
         fdk_parallel(linear_part, &r, threads);
     }
     return 0;
@@ -216,4 +218,43 @@ FDK_EXPORT void fdk_dequantise(const fdk_weight* w, void* out, int64_t block0, i
     Rows r = {w, (uint8_t*)out, block0, block1};
     if (threads > block1 - block0) threads = (int32_t)(block1 - block0);
     fdk_parallel(dequantise_part, &r, threads);
+}
+
+namespace {
+
+struct Probe {
+    const uint8_t* p;
+    int64_t size;
+    int32_t dtype;
+    int64_t steps, operations;
+};
+
+void read_part(void* context, int64_t part, int64_t parts) {
+    Probe& probe = *(Probe*)context;
+    const int64_t lines = probe.size / 256, from = lines * part / parts, to = lines * (part + 1) / parts;
+    volatile uint64_t seen = current->read(probe.p + 256 * from, 256 * (to - from));
+    (void)seen;
+}
+
+void multiply_part(void* context, int64_t part, int64_t parts) {
+    Probe& probe = *(Probe*)context;
+    float sink[FDK_ROWS];
+    const int64_t operations = current->multiply(probe.dtype, probe.steps, sink);
+    if (part == 0) probe.operations = operations * parts;
+}
+
+}  // namespace
+
+// Probes for benchmarks. Reads size bytes once, split over the threads.
+FDK_EXPORT void fdk_read(const void* p, int64_t size, int32_t threads) {
+    Probe probe = {(const uint8_t*)p, size, 0, 0, 0};
+    fdk_parallel(read_part, &probe, threads);
+}
+
+// Multiply-adds from registers and first-level cache, as the kernels use for this dtype; returns the floating-point
+// operations that were done.
+FDK_EXPORT int64_t fdk_multiply(int32_t dtype, int64_t steps, int32_t threads) {
+    Probe probe = {nullptr, 0, dtype, steps, 0};
+    fdk_parallel(multiply_part, &probe, threads);
+    return probe.operations * steps;
 }

@@ -27,6 +27,7 @@ enum fdk_dtype { FDK_BF16 = 0, FDK_FP16 = 1, FDK_FP32 = 2 };
 enum fdk_family { FDK_TABLE = 0, FDK_INT = 1, FDK_UINT_U8 = 2, FDK_UINT_FLOAT = 3 };
 enum fdk_isa { FDK_GENERIC = 0, FDK_AVX2 = 1, FDK_AVX512 = 2, FDK_AVX512BF16 = 3, FDK_ISAS = 4 };
 static const int64_t FDK_ROWS = 16, FDK_UNIT = 32;
+static const int64_t FDK_PANEL_WIDTH = 12;  // widest tile of any kernel
 
 // A range of rows with one table. Values are expanded to 256 entries (repeated), so that an index whose bits above
 // the code are garbage still finds its value and kernels need no masks.
@@ -72,24 +73,35 @@ struct fdk_tile {
 
 struct fdk_job {
     const struct fdk_weight* w;
+    const struct fdk_plan* plan;
     const struct fdk_tile* tiles;
     int64_t tiles_count;
     const void* bias;  // [n] of the weight's dtype, or null
     void* out;         // [m, n] of the weight's dtype
 };
 
+// How the rows of x are cut for one call.
+struct fdk_plan {
+    int64_t rows;       // rows of x packed at a time
+    int64_t nibbles;    // floats of nibble tables, 0 for none
+    int64_t workspace;  // bytes for each thread, 0 for none; nonzero chooses the panel kernels
+    int32_t width;      // of every tile
+    int32_t bf16_pairs; // activations are packed as bf16 pairs, else as float32
+};
+
 // What one instruction set provides.
 struct fdk_ops {
-    int32_t bf16_dot;  // activations of weights with bf16_exact are packed as bf16 pairs
-    void (*linear)(const struct fdk_job*, int64_t block0, int64_t block1);
+    void (*plan)(const struct fdk_weight*, int64_t m, struct fdk_plan*);
+    // Rows of x into a tile; dst, sums and nibbles may be null.
+    void (*pack)(const struct fdk_weight*, const struct fdk_plan*, const void* x, int32_t rows, void* dst, float* sums,
+                 float* nibbles);
+    void (*linear)(const struct fdk_job*, int64_t block0, int64_t block1, void* workspace);
     // Rows of blocks [block0, block1) scaled and rounded to the weight's dtype; out points at row 0 of block0.
     void (*dequantise)(const struct fdk_weight*, void* out, int64_t block0, int64_t block1);
-    int32_t (*width_for)(const struct fdk_weight*, int64_t rows);  // width of the next tile when `rows` are left
-    // Rows of x into a tile of `width`; sums and nibbles may be null.
-    void (*pack)(const struct fdk_weight*, const void* x, int32_t rows, int32_t width, void* dst, float* sums,
-                 float* nibbles);
-    // Floats of nibble tables wanted for one row of x, 0 for none; null if never.
-    int64_t (*nibbles_size)(const struct fdk_weight*, int64_t rows);
+    // Probes for benchmarks: reads every cache line of [p, p + size); runs `steps` rounds of independent multiply-adds
+    // of the kind the kernels use for this dtype and returns the operations of one round.
+    uint64_t (*read)(const void* p, int64_t size);
+    int64_t (*multiply)(int32_t dtype, int64_t steps, float* sink);
 };
 
 #ifdef __cplusplus

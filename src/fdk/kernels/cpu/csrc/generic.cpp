@@ -69,21 +69,26 @@ struct Generic {
 
 typedef FloatPath<Generic> Path;
 
-void linear(const fdk_job* job, int64_t block0, int64_t block1) {
-    static const BlockFn narrow[2][9] = {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)};
-    static const BlockFn wide[2][9] = {FDK_BY_BITS(Path, 4, false), FDK_BY_BITS(Path, 4, true)};
-    const int bits = job->w->bits, split = job->w->split;
-    run_job(*job, block0, block1,
-            [&](const Call& call) { return call.tile->width == 1 ? narrow[split][bits] : wide[split][bits]; });
+void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
+    static const BlockFn one_row[2][9] = {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)};
+    static const Panels<Path>::Tile tiles[5] = {{}, {}, FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3), FDK_PANEL_TILE(Path, 4)};
+    if (job->plan->workspace) return run_panels<Path>(*job, block0, block1, workspace, tiles);
+    const BlockFn fn = one_row[job->w->split][job->w->bits];
+    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
 
-int32_t width_for(const fdk_weight*, int64_t rows) { return rows == 1 ? 1 : 4; }
-
-void pack(const fdk_weight* w, const void* x, int32_t rows, int32_t width, void* dst, float* sums, float*) {
-    pack_floats<Generic>(*w, (const uint8_t*)x, rows, width, (float*)dst, sums);
+void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
+    *plan = fdk_plan{1, 0, 0, 1, 0};
+    if (m > 1) plan_panels<Path>(*w, m, 4, plan);
 }
 
-const fdk_ops ops = {0, linear, dequantise_blocks<Generic>, width_for, pack, nullptr};
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float*) {
+    pack_floats<Generic>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
+}
+
+int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Path>(steps, sink); }
+
+const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Generic>, read_lines<Generic>, multiply};
 
 }  // namespace
 

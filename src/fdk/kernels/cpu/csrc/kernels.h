@@ -73,6 +73,34 @@ struct FloatPath {
             acc[c] = I::fma(odd, I::broadcast(x + M + c), acc[c]);
         });
     }
+
+    template <int B>
+    static FDK_INLINE void expand(const Values<B>& values, typename I::vi codes, uint32_t* panel) {
+        typename I::vf even, odd;
+        values.pair(codes, even, odd);
+        I::keep((float*)panel, even);
+        I::keep((float*)panel + FDK_ROWS, odd);
+    }
+
+    // acc :: [T][M]: T vectors of rows next to each other, M rows of x.
+    template <int T, int M>
+    static FDK_INLINE void multiply(const uint32_t* panel, const uint32_t* x, typename I::vf* acc) {
+        unroll<0, 2>([&](auto parity) FDK_LAMBDA {
+            constexpr int K = decltype(parity)::value;
+            typename I::vf value[T];
+            unroll<0, T>([&](auto t) FDK_LAMBDA {
+                value[decltype(t)::value] = I::kept((const float*)panel + K * FDK_ROWS + decltype(t)::value * I::W);
+            });
+            unroll<0, M>([&](auto i) FDK_LAMBDA {
+                constexpr int c = decltype(i)::value;
+                const typename I::vf xs = I::broadcast(x + K * M + c);
+                unroll<0, T>([&](auto t) FDK_LAMBDA {
+                    constexpr int at = decltype(t)::value * M + c;
+                    acc[at] = I::fma(value[decltype(t)::value], xs, acc[at]);
+                });
+            });
+        });
+    }
 };
 
 // One tile on one block: out[row .. row + rows, col .. col + lanes] = x . W^T + bias, columns = rows of the block.
@@ -83,9 +111,50 @@ struct Call {
     const fdk_tile* tile;
     const uint8_t* bias;  // at col, or null
     uint8_t* out;         // at [row, col]
+    int64_t col;
     int lanes;
     int range_index;
 };
+
+// total += scale * (acc - zero * sum of x), the only place where scales and zeros are applied.
+template <class I, int M>
+FDK_INLINE void apply_scale(const fdk_weight& w, const uint8_t* scales, const uint8_t* zeros, const float* sums, int h,
+                            typename I::vf* acc, typename I::vf* total) {
+    const typename I::vf scale = I::floats(scales + h * I::W * w.scale_bytes, w.dtype);
+    if (zeros) {
+        const typename I::vf zero = w.family == FDK_UINT_U8
+                                        ? I::sub_scalar(I::bytes(zeros + h * I::W), (float)(1 << (w.bits - 1)))
+                                        : I::floats(zeros + h * I::W * w.zero_bytes, w.dtype);
+        unroll<0, M>([&](auto i) FDK_LAMBDA {
+            constexpr int c = decltype(i)::value;
+            acc[c] = I::fnma(zero, I::broadcast(sums + c), acc[c]);
+        });
+    }
+    unroll<0, M>([&](auto i) FDK_LAMBDA {
+        constexpr int c = decltype(i)::value;
+        total[c] = I::fma(acc[c], scale, total[c]);
+    });
+}
+
+// Rounds the totals of 16 rows of W and M rows of x, with the bias, into out.
+template <class I, int M>
+FDK_INLINE void finish(const Call& call, const typename I::vf* total) {
+    const fdk_weight& w = *call.w;
+    for (int h = 0; h < (int)FDK_ROWS / I::W; h++) {
+        int lanes = call.lanes - h * I::W;
+        if (lanes <= 0) break;
+        if (lanes > I::W) lanes = I::W;
+        typename I::vf bias = I::zero();
+        if (call.bias) bias = I::floats_partial(call.bias + h * I::W * w.scale_bytes, w.dtype, lanes);
+        unroll<0, M>([&](auto i) FDK_LAMBDA {
+            constexpr int c = decltype(i)::value;
+            if (c < call.tile->rows) {
+                const typename I::vf y = total[h * M + c];
+                I::store(call.out + (c * w.n + h * I::W) * w.scale_bytes, w.dtype, call.bias ? I::add(y, bias) : y, lanes);
+            }
+        });
+    }
+}
 
 // x :: packed tile (see fdk_tile); totals :: [16 rows][M] float32 in registers.
 template <class Path, int B, int M, bool SPLIT>
@@ -95,7 +164,7 @@ struct Block {
     static constexpr int W = I::W, H = (int)FDK_ROWS / W;
     static constexpr int PAIR = Path::words_per_pair * M;  // dwords of x per pair
     // Chains of dependent multiply-adds: enough of them to hide the latency when there are few rows.
-    static constexpr int SETS = M == 1 ? 4 : M <= 3 ? 2 : 1;
+    static constexpr int SETS = M == 1 ? 4 : M <= 5 ? 2 : 1;
     typedef typename Path::template Values<B> Values;
 
     template <int P0, int P1>
@@ -106,7 +175,6 @@ struct Block {
         });
     }
 
-    // total += scale * (acc - zero * sum of x), the only place where scales and zeros are applied.
     static FDK_INLINE void flush(const fdk_weight& w, const uint8_t* scales, const uint8_t* zeros, const float* sums,
                                  int h, vf (&acc)[SETS * M], vf (&total)[M]) {
         unroll<1, SETS>([&](auto s) FDK_LAMBDA {
@@ -115,19 +183,7 @@ struct Block {
                 acc[c] = I::add(acc[c], acc[decltype(s)::value * M + c]);
             });
         });
-        vf scale = I::floats(scales + h * W * w.scale_bytes, w.dtype);
-        if (zeros) {
-            vf zero = w.family == FDK_UINT_U8 ? I::sub_scalar(I::bytes(zeros + h * W), (float)(1 << (B - 1)))
-                                              : I::floats(zeros + h * W * w.zero_bytes, w.dtype);
-            unroll<0, M>([&](auto i) FDK_LAMBDA {
-                constexpr int c = decltype(i)::value;
-                acc[c] = I::fnma(zero, I::broadcast(sums + c), acc[c]);
-            });
-        }
-        unroll<0, M>([&](auto i) FDK_LAMBDA {
-            constexpr int c = decltype(i)::value;
-            total[c] = I::fma(acc[c], scale, total[c]);
-        });
+        apply_scale<I, M>(w, scales, zeros, sums, h, acc, total);
         unroll<0, SETS * M>([&](auto i) FDK_LAMBDA { acc[decltype(i)::value] = I::zero(); });
     }
 
@@ -171,27 +227,101 @@ struct Block {
             x += units * 16 * PAIR;
             if (sums) sums += S * M;
         }
-        finish<M>(call, total);
+        finish<I, M>(call, total[0]);
+    }
+};
+
+// Many rows of x: the values of a block are expanded once, without scales, into a panel that stays in the first-level
+// cache, and every tile multiplies the panel. panel :: [pairs][words_per_pair][16 rows].
+template <class Path>
+struct Panels {
+    typedef typename Path::I I;
+    typedef typename I::vf vf;
+    static constexpr int W = I::W, H = (int)FDK_ROWS / W, WORDS = Path::words_per_pair;
+    static constexpr int TOGETHER = W == 16 ? 1 : 2;  // vectors of rows that share one load of x
+    static constexpr int64_t BYTES = 8 << 10;
+
+    // Superblocks expanded at a time. A superblock is never cut: its zeros apply to sums over whole groups.
+    static int64_t supers_at_once(const fdk_weight& w) {
+        const int64_t one = w.units * 16 * WORDS * 64, fit = BYTES / one;
+        return fit < 1 ? 1 : fit < w.supers ? fit : w.supers;
     }
 
-    template <int ROWS>
-    static FDK_INLINE void finish(const Call& call, vf (&total)[H][ROWS]) {
-        const fdk_weight& w = *call.w;
-        for (int h = 0; h < H; h++) {
-            int lanes = call.lanes - h * W;
-            if (lanes <= 0) break;
-            if (lanes > W) lanes = W;
-            vf bias = I::zero();
-            if (call.bias) bias = I::floats_partial(call.bias + h * W * w.scale_bytes, w.dtype, lanes);
-            unroll<0, ROWS>([&](auto i) FDK_LAMBDA {
+    static int64_t panel_size(const fdk_weight& w) { return supers_at_once(w) * w.units * 16 * WORDS * 64; }
+
+    template <int B>
+    static void expand(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* panel) {
+        const typename Path::template Values<B> values(range);
+        const int S = w.split ? 2 : 1;
+        for (int64_t s = 0; s < supers; s++, super += w.super_bytes) {
+            const uint8_t* unit = super + S * FDK_ROWS * (w.scale_bytes + w.zero_bytes);
+            for (int64_t u = 0; u < w.units; u++, unit += 64 * B, panel += 16 * WORDS * FDK_ROWS) {
+                unroll<0, B>([&](auto line) FDK_LAMBDA { I::prefetch(unit + 64 * decltype(line)::value + 2048); });
+                for (int h = 0; h < H; h++)
+                    unroll<0, 16>([&](auto p) FDK_LAMBDA {
+                        constexpr int P = decltype(p)::value;
+                        Path::template expand<B>(values, pair_codes<I, B, P>(unit + 4 * W * h),
+                                                 panel + P * WORDS * FDK_ROWS + h * W);
+                    });
+            }
+        }
+    }
+
+    // totals :: [16 / W][M] vectors, updated with `groups` groups of a panel.
+    template <int M>
+    static void multiply(const fdk_weight& w, const uint8_t* super, int64_t supers, const uint32_t* panel,
+                         const uint32_t* x, const float* sums, float* totals) {
+        const int S = w.split ? 2 : 1;
+        const int64_t scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
+        const int64_t eights = w.units * 2 / S;  // eight pairs, 16 k
+        for (int h = 0; h < H; h += TOGETHER) {
+            vf total[TOGETHER * M], acc[TOGETHER * M];
+            unroll<0, TOGETHER * M>([&](auto i) FDK_LAMBDA {
                 constexpr int c = decltype(i)::value;
-                if (c < call.tile->rows) {
-                    vf y = call.bias ? I::add(total[h][c], bias) : total[h][c];
-                    I::store(call.out + (c * w.n + h * W) * w.scale_bytes, w.dtype, y, lanes);
+                total[c] = I::kept(totals + (h * M + c) * W);
+                acc[c] = I::zero();
+            });
+            const uint32_t *v = panel + h * W, *xp = x;
+            const float* sum = sums;
+            const uint8_t* at = super;
+            for (int64_t s = 0; s < supers; s++, at += w.super_bytes) {
+                for (int i = 0; i < S; i++) {
+                    for (int64_t e = 0; e < eights; e++, v += 8 * WORDS * FDK_ROWS, xp += 8 * WORDS * M)
+                        unroll<0, 8>([&](auto p) FDK_LAMBDA {
+                            constexpr int P = decltype(p)::value;
+                            Path::template multiply<TOGETHER, M>(v + P * WORDS * FDK_ROWS, xp + P * WORDS * M, acc);
+                        });
+                    unroll<0, TOGETHER>([&](auto t) FDK_LAMBDA {
+                        constexpr int T = decltype(t)::value;
+                        apply_scale<I, M>(w, at + i * scales_size, zeros_size ? at + S * scales_size + i * zeros_size : nullptr,
+                                          sum, h + T, acc + T * M, total + T * M);
+                    });
+                    unroll<0, TOGETHER * M>([&](auto c) FDK_LAMBDA { acc[decltype(c)::value] = I::zero(); });
+                    if (sum) sum += M;
                 }
+            }
+            unroll<0, TOGETHER * M>([&](auto i) FDK_LAMBDA {
+                constexpr int c = decltype(i)::value;
+                I::keep(totals + (h * M + c) * W, total[c]);
             });
         }
     }
+
+    template <int M>
+    static void write(const Call& call, const float* totals) {
+        vf total[H * M];
+        for (int i = 0; i < H * M; i++) total[i] = I::kept(totals + i * W);
+        finish<I, M>(call, total);
+    }
+
+    typedef void (*ExpandFn)(const fdk_weight&, const fdk_range&, const uint8_t*, int64_t, uint32_t*);
+    typedef void (*MultiplyFn)(const fdk_weight&, const uint8_t*, int64_t, const uint32_t*, const uint32_t*, const float*,
+                               float*);
+    typedef void (*WriteFn)(const Call&, const float*);
+    struct Tile {
+        MultiplyFn multiply;
+        WriteFn write;
+    };
 };
 
 typedef void (*BlockFn)(const Call&);
@@ -202,15 +332,15 @@ FDK_INLINE const fdk_range* range_of(const fdk_weight& w, int64_t block) {
     return r;
 }
 
-// Runs all tiles on blocks [block0, block1): blocks outside, so that a block is read from memory once.
-template <class Pick>
-FDK_INLINE void run_job(const fdk_job& job, int64_t block0, int64_t block1, Pick&& pick) {
+// visit(call) for every block of [block0, block1), everything but the tile filled in.
+template <class Visit>
+FDK_INLINE void for_blocks(const fdk_job& job, int64_t block0, int64_t block1, Visit&& visit) {
     const fdk_weight& w = *job.w;
     if (block0 >= block1) return;
     const fdk_range* range = range_of(w, block0);
     for (int64_t b = block0; b < block1; b++) {
         while (b >= range->block1) range++;
-        int64_t col = range->row0 + (b - range->block0) * FDK_ROWS, left = range->row1 - col;
+        const int64_t col = range->row0 + (b - range->block0) * FDK_ROWS, left = range->row1 - col;
         Call call;
         call.w = &w;
         call.range = range;
@@ -218,12 +348,58 @@ FDK_INLINE void run_job(const fdk_job& job, int64_t block0, int64_t block1, Pick
         call.block = w.data + b * w.block_bytes;
         call.bias = job.bias ? (const uint8_t*)job.bias + col * w.scale_bytes : nullptr;
         call.lanes = left < FDK_ROWS ? (int)left : (int)FDK_ROWS;
+        call.col = col;
+        visit(call);
+    }
+}
+
+FDK_INLINE void set_tile(Call& call, const fdk_job& job, int64_t tile) {
+    call.tile = job.tiles + tile;
+    call.out = (uint8_t*)job.out + (call.tile->row * call.w->n + call.col) * call.w->scale_bytes;
+}
+
+// All tiles on each block in turn, so that a block is read from memory once.
+template <class Pick>
+FDK_INLINE void run_blocks(const fdk_job& job, int64_t block0, int64_t block1, Pick&& pick) {
+    for_blocks(job, block0, block1, [&](Call& call) {
         for (int64_t t = 0; t < job.tiles_count; t++) {
-            call.tile = job.tiles + t;
-            call.out = (uint8_t*)job.out + (call.tile->row * w.n + col) * w.scale_bytes;
+            set_tile(call, job, t);
             pick(call)(call);
         }
-    }
+    });
+}
+
+// The same through panels. workspace :: panel, then totals of every tile.
+template <class Path>
+void run_panels(const fdk_job& job, int64_t block0, int64_t block1, void* workspace, const typename Panels<Path>::Tile* tiles) {
+    typedef Panels<Path> P;
+    static const typename P::ExpandFn expand[9] = {
+        nullptr,
+        P::template expand<1>, P::template expand<2>, P::template expand<3>, P::template expand<4>,
+        P::template expand<5>, P::template expand<6>, P::template expand<7>, P::template expand<8>};
+    const fdk_weight& w = *job.w;
+    const int64_t step = P::supers_at_once(w), groups = w.split ? 2 : 1;
+    uint32_t* panel = (uint32_t*)workspace;
+    float* totals = (float*)((uint8_t*)workspace + P::panel_size(w));
+    for_blocks(job, block0, block1, [&](Call& call) {
+        memset(totals, 0, job.tiles_count * FDK_PANEL_WIDTH * FDK_ROWS * sizeof(float));
+        for (int64_t s = 0; s < w.supers; s += step) {
+            const int64_t count = w.supers - s < step ? w.supers - s : step;
+            const uint8_t* super = call.block + s * w.super_bytes;
+            expand[w.bits](w, *call.range, super, count, panel);
+            for (int64_t t = 0; t < job.tiles_count; t++) {
+                const fdk_tile& tile = job.tiles[t];
+                tiles[tile.width].multiply(w, super, count, panel,
+                                           (const uint32_t*)tile.x + s * w.units * 16 * Path::words_per_pair * tile.width,
+                                           tile.sums ? tile.sums + s * groups * tile.width : nullptr,
+                                           totals + t * FDK_PANEL_WIDTH * FDK_ROWS);
+            }
+        }
+        for (int64_t t = 0; t < job.tiles_count; t++) {
+            set_tile(call, job, t);
+            tiles[call.tile->width].write(call, totals + t * FDK_PANEL_WIDTH * FDK_ROWS);
+        }
+    });
 }
 
 // Blocks to rows: values times scales, rounded once, row-major. out :: [rows of the blocks][k].
@@ -303,6 +479,21 @@ struct PlainPanel {
     }
 };
 
+// Cuts m rows into chunks of at most `most`, and a chunk into tiles of at most `widest`, all as even as they can be.
+FDK_INLINE void cut_rows(int64_t m, int64_t most, int64_t widest, fdk_plan* plan) {
+    const int64_t chunks = (m + most - 1) / most;
+    plan->rows = (m + chunks - 1) / chunks;
+    const int64_t tiles = (plan->rows + widest - 1) / widest;
+    plan->width = (int32_t)((plan->rows + tiles - 1) / tiles);
+}
+
+template <class Path>
+FDK_INLINE void plan_panels(const fdk_weight& w, int64_t m, int64_t widest, fdk_plan* plan) {
+    cut_rows(m, 8 * widest, widest, plan);
+    const int64_t tiles = (plan->rows + plan->width - 1) / plan->width;
+    plan->workspace = Panels<Path>::panel_size(w) + tiles * FDK_PANEL_WIDTH * FDK_ROWS * (int64_t)sizeof(float);
+}
+
 // Activations of one tile: x :: rows `row ..` of [m, k] -> dst :: [k_padded][width] float32, sums :: [groups][width].
 // Rows beyond `rows` and k beyond w.k become zeros.
 template <class I>
@@ -361,6 +552,39 @@ void pack_bf16_pairs(const fdk_weight& w, const uint16_t* x, int rows, int width
 }
 
 template <class I>
+uint64_t read_lines(const void* p, int64_t size) {
+    typename I::vi seen[4] = {I::zero_words(), I::zero_words(), I::zero_words(), I::zero_words()};
+    const uint8_t* at = (const uint8_t*)p;
+    for (int64_t i = 0; i + 256 <= size; i += 256, at += 256)
+        unroll<0, 4>([&](auto n) FDK_LAMBDA {
+            constexpr int line = decltype(n)::value;
+            I::prefetch(at + 64 * line + 2048);
+            unroll<0, 16 / I::W>([&](auto h) FDK_LAMBDA {
+                seen[line] = I::or_and(seen[line], I::load(at + 64 * line + 4 * I::W * decltype(h)::value), 0xffffffffu);
+            });
+        });
+    for (int n = 1; n < 4; n++) seen[0] = I::or_and(seen[0], seen[n], 0xffffffffu);
+    uint64_t first;
+    memcpy(&first, &seen[0], 8);
+    return first;
+}
+
+// Independent chains, as many as hide the latency; returns the operations of one step.
+template <class Path>
+int64_t multiply_chains(int64_t steps, float* sink) {
+    typedef typename Path::I I;
+    uint32_t panel[2 * FDK_ROWS], x[2 * 12];
+    memset(panel, 0, sizeof(panel));
+    memset(x, 0, sizeof(x));
+    typename I::vf acc[12];
+    for (int i = 0; i < 12; i++) acc[i] = I::zero();
+    for (int64_t s = 0; s < steps; s++) Path::template multiply<1, 12>(panel, x, acc);
+    for (int i = 1; i < 12; i++) acc[0] = I::add(acc[0], acc[i]);
+    I::keep(sink, acc[0]);
+    return 12 * 2 * 2 * I::W;
+}
+
+template <class I>
 void dequantise_blocks(const fdk_weight* w, void* out, int64_t block0, int64_t block1) {
     static void (*const by_bits[9])(const fdk_weight&, uint8_t*, int64_t, int64_t) = {
         nullptr,
@@ -368,6 +592,14 @@ void dequantise_blocks(const fdk_weight* w, void* out, int64_t block0, int64_t b
         Dequantise<I, 5>::run, Dequantise<I, 6>::run, Dequantise<I, 7>::run, Dequantise<I, 8>::run};
     if (block0 < block1) by_bits[w->bits](*w, (uint8_t*)out, block0, block1);
 }
+
+// Widths of even cuts into tiles of at most 12; 2 to 4 only for weights whose groups end inside a unit.
+#define FDK_PANEL_TILES(PATH)                                                                              \
+    {{}, {}, FDK_PANEL_TILE(PATH, 2), FDK_PANEL_TILE(PATH, 3), FDK_PANEL_TILE(PATH, 4), FDK_PANEL_TILE(PATH, 5), \
+     FDK_PANEL_TILE(PATH, 6), FDK_PANEL_TILE(PATH, 7), FDK_PANEL_TILE(PATH, 8), FDK_PANEL_TILE(PATH, 9),   \
+     FDK_PANEL_TILE(PATH, 10), FDK_PANEL_TILE(PATH, 11), FDK_PANEL_TILE(PATH, 12)}
+
+#define FDK_PANEL_TILE(PATH, M) {Panels<PATH>::multiply<M>, Panels<PATH>::write<M>}
 
 #define FDK_BY_BITS(PATH, M, SPLIT)                                                                         \
     {nullptr, Block<PATH, 1, M, SPLIT>::run, Block<PATH, 2, M, SPLIT>::run, Block<PATH, 3, M, SPLIT>::run,   \

@@ -100,28 +100,34 @@ struct Avx2 {
 
 typedef FloatPath<Avx2> Path;
 
-void linear(const fdk_job* job, int64_t block0, int64_t block1) {
+void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
     static const BlockFn by_width[5][2][9] = {
         {{nullptr}, {nullptr}},
         {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)},
         {FDK_BY_BITS(Path, 2, false), {nullptr}},
         {{nullptr}, {nullptr}},
-        {FDK_BY_BITS(Path, 4, false), FDK_BY_BITS(Path, 4, true)},
+        {FDK_BY_BITS(Path, 4, false), {nullptr}},
     };
-    const int bits = job->w->bits, split = job->w->split;
-    run_job(*job, block0, block1, [&](const Call& call) { return by_width[call.tile->width][split][bits]; });
+    static const Panels<Path>::Tile tiles[7] = {{}, {}, FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3),
+                                                FDK_PANEL_TILE(Path, 4), FDK_PANEL_TILE(Path, 5), FDK_PANEL_TILE(Path, 6)};
+    if (job->plan->workspace) return run_panels<Path>(*job, block0, block1, workspace, tiles);
+    const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
+    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
 
-int32_t width_for(const fdk_weight* w, int64_t rows) {
-    if (w->split) return rows == 1 ? 1 : 4;
-    return rows == 1 ? 1 : rows == 2 ? 2 : 4;
+void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
+    const int32_t m32 = (int32_t)(m < 8 ? m : 8);
+    *plan = fdk_plan{m32, 0, 0, m32 == 3 ? 4 : m32, 0};
+    if (m > (w->split ? 1 : 4)) plan_panels<Path>(*w, m, 6, plan);
 }
 
-void pack(const fdk_weight* w, const void* x, int32_t rows, int32_t width, void* dst, float* sums, float*) {
-    pack_floats<Avx2>(*w, (const uint8_t*)x, rows, width, (float*)dst, sums);
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float*) {
+    pack_floats<Avx2>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
 }
 
-const fdk_ops ops = {0, linear, dequantise_blocks<Avx2>, width_for, pack, nullptr};
+int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Path>(steps, sink); }
+
+const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Avx2>, read_lines<Avx2>, multiply};
 
 }  // namespace
 

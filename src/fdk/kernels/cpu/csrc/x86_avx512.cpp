@@ -3,35 +3,35 @@
 
 namespace {
 
-void linear(const fdk_job* job, int64_t block0, int64_t block1) {
-    static const BlockFn by_width[9][2][9] = {
+void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
+    static const BlockFn by_width[5][2][9] = {
         {{nullptr}, {nullptr}},
         {FDK_BY_BITS(Avx512Path, 1, false), FDK_BY_BITS(Avx512Path, 1, true)},
         {FDK_BY_BITS(Avx512Path, 2, false), {nullptr}},
         {{nullptr}, {nullptr}},
-        {FDK_BY_BITS(Avx512Path, 4, false), FDK_BY_BITS(Avx512Path, 4, true)},
-        {{nullptr}, {nullptr}},
-        {{nullptr}, {nullptr}},
-        {{nullptr}, {nullptr}},
-        {FDK_BY_BITS(Avx512Path, 8, false), {nullptr}},
+        {FDK_BY_BITS(Avx512Path, 4, false), {nullptr}},
     };
-    const int bits = job->w->bits, split = job->w->split;
-    run_job(*job, block0, block1, [&](const Call& call) {
-        return call.tile->nibbles ? Nibbles::run : by_width[call.tile->width][split][bits];
-    });
+    static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
+    if (job->plan->workspace) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
+    if (job->plan->nibbles) return Nibbles::run(*job, block0, block1);
+    const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
+    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
 
-int32_t width_for(const fdk_weight* w, int64_t rows) {
-    if (w->split) return rows == 1 ? 1 : 4;
-    return rows == 1 ? 1 : rows == 2 ? 2 : rows <= 4 ? 4 : 8;
+void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
+    const int32_t m32 = (int32_t)(m < 8 ? m : 8);
+    *plan = fdk_plan{m32, m == 1 ? Nibbles::size(*w) : 0, 0, m32 == 3 ? 4 : m32, 0};
+    if (m > (w->split ? 1 : 4)) plan_panels<Avx512Path>(*w, m, 12, plan);
 }
 
-void pack(const fdk_weight* w, const void* x, int32_t rows, int32_t width, void* dst, float* sums, float* nibbles) {
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float* nibbles) {
     if (nibbles) Nibbles::prepare(*w, (const uint8_t*)x, nibbles);
-    pack_floats<Avx512>(*w, (const uint8_t*)x, rows, width, nibbles ? nullptr : (float*)dst, sums);
+    pack_floats<Avx512>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
 }
 
-const fdk_ops ops = {0, linear, dequantise_blocks<Avx512>, width_for, pack, Nibbles::size};
+int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Avx512Path>(steps, sink); }
+
+const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Avx512>, read_lines<Avx512>, multiply};
 
 }  // namespace
 

@@ -21,37 +21,58 @@ struct DotPath {
             acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[c]));
         });
     }
+
+    template <int B>
+    static FDK_INLINE void expand(const Values<B>& values, __m512i codes, uint32_t* panel) {
+        _mm512_storeu_si512(panel, values.get(codes));
+    }
+
+    template <int T, int M>
+    static FDK_INLINE void multiply(const uint32_t* panel, const uint32_t* x, __m512* acc) {
+        const __m512bh value = (__m512bh)_mm512_loadu_si512(panel);
+        unroll<0, M>([&](auto i) FDK_LAMBDA {
+            constexpr int c = decltype(i)::value;
+            acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[c]));
+        });
+    }
 };
 
 #define DOT(M, SPLIT) FDK_BY_BITS(DotPath, M, SPLIT)
 
-void linear(const fdk_job* job, int64_t block0, int64_t block1) {
-    if (!job->w->bf16_exact) return fdk_ops_avx512()->linear(job, block0, block1);
+void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
+    if (!job->w->bf16_exact) return fdk_ops_avx512()->linear(job, block0, block1, workspace);
     static const BlockFn by_width[9][2][9] = {
-        {{nullptr}, {nullptr}},      {DOT(1, false), DOT(1, true)}, {DOT(2, false), {nullptr}},
-        {DOT(3, false), {nullptr}},  {DOT(4, false), DOT(4, true)}, {DOT(5, false), {nullptr}},
-        {DOT(6, false), {nullptr}},  {DOT(7, false), {nullptr}},    {DOT(8, false), {nullptr}},
+        {{nullptr}, {nullptr}},     {DOT(1, false), DOT(1, true)}, {DOT(2, false), {nullptr}},
+        {DOT(3, false), {nullptr}}, {DOT(4, false), {nullptr}},    {DOT(5, false), {nullptr}},
+        {DOT(6, false), {nullptr}}, {DOT(7, false), {nullptr}},    {DOT(8, false), {nullptr}},
     };
-    const int bits = job->w->bits, split = job->w->split;
-    run_job(*job, block0, block1, [&](const Call& call) {
-        return call.tile->nibbles ? Nibbles::run : by_width[call.tile->width][split][bits];
-    });
+    static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
+    if (job->plan->workspace) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
+    if (job->plan->nibbles) return Nibbles::run(*job, block0, block1);
+    const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
+    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
 
-int32_t width_for(const fdk_weight* w, int64_t rows) {
-    if (!w->bf16_exact) return fdk_ops_avx512()->width_for(w, rows);
-    if (w->split) return rows == 1 ? 1 : 4;
-    const int64_t tiles = (rows + 7) / 8;
-    return (int32_t)((rows + tiles - 1) / tiles);
+void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
+    if (!w->bf16_exact) return fdk_ops_avx512()->plan(w, m, plan);
+    // Decoding from registers costs one tile in about fourteen up to 5 bits, and hides behind the multiplications;
+    // above that it is worth decoding once into a panel.
+    const int64_t direct = w->split ? 1 : w->bits <= 5 ? m : 8;
+    *plan = fdk_plan{1, m == 1 ? Nibbles::size(*w) : 0, 0, 1, 1};
+    if (m > direct) plan_panels<DotPath>(*w, m, 12, plan);
+    else cut_rows(m, 64, 8, plan);
 }
 
-void pack(const fdk_weight* w, const void* x, int32_t rows, int32_t width, void* dst, float* sums, float* nibbles) {
-    if (!w->bf16_exact || nibbles) return fdk_ops_avx512()->pack(w, x, rows, width, dst, sums, nibbles);
-    if (dst) pack_bf16_pairs<Avx512>(*w, (const uint16_t*)x, rows, width, (uint32_t*)dst, sums);
-    else pack_floats<Avx512>(*w, (const uint8_t*)x, rows, width, nullptr, sums);
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float* nibbles) {
+    if (!plan->bf16_pairs || nibbles || !dst) return fdk_ops_avx512()->pack(w, plan, x, rows, dst, sums, nibbles);
+    pack_bf16_pairs<Avx512>(*w, (const uint16_t*)x, rows, plan->width, (uint32_t*)dst, sums);
 }
 
-const fdk_ops ops = {1, linear, dequantise_blocks<Avx512>, width_for, pack, Nibbles::size};
+int64_t multiply(int32_t dtype, int64_t steps, float* sink) {
+    return dtype == FDK_BF16 ? multiply_chains<DotPath>(steps, sink) : multiply_chains<Avx512Path>(steps, sink);
+}
+
+const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Avx512>, read_lines<Avx512>, multiply};
 
 }  // namespace
 
