@@ -39,12 +39,16 @@ figures: $(VENV)/.bench
 	    $(BIN)/python -m fdk.bench.plots $$folder --output-dir docs/figures/$$(basename $$folder) || exit 1; \
 	done
 
-# A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing.
+# A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing. Most of
+# the time goes into compiling kernels, so processes share the work where pytest-xdist is installed.
+test-gpu: export FDK_REQUIRE_GPU = 1
+test-gpu: export FDK_TEST_SUMMARY ?= results
 test-gpu:
 	@if $(PYTHON) -c "import pytest, torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; then \
-	    FDK_REQUIRE_GPU=1 PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu; \
+	    spread=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n auto"); \
+	    PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $$spread; \
 	else \
-	    $(MAKE) --no-print-directory $(VENV)/.dev && FDK_REQUIRE_GPU=1 $(BIN)/python -m pytest -q -m gpu; \
+	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu; \
 	fi
 
 clean:

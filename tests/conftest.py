@@ -1,6 +1,14 @@
-"""Suite-wide rules: a test marked gpu is skipped, with the reason, where there is no CUDA device."""
+"""Suite-wide rules: a test marked gpu is skipped, with the reason, where there is no CUDA device.
 
+FDK_TEST_SUMMARY names a folder; after a run on a GPU a summary of it goes to <folder>/<device>/gpu-tests.json.
+"""
+
+from __future__ import annotations
+
+import json
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +23,24 @@ def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
     for item in gpu_items:
         item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    folder = os.environ.get("FDK_TEST_SUMMARY")
+    if not folder or not torch.cuda.is_available():
+        return
+    stats = terminalreporter.stats
+    skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", []))
+    from fdk.bench import records
+
+    facts = records.environment(torch.device("cuda"))
+    summary = {
+        **{name: facts.get(name) for name in ("device", "driver", "versions", "commit", "dirty", "date")},
+        "passed": len(stats.get("passed", [])),
+        "failed": [report.nodeid for report in (*stats.get("failed", []), *stats.get("error", []))],
+        "skipped": dict(skipped.most_common()),
+    }
+    path = Path(folder) / torch.cuda.get_device_name().lower().replace(" ", "_") / "gpu-tests.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    terminalreporter.write_line(f"summary in {path}")
