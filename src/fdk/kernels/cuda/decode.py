@@ -21,6 +21,10 @@ MAX_RANGES = 16
 _SHARED_PER_SM = 228 * 1024
 _SHARED_PER_CTA_EXTRA = 1024
 MAX_SHARED = 227 * 1024
+# What a CTA may use if that of the next launch is to start beside it.
+RESIDENT_SHARED = _SHARED_PER_SM // 2 - _SHARED_PER_CTA_EXTRA
+# What it has to ask for so that no third one does: launches then spread evenly over the multiprocessors.
+_TWO_AT_ONCE = _SHARED_PER_SM // 3
 
 TABLE, INT, UINT_U8, UINT_FLOAT = range(4)
 
@@ -56,7 +60,8 @@ class Shape:
         """Groups that a unit touches, at most."""
         if self.subs == 1:
             return 1
-        return 64 // self.group if self.group < 64 and 64 % self.group == 0 else (self.group + 47) // self.group + 1
+        whole = self.group < 64 and 64 % self.group == 0
+        return min(self.groups, 64 // self.group if whole else (self.group + 47) // self.group + 1)
 
     @property
     def table_bytes(self) -> int:
@@ -66,10 +71,24 @@ class Shape:
         return 128 << self.bits * (4 if self.bits == 2 else 2 if self.bits <= 4 else 1)
 
     @property
-    def stage_bytes(self) -> int:
-        """Bytes of one unit in the ring: codes, scales, zeros."""
+    def allows_digits(self) -> bool:
+        """Whether integer products can serve it: values affine in the code, codes that a mask turns into bytes."""
+        return self.bits in (1, 2, 4, 8) and (self.kind != TABLE or self.bits == 1) and self.subs == 1
+
+    def stage_groups(self, stage_units: int) -> int:
+        """Groups that a stage of that many units holds."""
+        return self.unit_groups if stage_units == 1 else max(1, stage_units * 64 // self.group)
+
+    def stage_bytes(self, stage_units: int) -> int:
+        """Bytes of a stage in the ring: codes, scales, zeros."""
         zeros = {UINT_U8: 64, UINT_FLOAT: 128}.get(self.kind, 0)
-        return self.bits * 512 + self.unit_groups * (128 + zeros)
+        return stage_units * self.bits * 512 + self.stage_groups(stage_units) * (128 + zeros)
+
+    def allows_stage_units(self, stage_units: int, slices: int) -> bool:
+        """Whether k splits into that many slices of whole stages of whole groups."""
+        columns = 64 * stage_units
+        aligned = self.groups == 1 or columns % self.group == 0 or self.group % columns == 0
+        return stage_units == 1 or (self.units % (slices * stage_units) == 0 and aligned)
 
 
 @dataclass(frozen=True)
@@ -79,10 +98,12 @@ class Config:
     tokens     tokens that the compiled kernel serves
     cluster    CTAs that split k and add up through distributed shared memory
     k_warps    warps of a CTA that split its share of k;  row_warps: blocks of 64 rows that it takes at once
-    stages     units in flight per warp
+    stages     stages of a warp's ring;  stage_units: units of each
     blocks     blocks of rows per cluster
     batch      row steps whose partial sums are kept before they are added up: 1, or all of them
     min_ctas   CTAs per multiprocessor that registers are limited for
+    late       let the next launch start once the activations are here, not at once
+    digits     integer products (csrc/digits.cuh) instead of bf16 or fp16 ones
     """
 
     tokens: int
@@ -90,9 +111,12 @@ class Config:
     k_warps: int
     row_warps: int
     stages: int
+    stage_units: int
     blocks: int
     batch: int
     min_ctas: int
+    late: bool = False
+    digits: bool = False
 
     @property
     def warps(self) -> int:
@@ -102,19 +126,30 @@ class Config:
     def threads(self) -> int:
         return 32 * self.warps
 
+    @property
+    def steps(self) -> int:
+        """Blocks that a row warp works through."""
+        return -(-self.blocks // self.row_warps)
+
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // self.cluster)
-        table = shape.table_bytes
+        table = 0 if self.digits else shape.table_bytes
         before = max(0, table - 1024) if hopper else 0
-        buffers = 2 if self.batch == 1 else 1
-        head = cta_units * self.tokens * 128
-        if shape.bits == 1 or shape.kind in (UINT_U8, UINT_FLOAT):
-            head += cta_units * shape.subs * (3 if shape.bits == 1 else 1) * -(-self.tokens // 8) * 32
-        head += buffers * self.batch * self.warps * BLOCK * self.tokens * 4
+        buffers = 2 if self.batch == 1 and self.steps > 1 else 1
+        head = cta_units * self.tokens * (256 if self.digits else 128)
+        if self.digits:
+            head += -(-cta_units * self.tokens * 4 // 16) * 16 + -(-self.tokens * (self.warps + 1) * 4 // 16) * 16
+        elif shape.bits == 1 or shape.kind in (UINT_U8, UINT_FLOAT):
+            columns = 1 if self.tokens == 1 else -(-self.tokens // 8) * 8
+            head += -(-cta_units * shape.subs * (3 if shape.bits == 1 else 1) * columns * 4 // 16) * 16
+        ring = self.stages * shape.stage_bytes(self.stage_units)
+        slot = BLOCK * self.tokens * 4
+        if not (self.steps == 1 and ring >= slot):
+            head += buffers * self.batch * self.warps * slot
         if self.cluster > 1:
-            head += buffers * self.batch * self.row_warps * BLOCK * self.tokens * 4
-        ring = self.stages * shape.stage_bytes
+            head += buffers * self.batch * self.row_warps * slot
+        head += -(-self.warps * self.stages * 8 // 16) * 16
         low = head if head <= before else 0
         low_rings = min(self.warps, (before - low) // ring)
         return before + table + (0 if low else head) + (self.warps - low_rings) * ring
@@ -133,8 +168,12 @@ class Config:
             "FDK_K_WARPS": self.k_warps,
             "FDK_ROW_WARPS": self.row_warps,
             "FDK_STAGES": self.stages,
+            "FDK_STAGE_UNITS": self.stage_units,
+            "FDK_STEPS": self.steps,
             "FDK_BATCH": self.batch,
             "FDK_MIN_CTAS": self.min_ctas,
+            "FDK_LATE": int(self.late),
+            "FDK_DIGITS": int(self.digits),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
 
@@ -156,21 +195,26 @@ def token_tile(m: int) -> int:
     return next(tile for tile in (1, 2, 4, 8, 16, 32, 64) if m <= tile)
 
 
+# cuOccupancyMaxActiveClusters on an H200 (132 multiprocessors in GPCs of 16 and 18), 2026-11-20.
+_CLUSTERS_OF_132 = {1: 132, 2: 66, 4: 30, 8: 15}
+
+
 def clusters_at_once(sms: int, cluster: int) -> int:
-    """Clusters that run at once, one CTA per multiprocessor; larger ones leave over what a GPC has beyond 16."""
-    return sms // cluster if cluster <= 2 or sms < 16 else sms // 16 * 16 // cluster
+    """Clusters that run at once with one CTA per multiprocessor; larger ones leave over what does not fill a GPC."""
+    return max(1, _CLUSTERS_OF_132[cluster] * sms // 132)
+
+
+def _stage_units(shape: Shape, slices: int) -> int:
+    """Units of a stage: about two kilobytes of codes, so that the loop's bookkeeping is shared."""
+    return next(u for u in (4, 2, 1) if u == 1 or (u * shape.bits <= 4 and shape.allows_stage_units(u, slices)))
 
 
 @lru_cache(maxsize=4096)
 def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True) -> Config:
     """The configuration for m tokens of a weight with that many blocks of rows."""
     tokens = token_tile(m)
-    if not hopper:
-        clusters = (1,)
-    else:
-        clusters = (1, 2, 4, 8)
     best = None
-    for cluster in clusters:
+    for cluster in (1, 2, 4, 8) if hopper else (1,):
         cta_units = -(-shape.units // cluster)
         at_once = max(1, clusters_at_once(sms, cluster))
         per_cluster = max(1, -(-blocks // at_once))
@@ -179,27 +223,28 @@ def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = Tr
             if k_warps > cta_units:
                 continue
             even = cta_units / (-(-cta_units // k_warps) * k_warps)
-            config = Config(tokens, cluster, k_warps, 1, 2, per_cluster, 1, 1)
-            budget = _SHARED_PER_SM // 2 - _SHARED_PER_CTA_EXTRA
-            fits_two = config.shared_bytes(shape, hopper) <= budget
-            fits = config.shared_bytes(shape, hopper) <= MAX_SHARED
-            if not fits:
+            stage_units = _stage_units(shape, cluster * k_warps)
+            config = Config(tokens, cluster, k_warps, 1, 2, stage_units, per_cluster, 1, 1)
+            shared = config.shared_bytes(shape, hopper)
+            if shared > MAX_SHARED:
                 continue
-            score = busy * even * (1 if fits_two else 0.9) * min(1.0, 0.4 + k_warps * 0.075)
+            resident = 2 if shared <= RESIDENT_SHARED and tokens <= 8 else 1
+            score = busy * even * (1 if resident == 2 else 0.7) * (0.4 + k_warps * 0.075) * (1 if cluster <= 2 else 0.8)
             if best is None or score > best[0]:
-                best = (score, config, budget if fits_two else MAX_SHARED)
+                best = (score, replace(config, min_ctas=resident))
     if best is None:
         raise AssertionError(f"no configuration fits {shape} with {m} tokens")
-    _, config, budget = best
-    if (batched := replace(config, batch=max(2, config.blocks))).shared_bytes(shape, hopper) <= budget * 0.6:
+    config = best[1]
+    budget = RESIDENT_SHARED if config.min_ctas == 2 else MAX_SHARED
+    if (batched := replace(config, batch=config.steps)).shared_bytes(shape, hopper) <= budget * 0.6:
         config = batched
     # Bytes in flight hide the latency of memory; 64 KB per multiprocessor suffice.
-    while config.stages < 16 and config.warps * config.stages * shape.stage_bytes < 65536:
+    while config.warps * config.stages * shape.stage_bytes(config.stage_units) < 65536:
         deeper = replace(config, stages=config.stages + 1)
         if deeper.shared_bytes(shape, hopper) > budget:
             break
         config = deeper
-    return replace(config, min_ctas=2 if budget < MAX_SHARED and tokens <= 8 and config.warps <= 8 else 1)
+    return config
 
 
 class _Range(ctypes.Structure):
@@ -262,7 +307,7 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     capability = torch.cuda.get_device_capability(device)
     hopper = capability >= (9, 0)
     cubin = jit.cubin("decode.cuh", config.defines(shape, hopper), jit.architecture(capability))
-    shared = config.shared_bytes(shape, hopper)
+    shared = max(config.shared_bytes(shape, hopper), _TWO_AT_ONCE)
     return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
 
 
@@ -273,8 +318,12 @@ class Plan:
         zeros = weight.parts.get("zeros")
         self.shape = shape_of(weight.geometry, None if zeros is None else zeros.dtype)
         self.config = config
-        self.template, self.grid = params_for(weight, config)
+        self.template, grid = params_for(weight, config)
         self.device = weight.device
+        # CTAs without work keep every multiprocessor equally full: where one is left empty, the next launch puts two
+        # of its CTAs there, and they take twice as long as all others.
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.grid = max(grid, sms // config.cluster * config.cluster)
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
 

@@ -95,6 +95,47 @@ __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// --- bulk copies with a barrier that counts their bytes (Hopper) --------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(u32 barrier) {
+#if FDK_HOPPER
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+#endif
+}
+
+// Makes the initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+#if FDK_HOPPER
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+#if FDK_HOPPER
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+#if FDK_HOPPER
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again%=;\n"
+        "}" ::"r"(barrier), "r"(parity) : "memory");
+#endif
+}
+
+// `bytes`, a multiple of 16, from global to shared memory; weights are read once, so L2 drops them first.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+#if FDK_HOPPER
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+#endif
+}
+
 // Plain loads that stay behind the dependency wait: activations may come from the kernel before.
 __device__ __forceinline__ u32x2 load_8(const void* from) {
     u32x2 v;

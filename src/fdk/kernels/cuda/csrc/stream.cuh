@@ -24,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_stream(const __grid_co
     for (int i = 0; i < UNROLL; ++i)
         v[i] = at + i * STRIDE < PIECES ? stream_16(p.data + (at + i * STRIDE) * 16, policy) : u32x4{};
     let_next_kernel_start();
+    wait_for_previous_kernel();
     u32 sum = 0;
     for (at += UNROLL * STRIDE; at < PIECES; at += UNROLL * STRIDE) {
         // Each register is refilled as soon as it is used, so UNROLL loads stay in flight.
@@ -40,7 +41,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_stream(const __grid_co
     __syncthreads();
     sum = 0;
     for (int i = 0; i < THREADS / 32; ++i) sum += sums[i];
-    wait_for_previous_kernel();
     for (int n = blockIdx.x * THREADS + threadIdx.x; n < N; n += CTAS * THREADS) p.out[n] = u16(sum);
 }
 

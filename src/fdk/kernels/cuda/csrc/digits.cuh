@@ -1,0 +1,246 @@
+// The product in integers, for one or two tokens of formats that are affine in their codes (int, uint, any one bit).
+//
+// An mma has eight columns and one token fills one of them; here it fills four, one for each digit of its activations:
+// x * 2^shift is rounded to 32-bit fixed point, the largest |x| of the CTA's slice just below 2^30, and written in
+// base 256 with digits in [-128, 127]. Codes enter mma.m16n8k32 as bytes, four for one `and`, and sums are exact.
+// An `and` leaves a code at some bit of its byte; activations are scaled by the missing power of two (element_shift),
+// and what differs between rows g and g+8 is taken out of the sums (row_shift).
+//
+// A code thus costs a quarter of an instruction or less, where dequantising to bf16 costs half a lop3 per weight at
+// one bit and a table look-up's share of shared-memory bandwidth above. Zero points enter through sums of x.
+#pragma once
+#include "shape.cuh"
+
+namespace fdk {
+
+constexpr int COLUMNS_USED = 4 * M;
+constexpr int MAX_SHIFT = BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
+
+// Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 4t + j of the unit,
+// with x scaled by 2^shift.
+struct Element {
+    int s, j, shift;
+};
+__device__ constexpr Element element(int step, int half, int byte) {
+    if (BITS == 1) return {2 * step + half, byte == 0 ? 2 : byte == 1 ? 0 : byte == 2 ? 3 : 1, 2 * (2 * step + half)};
+    if (BITS == 8) return {2 * step + half, byte, 0};
+    return {2 * step + byte / 2, 2 * (byte % 2) + half, BITS * (1 - half)};
+}
+
+// Products of rows 8h + g carry this power of two.
+__device__ constexpr int row_shift(int h) {
+    return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 0;
+}
+
+// A operands of the two steps of a row tile, codes as bytes.
+__device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[4 * BITS], int tile) {
+    constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+        if constexpr (BITS == 1) {
+            const u32 w = words[tile];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[step][i] = w & (0x01010101u << (7 - i % 2 - 2 * (2 * step + i / 2)));
+        } else if constexpr (BITS == 2) {
+            const u32 w = rotate_left(words[tile * 2 + step], BACK);
+            a[step][0] = w & 0x03030303u, a[step][1] = w & 0x30303030u;
+            a[step][2] = w & 0x0c0c0c0cu, a[step][3] = w & 0xc0c0c0c0u;
+        } else if constexpr (BITS == 4) {
+            const u32 w0 = rotate_left(words[tile * 4 + 2 * step], BACK), w1 = rotate_left(words[tile * 4 + 2 * step + 1], BACK);
+            const u32 low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
+            a[step][0] = low & 0x0f0f0f0fu, a[step][1] = high & 0x0f0f0f0fu;
+            a[step][2] = low & 0xf0f0f0f0u, a[step][3] = high & 0xf0f0f0f0u;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[step][i] = rotate_left(words[tile * 8 + step * 4 + i], BACK);
+        }
+    }
+}
+
+// d = a b + c for unsigned bytes a[16 x 32] and signed bytes b[32 x 8].
+__device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// Four columns of x from `column` on as floats, zeros past K.
+__device__ __forceinline__ void load_columns(float (&v)[4], const u16* row, int column) {
+    if constexpr (K % 4 == 0) {
+        u32x2 piece = {};
+        if (K % 64 == 0 || column < K) piece = load_8(row + column);
+        v[0] = low_half<BF16>(piece.x), v[1] = high_half<BF16>(piece.x);
+        v[2] = low_half<BF16>(piece.y), v[3] = high_half<BF16>(piece.y);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[j] = column + j < K ? low_half<BF16>(load_2(row + column + j)) : 0.f;
+    }
+}
+
+constexpr int ITEMS = (Smem::CTA_UNITS * M * 4 + THREADS - 1) / THREADS;  // (token, unit, t) per thread
+constexpr int KEPT = ITEMS < 2 ? ITEMS : 2;                               // of which stay in registers
+
+// Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
+// sum(x)[unit][token]. The partial-sum area in front holds the maxima until it is used.
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int first_unit, int units, int warp, int lane, const Lookup&) {
+    float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
+    u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
+    float kept[KEPT][4][4];
+    const auto load = [&](float (&v)[4][4], int i) {
+        const int t = i % 4, unit = i / 4 % units, token = i / 4 / units;
+        const u16* row = p.x + i64(min(token, p.m - 1)) * K + (first_unit + unit) * 64 + t * 4;
+#pragma unroll
+        for (int s = 0; s < 4; ++s) load_columns(v[s], row - ((first_unit + unit) * 64 + t * 4), (first_unit + unit) * 64 + t * 4 + s * 16);
+    };
+    const int items = units * M * 4;
+    u32 largest[M] = {};
+#pragma unroll
+    for (int n = 0; n < ITEMS; ++n) {
+        const int i = threadIdx.x + n * THREADS;
+        float loaded[4][4] = {};
+        float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
+        if (n < KEPT)
+            for (int q = 0; q < 16; ++q) v[q / 4][q % 4] = 0.f;
+        if (i < items) {
+            load(v, i);
+            u32 most = 0;
+#pragma unroll
+            for (int q = 0; q < 16; ++q) most = max(most, __float_as_uint(v[q / 4][q % 4]) & 0x7fffffffu);
+            const int token = i / 4 / units;
+#pragma unroll
+            for (int k = 0; k < M; ++k)
+                if (token == k) largest[k] = max(largest[k], most);
+        }
+    }
+    if constexpr (FDK_LATE) let_next_kernel_start();
+#pragma unroll
+    for (int k = 0; k < M; ++k) {
+        const u32 most = __reduce_max_sync(0xffffffffu, largest[k]);
+        if (lane == 0) maxima[k * WARPS + warp] = most;
+    }
+    __syncthreads();
+    float scale[M];  // 2^shift
+#pragma unroll
+    for (int k = 0; k < M; ++k) {
+        u32 most = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) most = max(most, maxima[k * WARPS + i]);
+        const int exponent = int(most >> 23);  // biased; 255 for NaN and infinity
+        const int biased = min(29 - MAX_SHIFT + 2 * 127 - exponent, 253);
+        scale[k] = __uint_as_float(u32(biased) << 23);
+        if (threadIdx.x == 0) {
+            const float back = __uint_as_float(u32(254 - biased) << 23);
+            reinterpret_cast<float*>(maxima)[M * WARPS + k] = exponent == 255 ? __uint_as_float(0x7fc00000u) : back;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < ITEMS; ++n) {
+        const int i = threadIdx.x + n * THREADS;
+        const int t = i % 4, unit = i / 4 % units, token = i / 4 / units;
+        float loaded[4][4] = {};
+        float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
+        if (n >= KEPT && i < items) load(v, i);
+        float sum = 0;
+#pragma unroll
+        for (int q = 0; q < 16; ++q) sum += v[q / 4][q % 4];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const float factor = M == 2 && token == 1 ? scale[M - 1] : scale[0];
+        u32 digits[4][4];  // [digit][2*step + half], four columns each
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            u32 w[4];
+#pragma unroll
+            for (int byte = 0; byte < 4; ++byte) {
+                const Element e = element(r / 2, r % 2, byte);
+                // Adding half a digit to the lower three lets them carry into the next; what remains is signed.
+                w[byte] = (u32(__float2int_rn(v[e.s][e.j] * (factor * float(1 << e.shift)))) + 0x00808080u) ^ 0x00808080u;
+            }
+            const u32 low01 = __byte_perm(w[0], w[1], 0x5140), high01 = __byte_perm(w[0], w[1], 0x7362);
+            const u32 low23 = __byte_perm(w[2], w[3], 0x5140), high23 = __byte_perm(w[2], w[3], 0x7362);
+            digits[0][r] = __byte_perm(low01, low23, 0x5410), digits[1][r] = __byte_perm(low01, low23, 0x7632);
+            digits[2][r] = __byte_perm(high01, high23, 0x5410), digits[3][r] = __byte_perm(high01, high23, 0x7632);
+        }
+        if (i < items) {
+            if (t == 0) sums[unit * M + token] = sum;
+#pragma unroll
+            for (int d = 0; d < 4; ++d)
+                *reinterpret_cast<u32x4*>(smem + Smem::X + (unit * COLUMNS_USED + token * 4 + d) * 64 + t * 16) =
+                    u32x4{digits[d][0], digits[d][1], digits[d][2], digits[d][3]};
+        }
+    }
+    __syncthreads();
+}
+
+// Sums of one block over a warp's slice, row 16*tile + 8*h + g: of scale * digits for columns 2t and 2t+1, that is
+// digits 2*(t%2) and one more of token t/2 (one token: t < 2 only), and of scale * (zero *) sum(x) of that token.
+struct Accumulator {
+    float sum[4][2][2];
+    float scaled_x[4][2];
+};
+
+struct Unit {
+    u32 words[4 * BITS];
+    Rows scales;
+    float zeros[4][2];
+};
+
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index, int, int lane) {
+    const int g = lane / 4, group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
+        u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
+    }
+    u.scales = load_rows(stage + Smem::SCALES + group * 128, g);
+    if constexpr (ZEROS) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) u.zeros[i / 2][i % 2] = zero_at(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g, i / 2, i % 2);
+    }
+}
+
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int lane, const Lookup&) {
+    // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22.
+    constexpr u32 MAGIC = 0x4b400000u;
+    const u32 start[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+    const int t = lane % 4;
+    const u32x4 b = *reinterpret_cast<const u32x4*>(smem + Smem::X + (unit * COLUMNS_USED + lane / 4 % COLUMNS_USED) * 64 + t * 16);
+    const float x = reinterpret_cast<const float*>(smem + Smem::SUM)[unit * M + (M == 2 ? t / 2 : 0)];
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+        u32 a[2][4], d[4];
+        code_bytes(a, u.words, tile);
+        mma_bytes(d, a[0], b.x, b.y, start);
+        mma_bytes(d, a[1], b.z, b.w, d);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float scale = u.scales.at(tile, h);
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+                acc.sum[tile][h][c] = fmaf(scale, __uint_as_float(d[2 * h + c]) - __uint_as_float(MAGIC), acc.sum[tile][h][c]);
+            acc.scaled_x[tile][h] = fmaf(ZEROS ? scale * u.zeros[tile][h] : scale, x, acc.scaled_x[tile][h]);
+        }
+    }
+}
+
+// A warp's sums of a block to its slot [64 rows][M tokens]; `low` and `high` are the two table values of one bit.
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char* smem, int lane, float low, float high) {
+    const int g = lane / 4, t = lane % 4, token = M == 2 ? t / 2 : 0;
+    const float back = reinterpret_cast<const float*>(smem + Smem::MAXIMA)[M * WARPS + token];
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float v = fmaf(256.f, acc.sum[tile][h][1], acc.sum[tile][h][0]) * (t % 2 ? 65536.f : 1.f);
+            v += __shfl_xor_sync(0xffffffffu, v, 1);
+            v *= back * (1.f / float(1 << row_shift(h)));
+            const float x = acc.scaled_x[tile][h];
+            if constexpr (TABLE)
+                v = fmaf(high, v, low * (x - v));
+            else
+                v -= ZEROS ? x : float(1 << (BITS - 1)) * x;
+            if (t % 2 == 0 && t / 2 < M) slot[(tile * 16 + h * 8 + g) * M + token] = v;
+        }
+}
+
+}  // namespace fdk

@@ -1,0 +1,229 @@
+// The product in bf16 or fp16: codes become A operands of mma.m16n8k16, exact table entries or small integers.
+#pragma once
+#include "shape.cuh"
+
+namespace fdk {
+
+// Activations of the CTA's slice, once: x[unit][half][token][t] holds columns 32*half + 4t + (0..3) and 16 beyond
+// them, the B operands of two steps. Columns past K are zero, tokens past m repeat the last one.
+__device__ __forceinline__ void stage_activations(const Params& p, char* to, int first_unit, int units) {
+    constexpr int AHEAD = 4;  // pieces per thread in flight
+    const int pieces = units * M * 8;
+    for (int base = threadIdx.x; base < pieces; base += AHEAD * THREADS) {
+        u32x2 piece[AHEAD][2];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int i = base + a * THREADS;
+            const int t = i % 4, half = i / 4 % 2, unit = i / 8 % units, token = i / 8 / units;
+            const u16* row = p.x + i64(min(token, p.m - 1)) * K;
+            const int column = (first_unit + unit) * 64 + half * 32 + t * 4;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int from = column + j * 16;
+                piece[a][j] = {};
+                if (i < pieces) {
+                    if constexpr (K % 4 == 0) {
+                        if (K % 64 == 0 || from < K) piece[a][j] = load_8(row + from);
+                    } else {
+                        u32 e[4];
+#pragma unroll
+                        for (int q = 0; q < 4; ++q) e[q] = from + q < K ? load_2(row + from + q) : 0;
+                        piece[a][j] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int i = base + a * THREADS;
+            const int t = i % 4, half = i / 4 % 2, unit = i / 8 % units, token = i / 8 / units;
+            if (i < pieces)
+                *reinterpret_cast<u32x4*>(to + ((unit * 2 + half) * M + token) * 64 + t * 16) =
+                    u32x4{piece[a][0].x, piece[a][0].y, piece[a][1].x, piece[a][1].y};
+        }
+    }
+}
+
+// B operands of a unit for tokens 8*nt..8*nt+7: b[2s], b[2s+1] of step s.
+__device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int unit, int nt, int lane) {
+    const int token = M < 8 ? min(lane / 4, M - 1) : nt * 8 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(x + ((unit * 2 + half) * M + token) * 64 + lane % 4 * 16);
+        b[4 * half] = v.x, b[4 * half + 1] = v.y, b[4 * half + 2] = v.z, b[4 * half + 3] = v.w;
+    }
+}
+
+// Per unit and scale change, sums[(unit * SUBS + sub) * SUM_KINDS + kind][SUM_COLUMNS]: sum(x), doubled for one bit whose
+// values step by 2, and minus the contribution of all-zero codes, from which one-bit accumulators start. A single
+// token leaves seven columns of an mma free, so that it sums eight units at once.
+__device__ __forceinline__ void sum_activations(float* sums, const char* x, int units, int warp, int lane, const Lookup& lookup) {
+    constexpr u32 ONE = BF16 ? (BITS == 1 ? 0x40004000u : 0x3f803f80u) : (BITS == 1 ? 0x40004000u : 0x3c003c00u);
+    constexpr int AT_ONCE = M == 1 ? 8 : 1;
+    for (int first = warp * AT_ONCE; first < units; first += WARPS * AT_ONCE) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            u32 b[8], offsets[4][4] = {};
+            load_activations(b, x, M == 1 ? min(first + lane / 4, units - 1) : first, nt, lane);
+            if constexpr (BITS == 1) {
+                const u32 zero[4 * BITS] = {};
+                dequantise<BITS, BF16>(offsets, zero, 0, lookup);
+            }
+#pragma unroll
+            for (int sub = 0; sub < SUBS; ++sub) {
+                float sum[4] = {}, offset[4] = {};
+#pragma unroll
+                for (int s = sub * STEPS; s < (sub + 1) * STEPS; ++s) {
+                    const u32 ones[4] = {ONE, ONE, ONE, ONE};
+                    mma<BF16>(sum, ones, b[2 * s], b[2 * s + 1]);
+                    if constexpr (BITS == 1) mma<BF16>(offset, offsets[s], b[2 * s], b[2 * s + 1]);
+                }
+                if (lane < 4) {
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const int column = lane * 2 + c, unit = M == 1 ? first + column : first;
+                        float* to = sums + (unit * SUBS + sub) * SUM_KINDS * SUM_COLUMNS + (M == 1 ? 0 : nt * 8 + column);
+                        if (M > 1 || unit < units) {
+                            to[0] = sum[c];
+                            if constexpr (BITS == 1) to[SUM_COLUMNS] = -offset[c], to[2 * SUM_COLUMNS] = -offset[2 + c];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Sums of one block over a warp's slice: row 16*tile + 8*h + g, token 8*nt + 2*t + column.
+struct Accumulator {
+    float sum[4][NT][2][COLUMNS];
+    float scaled_x[BITS == 1 && !ZEROS ? 4 : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
+};
+
+// Row tiles whose A operands are live at once: all four where many token tiles share them, else one.
+constexpr int TILES = NT > 2 ? 4 : 1;
+
+// A unit in registers: it leaves the ring before it is used, so that the ring refills meanwhile.
+struct Unit {
+    u32 words[4 * BITS];
+    Rows scales[SUBS];
+    float zeros[ZEROS ? SUBS : 1][4][2];
+};
+
+// Unit number `index` of a stage; `k` is its first column.
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index, int k, int lane) {
+    const int g = lane / 4;
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
+        u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
+    }
+#pragma unroll
+    for (int sub = 0; sub < SUBS; ++sub) {
+        int group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
+        if constexpr (SUBS > 1) group = (k + sub * (64 / SUBS)) / GROUP - stage_group(k / 64 - index);
+        u.scales[sub] = load_rows(stage + Smem::SCALES + group * 128, g);
+        if constexpr (ZEROS) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                u.zeros[sub][i / 2][i % 2] = zero_at(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g, i / 2, i % 2);
+        }
+    }
+}
+
+// `unit` counts from the CTA's first.
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int lane, const Lookup& lookup) {
+    const int t = lane % 4;
+    const char* x = smem + Smem::X;
+    u32 b[NT > 2 ? 1 : NT][8];
+    if constexpr (NT <= 2) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) load_activations(b[nt], x, unit, nt, lane);
+    }
+#pragma unroll
+    for (int first = 0; first < 4; first += TILES) {
+        u32 a[TILES][4][4];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) dequantise<BITS, BF16>(a[i], u.words, first + i, lookup);
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            u32 (&bt)[8] = b[NT > 2 ? 0 : nt];
+            if constexpr (NT > 2) load_activations(bt, x, unit, nt, lane);
+#pragma unroll
+            for (int sub = 0; sub < SUBS; ++sub) {
+                f32x2 sum_x = {}, start[2] = {};
+                if constexpr (SUMS) {
+                    const float* from = reinterpret_cast<const float*>(smem + Smem::SUM) + (unit * SUBS + sub) * SUM_KINDS * SUM_COLUMNS;
+                    const auto pair = [&](int kind) -> f32x2 {
+                        if constexpr (M == 1) return {from[kind], from[kind]};
+                        return *reinterpret_cast<const f32x2*>(from + kind * SUM_COLUMNS + nt * 8 + t * 2);
+                    };
+                    sum_x = pair(0);
+                    if constexpr (BITS == 1) start[0] = pair(1), start[1] = pair(2);
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) {
+                    const int tile = first + i;
+                    float d[4] = {start[0].x, start[0].y, start[1].x, start[1].y};
+#pragma unroll
+                    for (int s = sub * STEPS; s < (sub + 1) * STEPS; ++s) mma<BF16>(d, a[i][s], bt[2 * s], bt[2 * s + 1]);
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float scale = u.scales[sub].at(tile, h);
+#pragma unroll
+                        for (int c = 0; c < COLUMNS; ++c) {
+                            float v = d[2 * h + c];
+                            const float xs = c ? sum_x.y : sum_x.x;
+                            if constexpr (ZEROS) v = fmaf(-u.zeros[sub][tile][h], xs, v);
+                            acc.sum[tile][nt][h][c] = fmaf(scale, v, acc.sum[tile][nt][h][c]);
+                            if constexpr (BITS == 1 && !ZEROS)
+                                acc.scaled_x[tile][nt][h][c] = fmaf(scale, xs, acc.scaled_x[tile][nt][h][c]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// A warp's sums of a block to its slot [64 rows][M tokens]; `low` and `high` are the two table values of one bit.
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float low, float high) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float v[COLUMNS];
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c) {
+                    v[c] = acc.sum[tile][nt][h][c];
+                    if constexpr (BITS == 1 && !ZEROS)
+                        v[c] = 0.5f * fmaf(high, v[c], low * (acc.scaled_x[tile][nt][h][c] - v[c]));
+                    else if constexpr (BITS == 1)
+                        v[c] *= 0.5f;
+                }
+                float* to = slot + (tile * 16 + h * 8 + g) * M;
+                const int token = nt * 8 + t * 2;
+                if constexpr (M % 2 == 0) {
+                    if (M % 8 == 0 || token < M) *reinterpret_cast<f32x2*>(to + token) = {v[0], v[COLUMNS - 1]};
+                } else {
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; ++c)
+                        if (token + c < M) to[token + c] = v[c];
+                }
+            }
+}
+
+// Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
+    stage_activations(p, smem + Smem::X, first_unit, units);
+    if constexpr (FDK_LATE) let_next_kernel_start();
+    __syncthreads();
+    if constexpr (SUMS) {
+        sum_activations(reinterpret_cast<float*>(smem + Smem::SUM), smem + Smem::X, units, warp, lane, lookup);
+        __syncthreads();
+    }
+}
+}  // namespace fdk

@@ -1,0 +1,202 @@
+// What the host fixes at compile time, the shared-memory layout that follows from it, and a warp's stream of units.
+//
+// The host passes the shape as macros (see fdk/kernels/cuda/decode.py, whose Config.shared_bytes mirrors `Smem`):
+//   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros)
+//   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_STAGES FDK_STAGE_UNITS FDK_STEPS FDK_BATCH
+//   FDK_MIN_CTAS FDK_LATE
+#pragma once
+#include "dequantise.cuh"
+
+namespace fdk {
+
+constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP, M = FDK_M;
+constexpr i64 N = FDK_N;
+constexpr bool BF16 = FDK_BF16;
+constexpr int KIND = FDK_KIND;
+constexpr bool TABLE = KIND == 0, ZEROS = KIND >= 2;
+constexpr int CLUSTER = FDK_CLUSTER, K_WARPS = FDK_K_WARPS, ROW_WARPS = FDK_ROW_WARPS, STAGES = FDK_STAGES;
+constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS;
+constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
+
+constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
+constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
+constexpr int STEPS = 4 / SUBS;                                                     // mma steps between them
+constexpr int UNIT_GROUPS_BOUND = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GROUP : (GROUP + 47) / GROUP + 1;
+constexpr int UNIT_GROUPS = UNIT_GROUPS_BOUND < GROUPS ? UNIT_GROUPS_BOUND : GROUPS;  // groups that a unit touches
+constexpr int STAGE_GROUPS = STAGE_UNITS == 1 ? UNIT_GROUPS : STAGE_UNITS * 64 > GROUP ? STAGE_UNITS * 64 / GROUP : 1;
+static_assert(STAGE_UNITS == 1 || GROUPS == 1 || (STAGE_UNITS * 64) % GROUP == 0 || GROUP % (STAGE_UNITS * 64) == 0,
+              "a stage of several units holds whole groups or lies inside one");
+static_assert(UNITS % (CLUSTER * K_WARPS * STAGE_UNITS) == 0 || STAGE_UNITS == 1, "slices are whole stages");
+constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
+constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
+constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
+
+// Affine values need sums of activations per unit and scale change: floats[SUM_KINDS][SUM_COLUMNS] of each.
+constexpr bool SUMS = ZEROS || BITS == 1 || DIGITS;
+constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
+constexpr int SUM_KINDS = BITS == 1 && !DIGITS ? 3 : 1;
+
+// Partial sums of that many row steps are kept before they are added up: all of them, or one at a time.
+constexpr int BATCH = FDK_BATCH;
+constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
+
+// Shared memory. The table starts at a multiple of its size, counted from the start of the shared window, whose first
+// kilobyte the system keeps from compute capability 9.0 on; what fits goes in front of it.
+struct Smem {
+    static constexpr int CTA_UNITS = (UNITS + CLUSTER - 1) / CLUSTER;
+    static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
+    static constexpr int TABLE_BYTES = DIGITS ? 0 : Table<BITS>::BYTES;
+    static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
+
+    static constexpr int X_BYTES = CTA_UNITS * M * (DIGITS ? 256 : 128);
+    static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
+    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 15) / 16 * 16;
+    // A CTA with a single step keeps each warp's partial sums in its ring, which is empty by then.
+    static constexpr int CODE_BYTES = BITS * 512;
+    static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
+    static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + STAGE_GROUPS * 128;
+    static constexpr int STAGE = ZEROS_AT + STAGE_GROUPS * GROUP_ZERO_BYTES;
+    static constexpr int RING_BYTES = STAGES * STAGE;
+    static constexpr bool PARTIAL_IN_RING = STEPS_PER_CTA == 1 && RING_BYTES >= 64 * M * 4;
+    static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * 64 * M * 4;
+    static constexpr int RECEIVE_BYTES = CLUSTER == 1 ? 0 : BUFFERS * BATCH * ROW_WARPS * 64 * M * 4;
+    static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + 1) * 4 + 15) / 16 * 16 : 0;
+    static constexpr int HEAD_BYTES = X_BYTES + SUM_BYTES + PARTIAL_BYTES + RECEIVE_BYTES + BARRIER_BYTES + MAXIMA_BYTES;
+
+
+    static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
+    static constexpr int FITTING = (TABLE - LOW_HEAD) / RING_BYTES;
+    static constexpr int LOW_RINGS = FITTING < WARPS ? FITTING : WARPS;
+    static constexpr int X = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
+    static constexpr int SUM = X + X_BYTES, PARTIAL = SUM + SUM_BYTES, RECEIVE = PARTIAL + PARTIAL_BYTES;
+    static constexpr int BARRIERS = RECEIVE + RECEIVE_BYTES, MAXIMA = BARRIERS + BARRIER_BYTES;
+    static constexpr int HIGH_RINGS = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
+    static constexpr int BYTES = HIGH_RINGS + (WARPS - LOW_RINGS) * RING_BYTES;
+
+    __device__ static __forceinline__ int ring(int warp) {
+        return warp < LOW_RINGS ? LOW_HEAD + warp * RING_BYTES : HIGH_RINGS + (warp - LOW_RINGS) * RING_BYTES;
+    }
+};
+static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
+static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (BITS & (BITS - 1)) == 0 && (!TABLE || BITS == 1)), "see digits.cuh");
+static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
+
+constexpr int MAX_RANGES = 16;
+struct Range {
+    int first_cluster, first_block, end_block, pad;
+    i64 first_row, end_row;
+};
+struct Params {
+    const char* codes;   // [B, UNITS, BITS, 32, 4] words
+    const char* scales;  // [B, GROUPS, 64]
+    const char* zeros;   // [B, GROUPS, 64]
+    const u16* table;    // [tables, 2^BITS]
+    const u16* x;        // [m, K]
+    const u16* bias;     // [N] or null
+    u16* out;            // [m, N]
+    int m, ranges, blocks_per_cluster;
+    u32 one_bit[3];      // see Lookup; the pairs of 1, base7, base6
+    u32 zero;            // 0, which the compiler does not know
+    Range range[MAX_RANGES];
+};
+
+// Where a warp stands in its stream of units; the codes of one block's slice are contiguous.
+struct Cursor {
+    int step, unit;
+    const char* codes;
+    i64 group_row;  // first group of the block, counted over all blocks
+};
+
+// First group of the stage that starts at `unit`, moved down where a stage would reach past the last group.
+__device__ __forceinline__ int stage_group(int unit) {
+    const int group = unit * 64 / GROUP;
+    if constexpr (SUBS > 1 && 64 % GROUP != 0) return min(group, GROUPS - STAGE_GROUPS);
+    return GROUPS == 1 ? 0 : group;
+}
+
+struct Warp {
+    const Params& p;
+    char* ring;
+    u32 barriers;
+    int lane, steps, first_unit, end_unit;  // units counted from the CTA's first
+    int cta_unit;
+    i64 first_block;
+    u64 policy;
+
+    __device__ __forceinline__ Cursor start() const {
+        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::CODE_BYTES, first_block * GROUPS};
+    }
+    __device__ __forceinline__ void advance(Cursor& c) const {
+        c.codes += STAGE_UNITS * Smem::CODE_BYTES;
+        c.unit += STAGE_UNITS;
+        if (STEPS_PER_CTA > 1 && c.unit == end_unit) {
+            c.unit = first_unit;
+            c.step += 1;
+            c.codes += (ROW_WARPS * UNITS - (end_unit - first_unit)) * i64(Smem::CODE_BYTES);
+            c.group_row += ROW_WARPS * GROUPS;
+        }
+    }
+    __device__ __forceinline__ bool more(const Cursor& c) const {
+        return STEPS_PER_CTA > 1 ? c.step < steps : c.unit < end_unit;
+    }
+    __device__ __forceinline__ void prefetch(Cursor& c, int stage) const {
+        if (more(c)) {
+            const i64 group = c.group_row + stage_group(cta_unit + c.unit);
+            const u32 to = shared_address(ring) + stage * Smem::STAGE;
+            if constexpr (FDK_HOPPER) {
+                if (lane == 0) {
+                    const u32 barrier = barriers + stage * 8;
+                    barrier_expect(barrier, Smem::STAGE);
+                    copy_bulk(to, c.codes, STAGE_UNITS * Smem::CODE_BYTES, barrier, policy);
+                    copy_bulk(to + Smem::SCALES, p.scales + group * 128, STAGE_GROUPS * 128, barrier, policy);
+                    if constexpr (ZEROS)
+                        copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES,
+                                  STAGE_GROUPS * Smem::GROUP_ZERO_BYTES, barrier, policy);
+                }
+            } else {
+                copy_lanes<STAGE_UNITS * Smem::CODE_BYTES>(to, c.codes);
+                copy_lanes<STAGE_GROUPS * 128>(to + Smem::SCALES, p.scales + group * 128);
+                if constexpr (ZEROS)
+                    copy_lanes<STAGE_GROUPS * Smem::GROUP_ZERO_BYTES>(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES);
+            }
+            advance(c);
+        }
+        // Every call commits a group, also past the end, so that the number of pending groups stays known.
+        if constexpr (!FDK_HOPPER) copy_commit();
+    }
+    template <int BYTES>
+    __device__ __forceinline__ void copy_lanes(u32 to, const char* from) const {
+#pragma unroll
+        for (int i = 0; i < BYTES; i += 512)
+            if (i + 512 <= BYTES || lane * 16 < BYTES - i) copy_async(to + i + lane * 16, from + i + lane * 16, policy);
+    }
+    __device__ __forceinline__ void wait(int stage, u32 parity) const {
+        if constexpr (FDK_HOPPER) {
+            barrier_wait(barriers + stage * 8, parity);
+        } else {
+            copy_wait<STAGES - 1>();
+            __syncwarp();
+        }
+    }
+};
+
+// Scales or zeros of a lane's eight rows (16r + 8h + g at 2r + h) of one group.
+struct Rows {
+    u32 pairs[4];
+    __device__ __forceinline__ float at(int tile, int h) const {
+        return h ? high_half<BF16>(pairs[tile]) : low_half<BF16>(pairs[tile]);
+    }
+};
+
+__device__ __forceinline__ Rows load_rows(const char* from, int g) {
+    const u32x4 v = *reinterpret_cast<const u32x4*>(from + g * 16);
+    return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ __forceinline__ float zero_at(const char* from, int g, int tile, int h) {
+    if constexpr (KIND == 2) return float(reinterpret_cast<const u8*>(from)[g * 8 + tile * 2 + h]);
+    const u16 bits = reinterpret_cast<const u16*>(from)[g * 8 + tile * 2 + h];
+    return low_half<BF16>(bits);
+}
+
+}  // namespace fdk
