@@ -217,13 +217,14 @@ def test_a_newer_version_is_refused(folder):
     ("change", "words"),
     [
         (lambda e: e.update(format="lut9_g64"), ["no width of 9 bits"]),
-        (lambda e: e.pop("format"), ["'format'"]),
-        (lambda e: e.update(shape=[1]), ["not enough values"]),
+        (lambda e: e.pop("format"), ["has no 'format'"]),
+        (lambda e: e.update(shape=[1]), ["not readable", "'shape': [1]"]),
         (lambda e: e.update(shape=[128, 96]), ["group 64 does not divide k = 96"]),
         (lambda e: e.update(shape=[112, 64]), ["[112, 64]", "[128, 64] in the model"]),
         (lambda e: e.update(format="lut3_g64"), ["codes", "uint8 [128, 24]"]),
         (lambda e: e.update(same_as="nobody"), ["same_as names 'nobody'"]),
         (lambda e: e.update(row_ends=[5, 100]), ["row_ends (5, 100)"]),
+        (lambda e: e.update(row_ends=["a"]), ["not readable", "row_ends"]),
     ],
 )
 def test_a_damaged_entry_names_the_layer(folder, change, words):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fdk
 from fdk.models import quantise
@@ -82,6 +83,16 @@ def test_a_saved_model_decodes(command, llama, tmp_path):
     status, found = command("--model", str(tmp_path / "m"))
     assert status == 0
     assert [(record["format"], record["status"]) for record in found] == [("as stored", "ok")]
+
+
+def test_a_dense_folder_decodes(command, llama, tmp_path):
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    save_file(llama.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(llama.config.to_hf()))
+    status, found = command("--model", str(folder), "--bits", "16", "2", "--codebook", "kmeans")
+    assert status == 0
+    assert [(record["format"], record["status"]) for record in found] == [("bf16", "ok"), ("lut2_g64", "ok")]
 
 
 @pytest.mark.parametrize(

@@ -220,8 +220,10 @@ def layer_specs(stored: dict, files: TensorFiles) -> dict[str, LayerSpec]:
             specs[name] = LayerSpec(geometry, bool(entry.get("bias")), first, entry.get("sqnr_db"))
         except FdkError as error:
             raise FormatError(f"{where}: {error}; restore the folder from the original") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"{where} has no readable {error}; restore the file from the original") from None
+        except KeyError as error:
+            raise FormatError(f"{where} has no {error}; restore the file from the original") from None
+        except (TypeError, ValueError, AttributeError):
+            raise FormatError(f"{where} is not readable: {entry!r:.200}; restore the file from the original") from None
     return specs
 
 
@@ -341,7 +343,7 @@ def _check_module(module: nn.Module | None, name: str, spec: LayerSpec, files: T
     geometry = spec.geometry
     where = f"{files.folder / CONFIG}: layer {name!r} [{geometry.n}, {geometry.k}]"
     if module is None:
-        raise FormatError(f"{where} is not in the model; give the modules that were saved")
+        raise FormatError(f"{where} is not in the model; the folder and the modules are of different models")
     if not isinstance(module, nn.Linear | Linear):
         raise FormatError(
             f"{where} is a {type(module).__name__} in the model, not a Linear; give the modules that were saved"

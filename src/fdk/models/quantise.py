@@ -39,6 +39,10 @@ def quantise(
     The copy carries a `fdk_report`: error, bits and seconds of each layer, the share of parameters quantised, and
     the linear layers that stay dense with the reason. FormatError names every layer that its format does not fit.
     """
+    if not isinstance(source, nn.Module):
+        raise FormatError(
+            f"source is a {type(source).__name__}; give a torch.nn.Module, or a folder to quantise_folder"
+        )
     device = None if device is None else torch.device(device)
     plan = None if config is None else as_plan(config)
     dtype = dtype or (plan.dtype if plan else None) or torch.bfloat16

@@ -248,6 +248,8 @@ def quantise_(
     is checked before the first is changed: FormatError names those that the format does not fit.
     """
     plan = as_plan(config)
+    if not isinstance(model, nn.Module):
+        raise FormatError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if isinstance(model, nn.Linear):
         raise FormatError("a bare Linear cannot be replaced in place; use fdk.from_linear(linear, config)")
     jobs, kept = plan_jobs(model, plan, filter_fn)
