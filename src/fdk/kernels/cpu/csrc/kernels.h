@@ -116,15 +116,20 @@ struct Call {
     int range_index;
 };
 
-// total += scale * (acc - zero * sum of x), the only place where scales and zeros are applied.
+// Zeros of vector h of rows, relative to what the values of the range have already taken off.
+template <class I>
+FDK_INLINE typename I::vf zeros_of(const fdk_weight& w, const uint8_t* zeros, int h) {
+    if (w.family == FDK_UINT_U8) return I::sub_scalar(I::bytes(zeros + h * I::W), (float)(1 << (w.bits - 1)));
+    return I::floats(zeros + h * I::W * w.zero_bytes, w.dtype);
+}
+
+// total += scale * (acc - zero * sum of x): scales are applied to sums over whole groups.
 template <class I, int M>
 FDK_INLINE void apply_scale(const fdk_weight& w, const uint8_t* scales, const uint8_t* zeros, const float* sums, int h,
                             typename I::vf* acc, typename I::vf* total) {
     const typename I::vf scale = I::floats(scales + h * I::W * w.scale_bytes, w.dtype);
     if (zeros) {
-        const typename I::vf zero = w.family == FDK_UINT_U8
-                                        ? I::sub_scalar(I::bytes(zeros + h * I::W), (float)(1 << (w.bits - 1)))
-                                        : I::floats(zeros + h * I::W * w.zero_bytes, w.dtype);
+        const typename I::vf zero = zeros_of<I>(w, zeros, h);
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
             acc[c] = I::fnma(zero, I::broadcast(sums + c), acc[c]);
@@ -249,6 +254,21 @@ struct Panels {
 
     static int64_t panel_size(const fdk_weight& w) { return supers_at_once(w) * w.units * 16 * WORDS * 64; }
 
+    // Float32 products of codes round, so that taking zero * (sum of x) off their sum would leave a residue where code
+    // and zero are equal; there the zeros are taken off the values. Products of 16-bit activations are exact.
+    static bool subtracts(const fdk_weight& w) { return WORDS == 2 && w.zero_bytes && w.dtype == FDK_FP32; }
+
+    static void subtract_zeros(const fdk_weight& w, const uint8_t* super, int64_t supers, float* panel) {
+        const int S = w.split ? 2 : 1;
+        const int64_t k = w.units * FDK_UNIT / S;
+        for (int64_t s = 0; s < supers; s++, super += w.super_bytes)
+            for (int i = 0; i < S; i++) {
+                const uint8_t* zeros = super + FDK_ROWS * (S * w.scale_bytes + i * w.zero_bytes);
+                for (int64_t c = 0; c < k; c++, panel += FDK_ROWS)
+                    for (int h = 0; h < H; h++) I::keep(panel + h * W, I::sub(I::kept(panel + h * W), zeros_of<I>(w, zeros, h)));
+            }
+    }
+
     template <int B>
     static void expand(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* panel) {
         const typename Path::template Values<B> values(range);
@@ -274,6 +294,7 @@ struct Panels {
         const int S = w.split ? 2 : 1;
         const int64_t scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
         const int64_t eights = w.units * 2 / S;  // eight pairs, 16 k
+        const bool correct = zeros_size && !subtracts(w);
         for (int h = 0; h < H; h += TOGETHER) {
             vf total[TOGETHER * M], acc[TOGETHER * M];
             unroll<0, TOGETHER * M>([&](auto i) FDK_LAMBDA {
@@ -293,8 +314,8 @@ struct Panels {
                         });
                     unroll<0, TOGETHER>([&](auto t) FDK_LAMBDA {
                         constexpr int T = decltype(t)::value;
-                        apply_scale<I, M>(w, at + i * scales_size, zeros_size ? at + S * scales_size + i * zeros_size : nullptr,
-                                          sum, h + T, acc + T * M, total + T * M);
+                        const uint8_t* zeros = correct ? at + S * scales_size + i * zeros_size : nullptr;
+                        apply_scale<I, M>(w, at + i * scales_size, zeros, sum, h + T, acc + T * M, total + T * M);
                     });
                     unroll<0, TOGETHER * M>([&](auto c) FDK_LAMBDA { acc[decltype(c)::value] = I::zero(); });
                     if (sum) sum += M;
@@ -387,6 +408,7 @@ void run_panels(const fdk_job& job, int64_t block0, int64_t block1, void* worksp
             const int64_t count = w.supers - s < step ? w.supers - s : step;
             const uint8_t* super = call.block + s * w.super_bytes;
             expand[w.bits](w, *call.range, super, count, panel);
+            if (P::subtracts(w)) P::subtract_zeros(w, super, count, (float*)panel);
             for (int64_t t = 0; t < job.tiles_count; t++) {
                 const fdk_tile& tile = job.tiles[t];
                 tiles[tile.width].multiply(w, super, count, panel,
@@ -436,11 +458,7 @@ struct Dequantise {
                         constexpr int P0 = decltype(half)::value * 8;
                         const int64_t g = (u * FDK_UNIT + 2 * P0) / group;
                         vf scale = I::floats(super + g * scales_size + h * W * w.scale_bytes, w.dtype);
-                        vf zero = I::zero();
-                        if (w.family == FDK_UINT_U8)
-                            zero = I::sub_scalar(I::bytes(zeros + g * zeros_size + h * W), (float)(1 << (B - 1)));
-                        else if (w.family == FDK_UINT_FLOAT)
-                            zero = I::floats(zeros + g * zeros_size + h * W * w.zero_bytes, w.dtype);
+                        const vf zero = zeros_size ? zeros_of<I>(w, zeros + g * zeros_size, h) : I::zero();
                         unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
                             typename I::vi codes = pair_codes<I, B, decltype(p)::value>(unit + 4 * W * h);
                             vf even, odd;
@@ -593,9 +611,10 @@ void dequantise_blocks(const fdk_weight* w, void* out, int64_t block0, int64_t b
     if (block0 < block1) by_bits[w->bits](*w, (uint8_t*)out, block0, block1);
 }
 
-// Widths of even cuts into tiles of at most 12; 2 to 4 only for weights whose groups end inside a unit.
+// Widths of even cuts into tiles of at most 12.
 #define FDK_PANEL_TILES(PATH)                                                                              \
-    {{}, {}, FDK_PANEL_TILE(PATH, 2), FDK_PANEL_TILE(PATH, 3), FDK_PANEL_TILE(PATH, 4), FDK_PANEL_TILE(PATH, 5), \
+    {{}, FDK_PANEL_TILE(PATH, 1), FDK_PANEL_TILE(PATH, 2), FDK_PANEL_TILE(PATH, 3), FDK_PANEL_TILE(PATH, 4), \
+     FDK_PANEL_TILE(PATH, 5),                                                                              \
      FDK_PANEL_TILE(PATH, 6), FDK_PANEL_TILE(PATH, 7), FDK_PANEL_TILE(PATH, 8), FDK_PANEL_TILE(PATH, 9),   \
      FDK_PANEL_TILE(PATH, 10), FDK_PANEL_TILE(PATH, 11), FDK_PANEL_TILE(PATH, 12)}
 

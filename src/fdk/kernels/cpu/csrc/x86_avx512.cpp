@@ -21,7 +21,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     const int32_t m32 = (int32_t)(m < 8 ? m : 8);
     *plan = fdk_plan{m32, m == 1 ? Nibbles::size(*w) : 0, 0, m32 == 3 ? 4 : m32, 0};
-    if (m > (w->split ? 1 : 4)) plan_panels<Avx512Path>(*w, m, 12, plan);
+    if (m > (w->split ? 1 : 4) || Panels<Avx512Path>::subtracts(*w)) plan_panels<Avx512Path>(*w, m, 12, plan);
 }
 
 void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float* nibbles) {

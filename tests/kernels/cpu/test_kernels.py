@@ -1,0 +1,149 @@
+"""The CPU kernels on every instruction set that this machine has: exactness, bounds, NaN, threads, odd shapes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fdk import reference, testing
+from fdk.errors import UnsupportedError
+from fdk.formats import Format, all_formats, kinds, parse
+from fdk.kernels import cpu
+from fdk.kernels.cpu import library
+from fdk.kernels.cpu.launch import KERNEL
+from fdk.kernels.cpu.library import ISAS
+from fdk.weight import QuantisedWeight
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FUZZ_CASES = 400
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    loaded = library.library()
+    if loaded is None:
+        pytest.skip(library.why_not())
+    if request.param not in loaded.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    before = loaded.isa
+    loaded.use(request.param)
+    yield request.param
+    loaded.use(before)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def multiply(x: torch.Tensor, weight: QuantisedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = testing.poisoned(x.shape[0], weight.shape[0], x.dtype, "cpu")
+    KERNEL.linear(x, weight, bias, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("fmt", all_formats((16, 48, 64, None)), ids=str)
+def test_unit_activations_give_the_weight_rounded_once(isa: str, fmt: Format, dtype: torch.dtype) -> None:
+    k = 67 if fmt.group is None else 144 if fmt.group != 64 else 192
+    for float_zeros in (False, True) if fmt.has_zeros else (False,):
+        weight = testing.random_weight(fmt, 40, k, dtype, seed=3, tables=3, float_zeros=float_zeros)
+        dense = reference.dequantise(weight)
+        weight = weight.to_layout(KERNEL.layout)
+        assert torch.equal(cpu.dequantise(weight), dense)
+        unit = torch.eye(k, dtype=dtype)
+        assert torch.equal(multiply(unit, weight), dense.T)
+        for m in (1, 2, 3, 5, 8):
+            assert torch.equal(multiply(unit[7 : 7 + m].contiguous(), weight), dense[:, 7 : 7 + m].T), m
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_one_row_of_many_blocks(isa: str, bits: int) -> None:
+    """Enough blocks, and k, for the paths that only pay on larger weights; several tables; an odd last block."""
+    for fmt, tables in ((f"lut{bits}_g64", 1), (f"lut{bits}_g64", 3), (f"uint{bits}_g128", 1), (f"lut{bits}_chan", 2)):
+        weight = testing.random_weight(parse(fmt), 397, 1152, seed=bits, tables=tables).to_layout(KERNEL.layout)
+        x = torch.randn(1, 1152, generator=torch.Generator().manual_seed(bits)).bfloat16()
+        wrong = testing.check_product(KERNEL.linear, x, weight, None, False)
+        assert wrong is None, f"{isa} {fmt}: {wrong}"
+
+
+def random_case(seed: int) -> tuple[QuantisedWeight, torch.Tensor, torch.Tensor | None, str]:
+    rng = random.Random(seed)
+    kind = rng.choice(kinds())
+    fmt = Format(kind, rng.choice(kind.bits), rng.choice((None, 16, 32, 48, 64, 80, 128, 256)))
+    n, m = rng.randint(1, 90), rng.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 130))
+    k = rng.randint(1, 600) if fmt.group is None else fmt.group * rng.randint(1, 6)
+    dtype = rng.choice(DTYPES)
+    weight = testing.random_weight(fmt, n, k, dtype, seed, tables=rng.randint(1, 4), float_zeros=rng.random() < 0.5)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype) if rng.random() < 0.5 else None
+    return weight.to_layout(KERNEL.layout), x, bias, f"random_case({seed}): {fmt} n={n} k={k} m={m} {dtype}"
+
+
+def test_random_cases_stay_within_the_bound(isa: str) -> None:
+    for seed in range(FUZZ_CASES):
+        weight, x, bias, name = random_case(seed)
+        wrong = testing.check_product(KERNEL.linear, x, weight, bias, False)
+        assert wrong is None, f"{isa} {name}: {wrong}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("fmt", ["lut4_g64", "lut1_g64", "lut8_chan", "int3_g48", "lut5_g16"])
+def test_not_a_number_stays_in_its_row_and_infinity_is_not_lost(isa: str, fmt: str, dtype: torch.dtype) -> None:
+    """k is padded inside the layout; 0 times infinity must not turn the padding into NaN."""
+    k = 144 if fmt == "int3_g48" else 192 if fmt != "lut8_chan" else 77
+    weight = testing.random_weight(parse(fmt), 150, k, dtype, seed=4)
+    dense = reference.dequantise(weight).float()
+    weight = weight.to_layout(KERNEL.layout)
+    for m in (1, 3, 12):
+        x = torch.zeros(m, k, dtype=dtype)
+        x[0, k - 1] = float("inf")
+        got = multiply(x, weight)
+        expected = (x.float()[0, k - 1] * dense[:, k - 1]).to(dtype)
+        assert torch.equal(got[0], expected) or (dense[:, k - 1] == 0).any()
+        assert (got[1:] == 0).all()
+        x[0, k - 1] = float("nan")
+        got = multiply(x, weight)
+        assert got[0].isnan().all()
+        assert (got[1:] == 0).all()
+
+
+def test_the_result_does_not_depend_on_threads(isa: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        for fmt in ("lut4_g64", "lut1_g64", "lut7_g64", "uint2_g32"):
+            weight = testing.random_weight(parse(fmt), 1000, 1024, seed=1).to_layout(KERNEL.layout)
+            for m in (1, 4, 20, 100):
+                x = torch.randn(m, 1024, generator=torch.Generator().manual_seed(m)).bfloat16()
+                results = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    results.append(multiply(x, weight))
+                assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), (fmt, m)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_subnormal_table_entries_are_not_flushed(isa: str) -> None:
+    weight = testing.random_weight(parse("lut2_g64"), 32, 64)
+    weight.parts["table"][0] = torch.tensor([0.0, 2.0**-130, -(2.0**-131), 1.0])
+    weight.parts["scales"].fill_(2.0**20)
+    dense = reference.dequantise(weight)
+    assert torch.equal(multiply(torch.eye(64).bfloat16(), weight.to_layout(KERNEL.layout)), dense.T)
+
+
+def test_probes_read_and_multiply(isa: str) -> None:
+    loaded = library.library()
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    loaded.read(memory.data_ptr(), memory.numel(), 1)
+    assert all(loaded.multiply(dtype, 10, 1) > 0 for dtype in range(3))
+
+
+def test_unknown_instruction_sets_are_refused() -> None:
+    loaded = library.library()
+    if loaded is None:
+        pytest.skip(library.why_not())
+    with pytest.raises(UnsupportedError, match="sse9.*generic, avx2"):
+        loaded.use("sse9")
