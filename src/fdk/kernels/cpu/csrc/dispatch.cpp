@@ -238,7 +238,7 @@ void read_part(void* context, int64_t part, int64_t parts) {
 
 void multiply_part(void* context, int64_t part, int64_t parts) {
     Probe& probe = *(Probe*)context;
-    float sink[FDK_ROWS];
+    float sink[FDK_ROWS] = {0};
     const int64_t operations = current->multiply(probe.dtype, probe.steps, sink);
     if (part == 0) probe.operations = operations * parts;
 }

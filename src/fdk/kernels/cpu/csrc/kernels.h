@@ -507,7 +507,7 @@ FDK_INLINE void cut_rows(int64_t m, int64_t most, int64_t widest, fdk_plan* plan
 
 template <class Path>
 FDK_INLINE void plan_panels(const fdk_weight& w, int64_t m, int64_t widest, fdk_plan* plan) {
-    cut_rows(m, 8 * widest, widest, plan);
+    cut_rows(m, 32 * widest, widest, plan);
     const int64_t tiles = (plan->rows + plan->width - 1) / plan->width;
     plan->workspace = Panels<Path>::panel_size(w) + tiles * FDK_PANEL_WIDTH * FDK_ROWS * (int64_t)sizeof(float);
 }
@@ -587,13 +587,13 @@ uint64_t read_lines(const void* p, int64_t size) {
     return first;
 }
 
-// Independent chains, as many as hide the latency; returns the operations of one step.
+// Independent chains, as many as hide the latency, on the operands in sink :: [16]; returns the operations of one step.
 template <class Path>
 int64_t multiply_chains(int64_t steps, float* sink) {
     typedef typename Path::I I;
     uint32_t panel[2 * FDK_ROWS], x[2 * 12];
-    memset(panel, 0, sizeof(panel));
-    memset(x, 0, sizeof(x));
+    for (int i = 0; i < 2 * FDK_ROWS; i++) memcpy(&panel[i], &sink[i % FDK_ROWS], 4);
+    for (int i = 0; i < 2 * 12; i++) memcpy(&x[i], &sink[i % FDK_ROWS], 4);
     typename I::vf acc[12];
     for (int i = 0; i < 12; i++) acc[i] = I::zero();
     for (int64_t s = 0; s < steps; s++) Path::template multiply<1, 12>(panel, x, acc);

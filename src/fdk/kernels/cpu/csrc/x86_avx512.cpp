@@ -4,12 +4,16 @@
 namespace {
 
 void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
-    static const BlockFn by_width[5][2][9] = {
+    static const BlockFn by_width[9][2][9] = {
         {{nullptr}, {nullptr}},
         {FDK_BY_BITS(Avx512Path, 1, false), FDK_BY_BITS(Avx512Path, 1, true)},
         {FDK_BY_BITS(Avx512Path, 2, false), {nullptr}},
         {{nullptr}, {nullptr}},
         {FDK_BY_BITS(Avx512Path, 4, false), {nullptr}},
+        {{nullptr}, {nullptr}},
+        {FDK_BY_BITS(Avx512Path, 6, false), {nullptr}},
+        {{nullptr}, {nullptr}},
+        {FDK_BY_BITS(Avx512Path, 8, false), {nullptr}},
     };
     static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
     if (job->plan->workspace) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
@@ -19,9 +23,12 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
-    const int32_t m32 = (int32_t)(m < 8 ? m : 8);
-    *plan = fdk_plan{m32, m == 1 ? Nibbles::size(*w) : 0, 0, m32 == 3 ? 4 : m32, 0};
-    if (m > (w->split ? 1 : 4) || Panels<Avx512Path>::subtracts(*w)) plan_panels<Avx512Path>(*w, m, 12, plan);
+    // As for bf16, except that up to 4 bits one register holds the table.
+    const int64_t direct = Panels<Avx512Path>::subtracts(*w) ? 0 : w->split ? 1 : w->bits <= 4 ? m : 4;
+    *plan = fdk_plan{1, m == 1 && direct ? Nibbles::size(*w) : 0, 0, 1, 0};
+    if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);
+    cut_rows(m, 64, 8, plan);
+    if (plan->width > 2) plan->width += plan->width % 2;
 }
 
 void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float* nibbles) {
