@@ -191,10 +191,12 @@ typedef FloatPath<Avx512> Avx512Path;
 // addition replace four multiply-adds. nibbles :: [ranges][k_padded / 32][8][16] float32; in a unit, entry half * 4 + j
 // serves bits 4j .. 4j + 3 of that half.
 struct Nibbles {
-    static int64_t size(const fdk_weight& w) {
-        // The tables take about as long as two blocks; each range of rows needs its own.
-        const bool pays = w.bits == 1 && !w.split && w.blocks >= 8 * w.ranges_count;
-        return pays ? w.ranges_count * w.k_padded * 4 : 0;
+    static bool plan(const fdk_weight& w, fdk_plan* plan) {
+        // A thread's tables take it about as long as four blocks; each range of rows needs its own.
+        if (w.bits != 1 || w.split || w.blocks < 16 * w.ranges_count) return false;
+        plan->algorithm = FDK_NIBBLES;
+        plan->workspace = w.ranges_count * w.k_padded * 4 * (int64_t)sizeof(float);
+        return true;
     }
 
     static void prepare(const fdk_weight& w, const uint8_t* x, float* nibbles) {
@@ -226,8 +228,10 @@ struct Nibbles {
     // tables do.
     static constexpr int64_t BATCH = 8, TABLE_BYTES = 16 << 10;
 
-    static void run(const fdk_job& job, int64_t block0, int64_t block1) {
+    // Every thread makes its own tables: fetching them from another core takes longer.
+    static void run(const fdk_job& job, int64_t block0, int64_t block1, float* nibbles) {
         const fdk_weight& w = *job.w;
+        prepare(w, (const uint8_t*)job.tiles[0].x, nibbles);
         const int64_t fit = TABLE_BYTES / (w.units * 512), step = fit < 1 ? 1 : fit;
         Call calls[BATCH];
         int64_t count = 0, left = block1 - block0;
@@ -246,7 +250,7 @@ struct Nibbles {
                     const uint8_t* next = b + 1 < count      ? calls[b + 1].block + s * w.super_bytes
                                           : end < w.supers ? calls[0].block + end * w.super_bytes
                                                            : calls[b].block + w.block_bytes;
-                    stretch(calls[b], s, end, next - (calls[b].block + s * w.super_bytes), totals[b]);
+                    stretch(calls[b], nibbles, s, end, next - (calls[b].block + s * w.super_bytes), totals[b]);
                 }
             }
             for (int64_t b = 0; b < count; b++) finish<Avx512, 1>(calls[b], &totals[b]);
@@ -254,9 +258,10 @@ struct Nibbles {
         });
     }
 
-    static FDK_INLINE void stretch(const Call& call, int64_t first, int64_t end, int64_t ahead, __m512& total) {
+    static FDK_INLINE void stretch(const Call& call, const float* nibbles, int64_t first, int64_t end, int64_t ahead,
+                                   __m512& total) {
         const fdk_weight& w = *call.w;
-        const float* t = call.tile->nibbles + call.range_index * w.k_padded * 4 + first * w.units * 128;
+        const float* t = nibbles + call.range_index * w.k_padded * 4 + first * w.units * 128;
         const float* sums = call.tile->sums ? call.tile->sums + first : nullptr;
         const int64_t scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
         const uint8_t* super = call.block + first * w.super_bytes;

@@ -96,7 +96,7 @@ void pack_part(void* context, int64_t part, int64_t parts) {
     for (int64_t t = r.job.tiles_count * part / parts; t < r.job.tiles_count * (part + 1) / parts; t++) {
         const fdk_tile& tile = r.tiles[t];
         const uint8_t* x = r.x + (tile.row - r.tiles[0].row) * r.job.w->k * r.job.w->scale_bytes;
-        current->pack(r.job.w, &r.plan, x, tile.rows, (void*)tile.x, (float*)tile.sums, (float*)tile.nibbles);
+        current->pack(r.job.w, &r.plan, x, tile.rows, (void*)tile.x, (float*)tile.sums);
     }
 }
 
@@ -182,18 +182,15 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
         r.x = (const uint8_t*)x + row * w->k * w->scale_bytes;
         // One row that already is what the kernel reads is used where it lies.
         const bool as_is = r.plan.bf16_pairs || w->dtype == FDK_FP32;
-        const bool packed = !(rows == 1 && width == 1 && as_is && w->k == w->k_padded) && !r.plan.nibbles;
+        const bool packed = !(rows == 1 && width == 1 && as_is && w->k == w->k_padded) && r.plan.algorithm != FDK_NIBBLES;
         const int64_t x_size = packed ? round_up(width * w->k_padded * (r.plan.bf16_pairs ? 2 : 4)) : 0;
         const int64_t tile_size = x_size + round_up(width * sums_size);
         const int64_t workspace = round_up(r.plan.workspace);
-        uint8_t* memory = (uint8_t*)scratch_of(64 + round_up(r.plan.nibbles * 4) + r.job.tiles_count * tile_size +
-                                               threads * workspace);
+        uint8_t* memory = (uint8_t*)scratch_of(64 + r.job.tiles_count * tile_size + threads * workspace);
         if (!memory) return -1;
         r.plan.workspace = workspace;
         r.workspace = memory;
         memory += threads * workspace;
-        float* nibbles = r.plan.nibbles ? (float*)memory : nullptr;
-        memory += round_up(r.plan.nibbles * 4);
         for (int64_t i = 0; i < r.job.tiles_count; i++, memory += tile_size) {
             fdk_tile& t = r.tiles[i];
             t.row = row + i * width;
@@ -201,9 +198,8 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
             t.rows = (int32_t)(rows - i * width < width ? rows - i * width : width);
             t.x = packed ? memory : nullptr;
             t.sums = sums_size ? (const float*)(memory + x_size) : nullptr;
-            t.nibbles = nibbles;
         }
-        if (packed || sums_size || nibbles) fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
+        if (packed || sums_size) fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
         if (!packed) r.tiles[0].x = r.x;
         fdk_parallel(linear_part, &r, threads);
     }

@@ -66,7 +66,6 @@ struct fdk_weight {
 struct fdk_tile {
     const void* x;
     const float* sums;  // [groups padded][width] sums of x over each group; null unless the weight has zeros
-    const float* nibbles;  // 1-bit, one row: sums of every 4 values, see kernels.h; null otherwise
     int64_t row;           // first row of x
     int32_t rows, width;
 };
@@ -80,21 +79,26 @@ struct fdk_job {
     void* out;         // [m, n] of the weight's dtype
 };
 
+enum fdk_algorithm {
+    FDK_DIRECT = 0,   // every tile decodes
+    FDK_PANELS = 1,   // decoded once into a panel in the workspace
+    FDK_NIBBLES = 2,  // 1 bit, one row: sums of four values in the workspace; x is read as it lies
+};
+
 // How the rows of x are cut for one call.
 struct fdk_plan {
     int64_t rows;       // rows of x packed at a time
-    int64_t nibbles;    // floats of nibble tables, 0 for none
-    int64_t workspace;  // bytes for each thread, 0 for none; nonzero chooses the panel kernels
-    int32_t width;      // of every tile
-    int32_t bf16_pairs; // activations are packed as bf16 pairs, else as float32
+    int64_t workspace;   // bytes for each thread
+    int32_t width;       // of every tile
+    int32_t algorithm;   // enum fdk_algorithm
+    int32_t bf16_pairs;  // activations are packed as bf16 pairs, else as float32
 };
 
 // What one instruction set provides.
 struct fdk_ops {
     void (*plan)(const struct fdk_weight*, int64_t m, struct fdk_plan*);
-    // Rows of x into a tile; dst, sums and nibbles may be null.
-    void (*pack)(const struct fdk_weight*, const struct fdk_plan*, const void* x, int32_t rows, void* dst, float* sums,
-                 float* nibbles);
+    // Rows of x into a tile; dst and sums may be null.
+    void (*pack)(const struct fdk_weight*, const struct fdk_plan*, const void* x, int32_t rows, void* dst, float* sums);
     void (*linear)(const struct fdk_job*, int64_t block0, int64_t block1, void* workspace);
     // Rows of blocks [block0, block1) scaled and rounded to the weight's dtype; out points at row 0 of block0.
     void (*dequantise)(const struct fdk_weight*, void* out, int64_t block0, int64_t block1);

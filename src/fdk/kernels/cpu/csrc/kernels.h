@@ -509,6 +509,7 @@ template <class Path>
 FDK_INLINE void plan_panels(const fdk_weight& w, int64_t m, int64_t widest, fdk_plan* plan) {
     cut_rows(m, 32 * widest, widest, plan);
     const int64_t tiles = (plan->rows + plan->width - 1) / plan->width;
+    plan->algorithm = FDK_PANELS;
     plan->workspace = Panels<Path>::panel_size(w) + tiles * FDK_PANEL_WIDTH * FDK_ROWS * (int64_t)sizeof(float);
 }
 

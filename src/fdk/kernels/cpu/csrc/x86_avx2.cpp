@@ -110,18 +110,18 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     };
     static const Panels<Path>::Tile tiles[7] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3),
                                                 FDK_PANEL_TILE(Path, 4), FDK_PANEL_TILE(Path, 5), FDK_PANEL_TILE(Path, 6)};
-    if (job->plan->workspace) return run_panels<Path>(*job, block0, block1, workspace, tiles);
+    if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
     run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     const int32_t m32 = (int32_t)(m < 8 ? m : 8);
-    *plan = fdk_plan{m32, 0, 0, m32 == 3 ? 4 : m32, 0};
+    *plan = fdk_plan{m32, 0, m32 == 3 ? 4 : m32, FDK_DIRECT, 0};
     if (m > (w->split ? 1 : 4) || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 6, plan);
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float*) {
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
     pack_floats<Avx2>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
 }
 

@@ -16,8 +16,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         {FDK_BY_BITS(Avx512Path, 8, false), {nullptr}},
     };
     static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
-    if (job->plan->workspace) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
-    if (job->plan->nibbles) return Nibbles::run(*job, block0, block1);
+    if (job->plan->algorithm == FDK_PANELS) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
+    if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
     const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
     run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
@@ -25,14 +25,14 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     // As for bf16, except that up to 4 bits one register holds the table.
     const int64_t direct = Panels<Avx512Path>::subtracts(*w) ? 0 : w->split ? 1 : w->bits <= 4 ? m : 4;
-    *plan = fdk_plan{1, m == 1 && direct ? Nibbles::size(*w) : 0, 0, 1, 0};
+    *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 0};
+    if (m == 1 && direct && Nibbles::plan(*w, plan)) return;
     if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);
     cut_rows(m, 64, 8, plan);
     if (plan->width > 2) plan->width += plan->width % 2;
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float* nibbles) {
-    if (nibbles) Nibbles::prepare(*w, (const uint8_t*)x, nibbles);
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
     pack_floats<Avx512>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
 }
 

@@ -47,8 +47,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         {DOT(6, false), {nullptr}}, {DOT(7, false), {nullptr}},    {DOT(8, false), {nullptr}},
     };
     static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
-    if (job->plan->workspace) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
-    if (job->plan->nibbles) return Nibbles::run(*job, block0, block1);
+    if (job->plan->algorithm == FDK_PANELS) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
+    if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
     const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
     run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
 }
@@ -58,13 +58,14 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     // Up to 6 bits (two table registers) decoding hides behind the multiplications of a tile; above that it pays to
     // decode once into a panel. Measured on Zen 4 with m = 8, 16, 64, 256.
     const int64_t direct = w->split ? 1 : w->bits <= 6 ? m : w->bits == 7 ? 40 : 8;
-    *plan = fdk_plan{1, m == 1 ? Nibbles::size(*w) : 0, 0, 1, 1};
+    *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 1};
+    if (m == 1 && Nibbles::plan(*w, plan)) return;
     if (m > direct) plan_panels<DotPath>(*w, m, 12, plan);
     else cut_rows(m, 64, 8, plan);
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums, float* nibbles) {
-    if (!plan->bf16_pairs || nibbles || !dst) return fdk_ops_avx512()->pack(w, plan, x, rows, dst, sums, nibbles);
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
+    if (!plan->bf16_pairs || !dst) return fdk_ops_avx512()->pack(w, plan, x, rows, dst, sums);
     pack_bf16_pairs<Avx512>(*w, (const uint16_t*)x, rows, plan->width, (uint32_t*)dst, sums);
 }
 
