@@ -29,12 +29,18 @@ FDK_INLINE void unroll(F&& f) {
 
 #define FDK_LAMBDA __attribute__((always_inline))
 
-// Dwords whose 16-bit halves hold, in their low B bits, the codes of pair p of a unit; garbage above.
-template <class I, int B, int P>
+// Dwords whose 16-bit halves hold the codes of pair P of a unit, B bits from bit B * place<B, P, SHARE>(); garbage above
+// and below. SHARE neighbouring codes are left in one shifted word, so that they share its shift.
+template <int B, int P, int SHARE>
+constexpr int place() {
+    return P < B * (16 / B) ? P % (16 / B) % SHARE : 0;
+}
+
+template <class I, int B, int P, int SHARE = 1>
 FDK_INLINE typename I::vi pair_codes(const uint8_t* unit) {
     constexpr int q = 16 / B, rest = 16 % B, direct = B * q;
     if constexpr (P < direct) {
-        return I::template shr<B * (P % q)>(I::load(unit + 64 * (P / q)));
+        return I::template shr<B * (P % q - place<B, P, SHARE>())>(I::load(unit + 64 * (P / q)));
     } else {
         constexpr int first = (P - direct) * B;  // of this code in the stream of left-over bits
         typename I::vi code = I::zero_words();
@@ -58,9 +64,12 @@ struct FloatPath {
     typedef Traits I;
     static constexpr int words_per_pair = 2;  // dwords of x per pair and row
     template <int B>
-    using Values = typename I::template Values<B>;
+    struct Values : I::template Values<B> {
+        static constexpr int SHARE = 1;
+        FDK_INLINE explicit Values(const fdk_range& r) : I::template Values<B>(r) {}
+    };
 
-    template <int B, int M>
+    template <int B, int M, int>
     static FDK_INLINE void step(const Values<B>& values, typename I::vi codes, const uint32_t* x, typename I::vf* acc) {
         typename I::vf even, odd;
         values.pair(codes, even, odd);
@@ -176,7 +185,9 @@ struct Block {
     static FDK_INLINE void pairs(const Values& values, const uint8_t* unit, const uint32_t* x, vf (&acc)[SETS * M]) {
         unroll<P0, P1>([&](auto p) FDK_LAMBDA {
             constexpr int P = decltype(p)::value;
-            Path::template step<B, M>(values, pair_codes<I, B, P>(unit), x + P * PAIR, acc + (P % SETS) * M);
+            constexpr int SHARE = Values::SHARE;
+            Path::template step<B, M, place<B, P, SHARE>()>(values, pair_codes<I, B, P, SHARE>(unit), x + P * PAIR,
+                                                            acc + (P % SETS) * M);
         });
     }
 

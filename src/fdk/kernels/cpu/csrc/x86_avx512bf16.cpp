@@ -8,14 +8,33 @@ namespace {
 struct DotPath {
     typedef Avx512 I;
     static constexpr int words_per_pair = 1;
+    // A look-up reads 5 bits of an index, with two registers 6: enough for several narrow codes. One table for each
+    // place of a code among them saves the shifts, which compete with look-ups for the same ports.
     template <int B>
     struct Values : Avx512::Words<B> {
-        FDK_INLINE explicit Values(const fdk_range& r) : Avx512::Words<B>(r.value_bf16) {}
+        static constexpr int SHARE = B == 1 ? 5 : B <= 3 ? 2 : 1;
+        static constexpr int REGISTERS = B == 3 ? 2 : 1;
+        __m512i placed[SHARE][REGISTERS];
+        FDK_INLINE explicit Values(const fdk_range& r) : Avx512::Words<B>(r.value_bf16) {
+            uint16_t count[64];
+            for (int i = 0; i < 64; i++) count[i] = (uint16_t)i;
+            unroll<1, SHARE>([&](auto place) FDK_LAMBDA {
+                for (int i = 0; i < REGISTERS; i++)
+                    placed[decltype(place)::value][i] = _mm512_permutexvar_epi16(
+                        _mm512_srli_epi16(_mm512_loadu_si512(count + 32 * i), B * decltype(place)::value), this->t[0]);
+            });
+        }
+        template <int PLACE>
+        FDK_INLINE __m512i at(__m512i codes) const {
+            if constexpr (PLACE == 0) return this->get(codes);
+            else if constexpr (REGISTERS == 1) return _mm512_permutexvar_epi16(codes, placed[PLACE][0]);
+            else return _mm512_permutex2var_epi16(placed[PLACE][0], codes, placed[PLACE][1]);
+        }
     };
 
-    template <int B, int M>
+    template <int B, int M, int PLACE>
     static FDK_INLINE void step(const Values<B>& values, __m512i codes, const uint32_t* x, __m512* acc) {
-        const __m512bh value = (__m512bh)values.get(codes);
+        const __m512bh value = (__m512bh)values.template at<PLACE>(codes);
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
             acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[c]));
