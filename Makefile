@@ -8,12 +8,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip --quiet
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test check bench figures test-gpu lint clean
+.PHONY: help test check bench bench-gpu figures test-gpu lint clean
 
 help:
 	@echo "make test      environment, install, lint and the whole CPU suite"
 	@echo "make check     environment, install, lint and the quick part of the CPU suite"
 	@echo "make bench     environment, install, kernel benchmark and tiny model; records and plots in out/"
+	@echo "make bench-gpu kernel benchmark on a CUDA device: the sizes and formats of docs/benchmarking.md, records in out/"
 	@echo "make figures   draw the figures of the documentation again from results/"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make clean     remove what the targets above made"
@@ -33,6 +34,10 @@ bench: export OMP_PROC_BIND = true
 bench: $(VENV)/.bench
 	@$(BIN)/python -m fdk.bench --quick --plot --output-dir out
 	@$(BIN)/python -m fdk.models --model custom-llama-tiny
+
+# A torch that sees the GPU is used as it is, and so are the peers installed beside it.
+bench-gpu:
+	@PYTHONPATH=src $(PYTHON) -m fdk.bench --device cuda --quick --chain --output-dir out
 
 figures: $(VENV)/.bench
 	@for folder in results/*/; do \

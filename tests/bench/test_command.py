@@ -31,6 +31,7 @@ TINY = [
     "--threads",
     "all",
 ]
+GPU_ONLY = {"torch-tinygemm", "humming", "gemlite"}
 SOURCE_RUN = "--exclude '' -b 16 8 4 2 1 -k 8192 6144 4096 3072".replace("''", "").split()
 
 
@@ -93,6 +94,10 @@ def test_n_is_k_or_integers():
         (["--profile", "mvlut"], "--profile mvlut: unknown benchmark; choose from mv"),
         (["--threads", "4096"], "--threads 4096: torch has"),
         (["--copies", "0"], "--copies 0: at least 1"),
+        (["--shapes", "4096"], "--shapes '4096' is not a size; write n x k"),
+        (["--shapes", "0x64"], "--shapes '0x64' is not a size"),
+        (["--shapes", "64x64", "-k", "64"], "-k and -n have no meaning beside it"),
+        (["--jobs", "-1"], "--jobs -1: give 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_with_a_remedy(arguments, complaint, capsys):
@@ -133,7 +138,7 @@ def test_a_run_prints_and_records_every_line(small, capsys, tmp_path):
     found = records.read([tmp_path])
     tests = {entry["test"] for entry in found}
     assert tests == {"mv", "mv_ref", "mv_lut8", "mv_lut8_ref", "mv_int", "marlin", "marlin_lut"}
-    assert {entry["provider"] for entry in found} == set(PROVIDERS) - {"torch-fp16"}
+    assert {entry["provider"] for entry in found} == set(PROVIDERS) - {"torch-fp16"} - GPU_ONLY
     for entry in found:
         assert entry["test"] in out
         if entry["status"] == "skipped":

@@ -6,6 +6,7 @@ import torch
 from fdk.bench import providers
 from fdk.bench.gate import Gate
 from fdk.bench.problems import DTYPES, Line, Selection, lines
+from fdk.bench.run import GPU_PEERS
 
 CPU = torch.device("cpu")
 N, K = 64, 256
@@ -14,6 +15,7 @@ LINES = [
     *lines(Selection((16, 8, 4, 3, 2, 1)), 64),
     *lines(Selection((16, 4), dtype="fp16"), 128),
     *lines(Selection((4,), ("uint4_g64", "nf4_g64"), "fp32"), 64),
+    *(line for line in lines(Selection((4,), cuda=True), 64) if line.provider in GPU_PEERS),
 ]
 
 
@@ -29,7 +31,7 @@ def test_a_provider_passes_the_gate_or_gives_a_reason(line):
     try:
         prepared = providers.prepare(line, source)
     except providers.Unavailable as error:
-        assert line.provider in ("bitsandbytes-nf4", "torch-int4pack"), f"{line} cannot run: {error}"
+        assert line.provider in {"torch-int4pack"} | GPU_PEERS, f"{line} cannot run: {error}"
         pytest.skip(str(error))
     prepared.copy_to(3)
     x = torch.randn(4, K, generator=torch.Generator().manual_seed(1)).to(DTYPES[line.dtype])

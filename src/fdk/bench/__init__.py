@@ -2,10 +2,14 @@
 
 command.py    flags, the loop over shapes, what is run and what is passed over
 problems.py   cases: names, bytes, operations, which lines a run has
+operands.py   the weight of a line, and what a provider makes of it
 providers.py  who can multiply: fdk, torch, bitsandbytes; each with its operands
+peers.py      others' GPU kernels: tinygemm, humming, gemlite
+warm.py       processes that compile before a run on a GPU, and find out what crashes
 gate.py       the correctness check before a timing
 timing.py     rounds, percentiles, ratios; CPU clock and CUDA graphs
 roofline.py   ceilings measured in the same process: read and copy bandwidth, bf16 rate, streaming floor
+floor.py      the streaming floor on a GPU, by fdk's kernel
 records.py    one flat JSON object a line, with everything needed to read it later
 report.py     tables and progress
 plots.py      figures from records

@@ -20,6 +20,12 @@ from fdk.formats import parse
 BOUND = "OMP_PROC_BIND"
 MOST_COPIES = 2048
 """Without a limit a small weight would have a million copies, most of them overhead."""
+COLD_BYTES_ON_A_GPU = 400_000_000
+QUICK_SHAPES = ("4096x4096", "8192x8192", "14336x4096", "4096x14336", "28672x8192")
+QUICK_FORMATS = ("lut8_g64", "lut4_g64", "lut3_g64", "lut2_g64", "lut1_g64", "int4_g64", "nf4_g64")
+QUICK_CALLS, QUICK_ROUNDS = 20, 30
+PEER_SECONDS = {True: 40.0, False: 600.0}
+"""Seconds that all compiling and tuning of one peer may take in a run, by --quick."""
 _FAMILIES = ("mv", "mv_lut8", "mv_int", "mm", "mm_lut8", "mm_int")
 TESTS = (*_FAMILIES, *(f"{family}_ref" for family in _FAMILIES), "marlin", "marlin_lut")
 
@@ -39,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-m", type=int, nargs="+", help="rows of activations (1 4 16 64 256)")
     p.add_argument("-k", type=int, nargs="+", help="input features (4096)")
     p.add_argument("-n", nargs="+", default=["k"], help="output features: integers, or k for square")
+    p.add_argument("--shapes", nargs="+", metavar="NxK", help="sizes instead of -k and -n: 14336x4096 8192x8192")
     p.add_argument("-g", nargs="+", help="weights that share a scale: multiples of 16, or chan for the whole row (64)")
     p.add_argument("-b", "--bits", type=int, nargs="+", help="16: dense weight, 1 to 8: table weight (16 4 1)")
     p.add_argument("--copies", type=int, help="independent weights to rotate over (100; on a CPU over 300 MB)")
@@ -56,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for records and plots (out)")
     p.add_argument("--plot", action="store_true", help="draw plots of this run's records into the output folder")
     p.add_argument("--quick", action="store_true", help="fewer sizes and rounds: about a minute")
+    p.add_argument("--chain", action="store_true", help="also time layers that multiply the output of the last one")
+    p.add_argument("--jobs", type=int, help="processes that compile before the timing on a GPU (its cores; 0: none)")
+    p.add_argument("--peer-seconds", type=float, help="compiling time allowed to each peer (600; 40 with --quick)")
     p.add_argument("--seed", type=int, default=42, help="of weights and activations (42)")
     return p
 
@@ -92,6 +102,12 @@ class Settings:
     output_dir: Path
     plot: bool
     seed: int
+    quick: bool = False
+    chain: bool = False
+    jobs: int = 0
+    peer_seconds: float = math.inf
+    arguments: tuple[str, ...] = ()
+    """The command line that this came from."""
 
     def wants(self, test: str, provider: str) -> bool:
         """Whether a line with this test name and provider was asked for."""
@@ -135,6 +151,18 @@ def _shapes(args: argparse.Namespace, ks: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _named_shapes(texts: list[str], args: argparse.Namespace) -> tuple[Shape, ...]:
+    """Shapes from texts like 14336x4096, which is n x k."""
+    found = []
+    for text in texts:
+        n, x, k = text.partition("x")
+        if not (x and n.isdigit() and k.isdigit() and int(n) and int(k)):
+            raise UsageError(f"--shapes {text!r} is not a size; write n x k without blanks: 14336x4096")
+        args.n = [n]
+        found += _shapes(args, (int(k),))
+    return tuple(dict.fromkeys(found))
+
+
 def _check_formats(selection: Selection, shapes: tuple[Shape, ...]) -> None:
     """UsageError unless every format exists and divides every k."""
     for shape in shapes:
@@ -155,6 +183,20 @@ def _threads(texts: list[str] | None, quick: bool) -> tuple[int, ...]:
     return found
 
 
+def _jobs(wanted: int | None, on_cpu: bool) -> int:
+    if wanted is not None and wanted < 0:
+        raise UsageError(f"--jobs {wanted}: give 0 or a number of processes")
+    if on_cpu:
+        return 0
+    return min(14, max(1, (os.cpu_count() or 1) - 2)) if wanted is None else wanted
+
+
+def _peer_seconds(args: argparse.Namespace, on_cpu: bool) -> float:
+    if args.peer_seconds is not None:
+        return args.peer_seconds
+    return math.inf if on_cpu else PEER_SECONDS[args.quick]
+
+
 def settings(argv: list[str] | None) -> Settings:
     """The command line as Settings; UsageError if it makes no sense on this machine."""
     args = parser().parse_args(argv)
@@ -163,10 +205,16 @@ def settings(argv: list[str] | None) -> Settings:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cpu = device.type == "cpu"
     shrunk = on_cpu and (args.inner_reps is None or args.outer_reps is None)
+    quick_gpu = args.quick and not on_cpu
+    if quick_gpu and not args.format and args.bits is None and args.g is None:
+        args.format, args.bits = list(QUICK_FORMATS), [16]
+    if quick_gpu and not args.shapes and args.k is None and args.n == ["k"]:
+        args.shapes = list(QUICK_SHAPES)
     bits = tuple(dict.fromkeys(args.bits or ([16, 8, 4, 3, 2, 1] if args.quick else [16, 4, 1])))
     if wrong := [b for b in bits if b != 16 and not 1 <= b <= 8]:
         raise UsageError(f"-b {wrong[0]}: widths are 1 to 8 bits, and 16 for a dense weight")
-    ms = _positive(args.m or ([1, 8, 64] if args.quick and on_cpu else [1, 4, 16, 64, 256]), "-m")
+    few = [1, 8, 64] if on_cpu else [1, 8, 16, 32, 64]
+    ms = _positive(args.m or (few if args.quick else [1, 4, 16, 64, 256]), "-m")
     known = provider_names()
     if unknown := [name for name in args.providers or [] if name not in known]:
         raise UsageError(f"--providers {unknown[0]}: unknown provider; choose from {', '.join(known)}")
@@ -176,8 +224,10 @@ def settings(argv: list[str] | None) -> Settings:
         formats = tuple(str(parse(name)) for name in args.format)
     except FormatError as error:
         raise UsageError(f"--format: {error}") from None
-    selection = Selection(bits, formats, args.dtype, ours)
-    shapes = _shapes(args, _positive(args.k or [4096], "-k"))
+    selection = Selection(bits, formats, args.dtype, ours, cuda=not on_cpu)
+    if args.shapes and (args.k or args.n != ["k"]):
+        raise UsageError("--shapes names n and k, so -k and -n have no meaning beside it; leave them out")
+    shapes = _named_shapes(args.shapes, args) if args.shapes else _shapes(args, _positive(args.k or [4096], "-k"))
     _check_formats(selection, shapes)
     for flag, value in (
         ("--copies", args.copies),
@@ -186,10 +236,6 @@ def settings(argv: list[str] | None) -> Settings:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: at least 1 is needed")
-    if not on_cpu and args.copies and args.copies > (args.inner_reps or 100):
-        raise UsageError(
-            f"--copies {args.copies}: a block has {args.inner_reps or 100} calls; raise --inner-reps to that"
-        )
     if args.profile and args.profile not in TESTS:
         raise UsageError(f"--profile {args.profile}: unknown benchmark; choose from {', '.join(TESTS)}")
     exclude = "_ref" if args.exclude is None else args.exclude
@@ -204,14 +250,19 @@ def settings(argv: list[str] | None) -> Settings:
         include=_regex(args.include, "--include"),
         exclude=_regex(exclude, "--exclude") if exclude else None,
         copies=args.copies,
-        inner=args.inner_reps if on_cpu else args.inner_reps or 100,
-        outer=args.outer_reps if on_cpu else args.outer_reps or (20 if args.quick else 100),
+        inner=args.inner_reps if on_cpu else args.inner_reps or (QUICK_CALLS if args.quick else 100),
+        outer=args.outer_reps if on_cpu else args.outer_reps or (QUICK_ROUNDS if args.quick else 100),
         budget=40.0 if args.quick else 95.0,
         shrunk=shrunk,
         output=args.output,
         output_dir=args.output_dir,
         plot=args.plot,
         seed=args.seed,
+        quick=args.quick,
+        chain=args.chain,
+        jobs=_jobs(args.jobs, on_cpu),
+        peer_seconds=_peer_seconds(args, on_cpu),
+        arguments=tuple(sys.argv[1:] if argv is None else argv),
     )
     tests = {(line.test(m), line.provider) for shape in shapes for line in lines(selection, shape.g) for m in ms}
     if not any(found.wants(*pair) for pair in tests):
@@ -261,13 +312,12 @@ def main(argv: list[str] | None = None) -> int:
 def cold_bytes(device: torch.device) -> int:
     """Bytes that copies of a weight must have together so that none stays in a cache: 4 times the largest."""
     if device.type == "cuda":
-        return 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        return max(COLD_BYTES_ON_A_GPU, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return 320_000_000
 
 
 def copies_for(weight_bytes: int, wanted: int | None, device: torch.device, room: int) -> int:
     """Copies of a weight: those wanted, else enough to be cold, up to MOST_COPIES; never more than `room` bytes."""
     if wanted is None:
-        enough = max(2, math.ceil(cold_bytes(device) / weight_bytes))
-        wanted = 100 if device.type == "cuda" else min(MOST_COPIES, enough)
+        wanted = min(MOST_COPIES, max(2, math.ceil(cold_bytes(device) / weight_bytes)))
     return max(1, min(wanted, room // max(1, weight_bytes)))

@@ -42,15 +42,17 @@ class Gate:
             self._bounds[rounds_weights] = torch.cat(bounds, 1)
         return self._expected, self._bounds[rounds_weights]
 
-    def check(self, product: Callable[[Tensor, Tensor], Tensor], m: int, rounds_weights: bool) -> str | None:
+    def check(
+        self, product: Callable[[Tensor, Tensor], Tensor], m: int, rounds_weights: bool, tolerance: float = 1.0
+    ) -> str | None:
         """None if product(x [m, k], out [m, n] full of NaN) is right in every element, else what is wrong.
 
-        product returns the tensor that holds its result: out, or one of its own.
+        product returns the tensor that holds its result: out, or one of its own. tolerance: multiple of the bound.
         """
         expected, bound = self._prepare(rounds_weights)
         x = self.x[:m].contiguous()
         y = product(x, testing.poisoned(m, self.n, x.dtype, x.device))
         if y.shape != (m, self.n):
             return f"the product has shape {list(y.shape)}, not {[m, self.n]}"
-        found = testing.violation(y, expected[:m], bound[:m])
+        found = testing.violation(y, expected[:m], bound[:m] * tolerance)
         return None if found is None else str(found)

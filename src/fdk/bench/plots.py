@@ -33,6 +33,9 @@ PEERS = {
     "torch-float32": ("torch float32", "#777777", "o"),
     "torch-int4pack": ("torch int4pack", "#000000", "^"),
     "bitsandbytes-nf4": ("bitsandbytes NF4", "#777777", "D"),
+    "torch-tinygemm": ("torch tinygemm", "#000000", "^"),
+    "humming": ("humming int", "#444444", "v"),
+    "gemlite": ("gemlite int", "#999999", "P"),
 }
 GREY = "#555555"
 
@@ -250,10 +253,15 @@ def over_bits(plt, entries: list[Record]):
         above = [max(0.0, e["time_p80"] - e["time_p50"]) * 1e6 for e in group]
         upper.errorbar(bits, times, yerr=[below, above], label=label, capsize=3, elinewidth=1, **style)
         lower.plot(bits, [1 / e["x_floor"] for e in group], **style)
-    for entry in peers:
-        style = style_of(entry) | {"linestyle": "none"}
-        upper.plot([entry["bits"]], [entry["time_p50"] * 1e6], label=label_of(entry), **style)
-        lower.plot([entry["bits"]], [1 / entry["x_floor"]], **style)
+    for label, same in groupby(peers, label_of):
+        group = sorted(same, key=lambda e: e["bits"])
+        widths = [e["bits"] for e in group]
+        style = style_of(group[0])
+        upper.plot(widths, [e["time_p50"] * 1e6 for e in group], label=label, **style)
+        lower.plot(widths, [1 / e["x_floor"] for e in group], **style)
+    plain = {e["bits"]: e["floor_plain"] * 1e6 for e in [*peers, *longest] if e.get("floor_plain")}
+    if plain:
+        upper.plot(*zip(*sorted(plain.items()), strict=True), color=GREY, linestyle=":", label="floor, plain launches")
     # On logarithmic axes time that is proportional to bits is a straight line parallel to the floor's.
     upper.set_xscale("log", base=2)
     upper.set_yscale("log", base=2)
@@ -270,6 +278,31 @@ def over_bits(plt, entries: list[Record]):
     upper.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
     n, k = shape_of(entries[0])
     titled(upper, f"Time over bits, m = {entries[0]['m']}, [{n}, {k}]", shown)
+    return figure
+
+
+def over_size(plt, entries: list[Record]):
+    """Fraction of the floor's speed against the bytes moved, for one m on a GPU: a line for each of our formats."""
+    found = {
+        label: group
+        for label, group in series_of(entries).items()
+        if group[0]["provider"] not in PEERS and len({e["bytes_rw"] for e in group}) > 1
+    }
+    if not found:
+        return None
+    figure, axes = plt.subplots(figsize=(9.2, 5.4), layout="constrained")
+    for label, unordered in found.items():
+        group = sorted(unordered, key=lambda e: e["bytes_rw"])
+        style = style_of(group[0])
+        axes.plot([e["bytes_rw"] / 1e6 for e in group], [1 / e["x_floor"] for e in group], label=label, **style)
+    axes.axhline(1, color=GREY, linestyle="--")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0, None)
+    axes.set_xlabel("MB moved: codes, scales, activations, output")
+    axes.set_ylabel("fraction of the streaming floor's speed")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    titled(axes, f"Fraction of the floor over size, m = {entries[0]['m']}", entries)
     return figure
 
 
@@ -321,6 +354,11 @@ def draw(sources: Iterable[Path], folder: Path) -> list[Path]:
         for (m,), rows in _grouped(group, "m"):
             if (figure := over_bits(plt, rows)) is not None:
                 drawn += _save(plt, figure, folder, f"bits_{tail}_m{m}")
+    on_gpus = [entry for entry in entries if str(entry.get("isa") or "").startswith("sm_")]
+    for (device, m), group in _grouped(on_gpus, "device", "m"):
+        if (figure := over_size(plt, newest(group))) is not None:
+            tail = "" if len(devices) == 1 else "_" + "".join(c if c.isalnum() else "-" for c in str(device)).lower()
+            drawn += _save(plt, figure, folder, f"sizes_m{m}{tail}")
     return drawn
 
 

@@ -81,6 +81,8 @@ class Selection:
     dtype: str = "bf16"
     fdk: tuple[str, ...] = ("fdk",)
     """Providers of ours: "fdk" for the kernel that dispatch chooses, "fdk:NAME" for one kernel."""
+    cuda: bool = False
+    """Whether it runs on a GPU, where the peers are others."""
 
 
 def lines(selection: Selection, group: int | None) -> list[Line]:
@@ -94,7 +96,8 @@ def lines(selection: Selection, group: int | None) -> list[Line]:
         widths.insert(0, 16)
     for bits in widths:
         if bits == 16:
-            dense = ["bf16", *(["fp16"] if dtype == "fp16" else []), "fp32"]
+            # A dense float32 weight of usual sizes has no place in GPU inference, and fills the GPU with its copies.
+            dense = ["bf16", *(["fp16"] if dtype == "fp16" else []), *([] if selection.cuda else ["fp32"])]
             found += [Line({"fp32": "torch-float32"}.get(d, f"torch-{d}"), "", d, d) for d in dense]
             found.append(Line("reference", "", dtype, dtype, ref=True))
         else:
@@ -103,9 +106,12 @@ def lines(selection: Selection, group: int | None) -> list[Line]:
         family = "lut8" if parse(name).is_table else "int"
         found += [Line(provider, family, name, dtype) for provider in selection.fdk]
         found.append(Line("reference", family, name, dtype, ref=True))
+        tail = name.partition("_")[2]
+        if selection.cuda:
+            found += [Line(peer, "int", f"int{bits}_{tail}", dtype) for peer in ("humming", "gemlite")]
         if bits == 4:
-            tail = name.partition("_")[2]
-            found.append(Line("torch-int4pack", "int", f"int4_{tail}", dtype))
+            four_bits = "torch-tinygemm" if selection.cuda else "torch-int4pack"
+            found.append(Line(four_bits, "int", f"int4_{tail}", dtype))
             found.append(Line("bitsandbytes-nf4", "lut8", f"nf4_{tail}", dtype))
             if not selection.formats:
                 found += [Line(provider, "marlin", f"int4_{tail}", "fp16") for provider in selection.fdk]

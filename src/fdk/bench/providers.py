@@ -1,4 +1,4 @@
-"""Who can multiply: fdk, torch and bitsandbytes, each with several independent copies of its operands.
+"""Who can multiply: fdk, torch, bitsandbytes and the peers of peers.py, each with several copies of its operands.
 
 Every provider starts from the same stored weight. What it computes with must equal that weight up to the rounding
 that `fdk.testing`'s bound allows, so peers are given fdk's codes and scales, and quantise nothing themselves.
@@ -8,87 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from fdk import kernels, ops, reference
-from fdk.bench.problems import DTYPES, MARLIN_GROUPS, Line, weight_bytes
+from fdk.bench.operands import Prepared, Source, Unavailable
+from fdk.bench.peers import PEER_TOLERANCE, Gemlite, Humming, TorchTinygemm
+from fdk.bench.problems import MARLIN_GROUPS, Line, weight_bytes
 from fdk.errors import FdkError
 from fdk.formats import parse
-from fdk.packing.bits import unpack_codes
-from fdk.testing import random_weight
 from fdk.weight import QuantisedWeight
 
 INT4PACK_GROUPS = (32, 64, 128, 256)
 BITSANDBYTES_GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-class Unavailable(Exception):
-    """This provider cannot run this line; the text is the reason."""
-
-
-class Source:
-    """The weight of a line before any provider has it: stored codes and scales, or a dense matrix; seeded."""
-
-    def __init__(self, line: Line, n: int, k: int, device: torch.device, seed: int) -> None:
-        self.n, self.k = n, k
-        dtype = DTYPES[line.dtype]
-        self.dense: Tensor | None = None
-        self.weight: QuantisedWeight | None = None
-        if line.dense:
-            generator = torch.Generator().manual_seed(seed)
-            self.dense = torch.randn(n, k, generator=generator).to(dtype).to(device)
-            return
-        self.weight = random_weight(parse(line.format), n, k, dtype, seed, device)
-        if line.family == "marlin_lut":
-            parts = dict(self.weight.parts)
-            parts["table"] = torch.arange(-8, 8, device=device).to(dtype).view(1, 16)
-            self.weight = QuantisedWeight(self.weight.geometry, parts)
-
-    def exact_rows(self, rows: slice) -> Tensor:
-        """Rows of the weight in float64, without a rounding."""
-        if self.dense is not None:
-            return self.dense[rows].double()
-        return reference.dequantise(self.weight, torch.float64, rows)
-
-    def codes(self) -> Tensor:
-        """uint8 [n, k]"""
-        return unpack_codes(self.weight.parts["codes"], self.weight.format.bits, self.k)
-
-
-class Prepared(ABC):
-    """A provider's operands for one line: `copies` weights that share no memory."""
-
-    rounds_weights = True
-    """Whether scaled weights are rounded before they are multiplied, see `fdk.testing.error_bound`."""
-
-    def __init__(self, weight_bytes: int) -> None:
-        self.weight_bytes = weight_bytes
-        self.weights: list = []
-
-    @abstractmethod
-    def another(self) -> object:
-        """A new copy of the operands."""
-
-    @abstractmethod
-    def run(self, x: Tensor, index: int, out: Tensor) -> Tensor:
-        """x [m, k] times the weight of copy `index`; returns the tensor that holds the result, out or a new one."""
-
-    def copy_to(self, copies: int) -> None:
-        """Have `copies` copies; a first one exists."""
-        self.weights = self.weights[:copies]
-        while len(self.weights) < copies:
-            self.weights.append(self.another())
-
-    def rounds(self, m: int) -> bool:
-        """`rounds_weights` for m rows of activations."""
-        return self.rounds_weights
-
-    def kernel(self, m: int) -> str | None:
-        """Name of the kernel behind it, where it is known."""
-        return None
 
 
 class Fdk(Prepared):
@@ -155,6 +88,9 @@ class TorchDense(Prepared):
     def __init__(self, line: Line, source: Source) -> None:
         super().__init__(weight_bytes(line.format, source.n, source.k, line.dtype))
         self.weights = [source.dense]
+        if source.dense.device.type == "cuda":
+            # cuBLAS may split k and add up partial sums that were rounded to bf16.
+            self.rounds_weights, self.tolerance = True, PEER_TOLERANCE
 
     def another(self) -> Tensor:
         return self.weights[0].clone()
@@ -164,26 +100,18 @@ class TorchDense(Prepared):
 
 
 class TorchInt4Pack(Prepared):
-    """torch's own 4-bit weight-only product: `_weight_int4pack_mm_for_cpu`, or tinygemm on a GPU."""
-
-    INNER_K_TILES = 8
+    """torch's own 4-bit weight-only product on a CPU, `_weight_int4pack_mm_for_cpu`."""
 
     def __init__(self, line: Line, source: Source) -> None:
         group, (n, k) = source.weight.format.group, (source.n, source.k)
-        cuda = source.weight.device.type == "cuda"
+        if source.weight.device.type != "cpu":
+            raise Unavailable("it runs on CPUs only; on a GPU it is torch-tinygemm")
         if group not in INT4PACK_GROUPS:
             raise Unavailable(f"it has groups of {', '.join(map(str, INT4PACK_GROUPS))} only, not {group or 'k'}")
-        if cuda and line.dtype != "bf16":
-            raise Unavailable(f"it multiplies bf16 activations only, not {line.dtype}")
-        if n % 16 or k % (16 * self.INNER_K_TILES if cuda else 2):
+        if n % 16 or k % 2:
             raise Unavailable(f"[{n}, {k}] is not a multiple of the tiles that it needs")
-        self.group, self.cuda = group, cuda
-        codes = source.codes()
-        aten = torch.ops.aten
-        if cuda:
-            packed = aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], self.INNER_K_TILES)
-        else:
-            packed = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        self.group = group
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(source.codes().int(), 1)
         scales = source.weight.parts["scales"].T
         scales_and_zeros = torch.stack([scales, torch.zeros_like(scales)], 2).contiguous()
         super().__init__(sum(part.numel() * part.element_size() for part in (packed, scales_and_zeros)))
@@ -194,14 +122,15 @@ class TorchInt4Pack(Prepared):
 
     def run(self, x: Tensor, index: int, out: Tensor) -> Tensor:
         packed, scales_and_zeros = self.weights[index]
-        multiply = torch.ops.aten._weight_int4pack_mm if self.cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
-        return multiply(x, packed, self.group, scales_and_zeros)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, self.group, scales_and_zeros)
 
 
 class BitsAndBytesNF4(Prepared):
     """bitsandbytes' NF4 linear, in the packed arrangement that its module switches to for inference on a CPU."""
 
     def __init__(self, line: Line, source: Source) -> None:
+        if source.weight.device.type == "cuda":
+            self.tolerance = PEER_TOLERANCE
         if importlib.util.find_spec("bitsandbytes") is None:
             raise Unavailable("bitsandbytes is not installed; pip install 'fused-dequantisation-kernels[bench]'")
         # Its import reports at warning level that an optional companion is missing.
@@ -253,7 +182,10 @@ PROVIDERS: dict[str, type[Prepared]] = {
     "torch-fp16": TorchDense,
     "torch-float32": TorchDense,
     "torch-int4pack": TorchInt4Pack,
+    "torch-tinygemm": TorchTinygemm,
     "bitsandbytes-nf4": BitsAndBytesNF4,
+    "humming": Humming,
+    "gemlite": Gemlite,
     "reference": Reference,
 }
 """By name; "fdk:NAME" is fdk with one kernel."""
@@ -270,8 +202,13 @@ def prepare(line: Line, source: Source) -> Prepared:
         return PROVIDERS[line.provider.partition(":")[0]](line, source)
     except Unavailable:
         raise
-    except (AttributeError, ImportError, NotImplementedError, RuntimeError, AssertionError) as error:
+    except Exception as error:
         # A peer's own complaint about a shape or a missing symbol is a reason like any other.
         raise Unavailable(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         ) from error
+
+
+def is_ours(provider: str) -> bool:
+    """Whether a wrong result is a fault of this project."""
+    return provider.partition(":")[0] in ("fdk", "reference")

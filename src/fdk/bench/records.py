@@ -21,7 +21,8 @@ FIELDS = (
     "test", "m", "k", "n", "g", "bits", "format", "dtype", "provider", "kernel", "status", "reason",
     "copies", "inner_reps", "reps", "launch", "bytes_rw", "ops",
     "avg_time", "time_p20", "time_p50", "time_p80",
-    "floor", "x_bf16", "x_bf16_p20", "x_bf16_p80", "x_floor", "read_fraction",
+    "floor", "floor_plain", "floor_reader", "x_bf16", "x_bf16_p20", "x_bf16_p80", "x_floor", "read_fraction",
+    "chain_time", "x_chain",
     "read_bandwidth", "copy_bandwidth", "peak", "reader",
     "threads", "isa", "device", "driver", "versions", "commit", "dirty", "date", "id",
 )  # fmt: skip
@@ -87,6 +88,7 @@ def versions() -> str:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for label, package in (
         ("fdk", "fused-dequantisation-kernels"), ("bitsandbytes", "bitsandbytes"), ("triton", "triton"),
+        ("humming", "humming-kernels"), ("gemlite", "gemlite"), ("nvrtc", "nvidia-cuda-nvrtc"),
     ):  # fmt: skip
         try:
             found[label] = importlib.metadata.version(package)

@@ -128,6 +128,11 @@ class Report:
         rows = [cells(record) for record in records if record["status"] == "ok"]
         if self.form == "md":
             self._table(title, rows)
+        if self.form == "md":
+            for record in records:
+                if record.get("chain_time"):
+                    layer, ratio = significant(record["chain_time"] * 1e6), significant(record["x_chain"])
+                    self.note(f"in a chain: {name(record)}: {layer} us a layer, {ratio} x the independent calls")
         if warning:
             self.note(warning, "yellow")
         for record in records:

@@ -56,6 +56,11 @@ class Memory:
         # Zero pages that were never written are all one page, and subnormal floats are slow on some machines.
         self.pool.fill_(0x3F)
         self.reader = next(iter(readers().values()))
+        self.floor = None
+        if device.type == "cuda":
+            from fdk.bench.floor import GpuFloor
+
+            self.floor = GpuFloor(self.pool)
 
     def block(self, call: Call, inner: int) -> Callable[[], float]:
         return CudaBlock(call, inner) if self.device.type == "cuda" else CpuBlock(call, inner)
@@ -67,6 +72,11 @@ class Memory:
         windows = [self.pool[start : start + size] for start in range(0, len(self.pool) - size + 1, step)]
         count = len(windows)
         return lambda i: self.reader(windows[i % count])
+
+    @property
+    def streams(self) -> bool:
+        """Whether floors are timed by fdk's streaming kernel rather than by a torch reduction."""
+        return self.floor is not None and self.floor.unavailable is None
 
     def ceilings(self) -> Ceilings:
         """Measure this device with torch's present number of threads, and keep the fastest reader."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fdk.bench import records, roofline, timing
+from fdk.bench import records, roofline, timing, warm
 from fdk.bench.command import Settings, Shape, UsageError, cold_bytes, copies_for
 from fdk.bench.gate import Gate
-from fdk.bench.problems import BASELINE, DTYPES, Line, activation_bytes, lines, operations
-from fdk.bench.providers import Prepared, Source, Unavailable, prepare
+from fdk.bench.operands import Prepared, Source, Unavailable
+from fdk.bench.problems import BASELINE, DTYPES, Line, activation_bytes, lines, operations, weight_bytes
+from fdk.bench.providers import is_ours, prepare
 from fdk.bench.report import Report
 from fdk.errors import FdkError
 from fdk.formats import parse
@@ -23,19 +26,58 @@ ACTIVATIONS = 4
 
 NOISY = 1.3
 
+GPU_PEERS = frozenset({"torch-tinygemm", "bitsandbytes-nf4", "humming", "gemlite"})
+
+READ_CALLS = 2
+"""Calls of the large read in a CUDA graph; each lasts long enough."""
+
+TUNES_FOR_LONG = frozenset({"gemlite"})
+"""Peers that try dozens of kernels for every size at the first call."""
+
+
+@dataclass
+class Peers:
+    """What a run has learned about others' kernels: the seconds that each has compiled for, and what is ruled out."""
+
+    allowed: float
+    spent: dict[str, float] = field(default_factory=dict)
+    excluded: dict[tuple[Shape, Line], str] = field(default_factory=dict)
+
+    def reason_against(self, shape: Shape, line: Line) -> str | None:
+        if (shape, line) in self.excluded:
+            return self.excluded[shape, line]
+        if not is_ours(line.provider) and self.spent.get(line.provider, 0.0) > self.allowed:
+            return f"it has compiled and tuned for more than the {self.allowed:g} s of --peer-seconds"
+        return None
+
+    @contextmanager
+    def timing(self, line: Line):
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[line.provider] = self.spent.get(line.provider, 0.0) + time.monotonic() - started
+
+
+def wanted_lines(settings: Settings, shape: Shape) -> list[Line]:
+    """The lines of a shape that were asked for at some m, and the baseline."""
+    wanted = [
+        line
+        for line in lines(settings.selection, shape.g)
+        if any(settings.wants(line.test(m), line.provider) for m in settings.ms)
+    ]
+    if BASELINE not in wanted and not settings.profile:
+        wanted.insert(0, BASELINE)
+    return wanted
+
 
 class Bench:
     """All operands of one shape, shared by every m and number of threads."""
 
-    def __init__(self, settings: Settings, shape: Shape, report: Report) -> None:
+    def __init__(self, settings: Settings, shape: Shape, report: Report, peers: Peers | None = None) -> None:
         self.settings, self.shape, self.device = settings, shape, settings.device
-        wanted = [
-            line
-            for line in lines(settings.selection, shape.g)
-            if any(settings.wants(line.test(m), line.provider) for m in settings.ms)
-        ]
-        if BASELINE not in wanted and not settings.profile:
-            wanted.insert(0, BASELINE)
+        self.peers = peers or Peers(settings.peer_seconds)
+        wanted = wanted_lines(settings, shape)
         self.lines = wanted
         self.prepared: dict[Line, Prepared] = {}
         self.unavailable: dict[Line, str] = {}
@@ -47,21 +89,27 @@ class Bench:
             self._prepare(line)
 
     def _prepare(self, line: Line) -> None:
+        named = self.settings.providers or ()
+        if self.settings.quick and line.provider in TUNES_FOR_LONG and line.provider not in named:
+            self.unavailable[line] = "it tunes every size for long, so --quick needs it named with --providers"
+            return
+        if reason := self.peers.reason_against(self.shape, line):
+            self.unavailable[line] = reason
+            return
         try:
-            prepared = prepare(line, self.source(line))
+            with self.peers.timing(line):
+                prepared = prepare(line, self.source(line))
             room = int(0.6 * available_bytes(self.device)) // (len(self.lines) - len(self.prepared))
-            prepared.copy_to(copies_for(prepared.weight_bytes, self._wanted_copies(), self.device, room))
+            prepared.copy_to(copies_for(prepared.weight_bytes, self.settings.copies, self.device, room))
             self.prepared[line] = prepared
         except Unavailable as error:
             self.unavailable[line] = str(error)
         except (MemoryError, torch.OutOfMemoryError):
             self.unavailable[line] = f"no memory for [{self.shape.n}, {self.shape.k}]; free some or use smaller sizes"
-
-    def _wanted_copies(self) -> int | None:
-        copies, inner = self.settings.copies, self.settings.inner
-        if copies is None and self.device.type == "cuda":
-            return min(100, inner)
-        return copies
+        except Exception as error:
+            if is_ours(line.provider):
+                raise
+            self.unavailable[line] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
     def source(self, line: Line) -> Source:
         key = (line.format, line.dtype, line.family == "marlin_lut")
@@ -81,6 +129,8 @@ class Bench:
         """Status of the line for m rows, "ok", "failed" or "skipped", and the reason for the last two."""
         if line in self.unavailable:
             return "skipped", self.unavailable[line]
+        if reason := self.peers.reason_against(self.shape, line):
+            return "skipped", reason
         prepared, source = self.prepared[line], self.source(line)
         key = (line.format, line.dtype, line.family == "marlin_lut")
         if key not in self._gates:
@@ -88,11 +138,13 @@ class Bench:
         try:
             for index in sorted({0, len(prepared.weights) - 1}):
                 product = lambda x, out, index=index: prepared.run(x, index, out)  # noqa: E731
-                if wrong := self._gates[key].check(product, m, prepared.rounds(m)):
+                with self.peers.timing(line):
+                    wrong = self._gates[key].check(product, m, prepared.rounds(m), prepared.tolerance)
+                if wrong:
                     return "failed", wrong
         except FdkError as error:
             return "skipped", str(error)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:
             # Ours must not raise, and an error of the device says nothing about what a provider can do.
             broken = line.provider.startswith("fdk") or "CUDA error" in str(error)
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -107,6 +159,11 @@ class Bench:
         outs = [torch.empty(m, self.shape.n, dtype=x.dtype, device=self.device) for _ in range(ACTIVATIONS)]
         run, copies = prepared.run, len(prepared.weights)
         return lambda i: run(xs[i % ACTIVATIONS], i % copies, outs[i % ACTIVATIONS])
+
+    def chain(self, line: Line, m: int) -> timing.Call:
+        """The line's call in a sequence of layers; of a square weight only."""
+        prepared = self.prepared[line]
+        return timing.chained(prepared.run, self.x(line.dtype)[:m].clone(), len(prepared.weights))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -146,12 +203,27 @@ def measure_point(
         name: bench.prepared[line].weight_bytes + activation_bytes(m, shape.n, shape.k, line.dtype)
         for name, line in ok.items()
     }
-    floors = roofline.share_floors(moved)
+    # On a GPU the floor reads what the format stores: activations lie in the cache, and a peer's padding is its own.
+    sizes = moved
+    if memory.streams:
+        sizes = {name: weight_bytes(line.format, shape.n, shape.k, line.dtype) for name, line in ok.items()}
+    floors = roofline.share_floors(sizes)
     calls = {name: bench.call(line, m) for name, line in ok.items()}
-    calls |= {f"floor {owner}": memory.stream(moved[owner]) for owner, _ in floors.values()}
+    inner = {name: max(settings.inner or 1, len(bench.prepared[line].weights)) for name, line in ok.items()}
+    if settings.chain and shape.n == shape.k:
+        for name, line in ok.items():
+            calls[f"chain {name}"] = bench.chain(line, m)
+            inner[f"chain {name}"] = inner[name]
+    for owner in {owner for owner, _ in floors.values()}:
+        if memory.streams:
+            calls[f"floor {owner}"], calls[f"plain {owner}"] = memory.floor.calls(sizes[owner], shape.n)
+            inner |= dict.fromkeys((f"floor {owner}", f"plain {owner}"), memory.floor.cold_calls(sizes[owner]))
+        else:
+            calls[f"floor {owner}"] = memory.stream(sizes[owner])
     read_bytes = roofline.READ_BYTES[device.type]
     calls["read"] = memory.stream(read_bytes)
-    times, blocks, plan = time_calls(calls, settings, seconds, device)
+    inner["read"] = READ_CALLS
+    times, blocks, plan, broken = time_calls(calls, settings, seconds, device, inner)
     read = times["read"]
     baseline = next((name for name, line in ok.items() if line == BASELINE), None)
     results = []
@@ -167,7 +239,10 @@ def measure_point(
             reason=reason, ops=operations(m, shape.k, shape.n), peak=ceilings.peak, reader=ceilings.reader,
             copy_bandwidth=ceilings.copy, read_bandwidth=read_bytes / timing.median(read),
         )  # fmt: skip
-        if status == "ok":
+        if status == "ok" and name in broken:
+            ours = is_ours(line.provider)
+            entry |= {"status": "failed" if ours else "skipped", "reason": f"timing failed: {broken[name]}"}
+        elif status == "ok":
             owner, factor = floors[name]
             floor = [value * factor for value in times[f"floor {owner}"]]
             spread = timing.Times.of(times[name])
@@ -181,7 +256,13 @@ def measure_point(
                 "floor": timing.median(floor), "x_floor": timing.ratio(times[name], floor),
                 "read_fraction": moved[name] / read_bytes * timing.ratio(read, times[name]),
             }  # fmt: skip
-            if baseline:
+            entry["floor_reader"] = memory.floor.grid(sizes[owner], shape.n) if memory.streams else ceilings.reader
+            if f"plain {owner}" in times:
+                entry["floor_plain"] = factor * timing.median(times[f"plain {owner}"])
+            if f"chain {name}" in times:
+                entry["chain_time"] = timing.median(times[f"chain {name}"])
+                entry["x_chain"] = timing.ratio(times[f"chain {name}"], times[name])
+            if baseline in times:
                 gains = timing.ratios(times[baseline], times[name])
                 entry["x_bf16"] = timing.median(gains)
                 entry |= {f"x_bf16_p{q}": timing.percentile(gains, q) for q in (20, 80)}
@@ -200,13 +281,29 @@ def noise(read: list[float]) -> str | None:
     )
 
 
+Block = timing.CpuBlock | timing.CudaBlock
+
+
 def time_calls(
-    calls: dict[str, timing.Call], settings: Settings, seconds: float, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, timing.CpuBlock | timing.CudaBlock], timing.Plan]:
-    """Seconds per call of every name, round by round, with the blocks and the plan that were used."""
+    calls: dict[str, timing.Call], settings: Settings, seconds: float, device: torch.device, inner: dict[str, int]
+) -> tuple[dict[str, list[float]], dict[str, Block], timing.Plan, dict[str, str]]:
+    """Seconds per call of every name, round by round; blocks and plan used; and whose block could not be built, why.
+
+    inner: calls in a block on a GPU, settings.inner where a name is missing. On a CPU the plan chooses.
+    """
+    broken: dict[str, str] = {}
+    blocks: dict[str, Block] = {}
     if device.type == "cuda":
-        plan = timing.Plan(dict.fromkeys(calls, settings.inner), dict.fromkeys(calls, settings.outer))
-        blocks = {name: timing.CudaBlock(call, plan.inner[name]) for name, call in calls.items()}
+        plan = timing.Plan(
+            {name: inner.get(name, settings.inner) for name in calls}, dict.fromkeys(calls, settings.outer)
+        )
+        for name, call in calls.items():
+            try:
+                blocks[name] = timing.CudaBlock(call, plan.inner[name])
+            except Exception as error:
+                if name.startswith(("floor", "read")):
+                    raise
+                broken[name] = (str(error) or type(error).__name__).splitlines()[0]
     else:
         plan = timing.plan(
             {name: estimate(call) for name, call in calls.items()}, seconds, settings.inner, settings.outer
@@ -214,7 +311,8 @@ def time_calls(
         blocks = {name: timing.CpuBlock(call, plan.inner[name]) for name, call in calls.items()}
     limit = time.monotonic() + 2 * seconds
     given = settings.outer is not None
-    return timing.rounds(blocks, plan.outer, lambda: not given and time.monotonic() > limit), blocks, plan
+    times = timing.rounds(blocks, plan.outer, lambda: not given and time.monotonic() > limit)
+    return times, blocks, plan, broken
 
 
 def profile(settings: Settings, report: Report) -> int:
@@ -271,8 +369,19 @@ def _run(settings: Settings, report: Report) -> int:
                 "as fit (--inner-reps, --outer-reps and --copies set them)"
             )
         report.start(len(points))
+        peers = Peers(settings.peer_seconds)
+        if settings.jobs:
+            report.doing("compiling")
+            started_compiling = time.monotonic()
+            peers.excluded = warm.run(settings)
+            report.note(
+                f"{plural(settings.jobs, 'process', 'processes')} compiled for "
+                f"{time.monotonic() - started_compiling:.0f} s before the timing"
+            )
         report.doing("measuring ceilings")
         memory = roofline.Memory(settings.device)
+        if memory.floor is not None and memory.floor.unavailable:
+            report.note(f"note: the floor is read by torch, not by fdk's kernel: {memory.floor.unavailable}")
         ceilings = {}
         for threads in settings.threads:
             set_threads(threads)
@@ -286,8 +395,12 @@ def _run(settings: Settings, report: Report) -> int:
         left = len(points)
         for shape in settings.shapes:
             set_threads(max((t for t in settings.threads if t), default=None))
-            bench = Bench(settings, shape, report)
+            bench = Bench(settings, shape, report, peers)
             note_warm(bench, report)
+            if memory.streams:
+                report.doing("choosing grids for the streaming floor")
+                formats = {(line.format, line.dtype) for line in bench.prepared}
+                memory.floor.choose((weight_bytes(f, shape.n, shape.k, d), shape.n) for f, d in formats)
             for threads in settings.threads:
                 set_threads(threads)
                 memory.use(ceilings[threads])
@@ -304,7 +417,8 @@ def _run(settings: Settings, report: Report) -> int:
                     )
                     for entry in found:
                         writer.write(entry)
-                    failed += sum(entry["status"] == "failed" for entry in found)
+                    # A peer whose result is wrong is listed in red; the run fails for what is ours or torch's.
+                    failed += sum(entry["status"] == "failed" and entry["provider"] not in GPU_PEERS for entry in found)
                     report.results(title, found, busy)
                     left -= 1
                     report.doing(title, advance=1)
@@ -331,7 +445,7 @@ def plot(path: Path, settings: Settings, report: Report) -> None:
 
 def note_warm(bench: Bench, report: Report) -> None:
     """Say which weights may stay in a cache because there is no room for enough copies, or few were asked for."""
-    needed = min(cold_bytes(bench.device), 300_000_000)
+    needed = 0.75 * cold_bytes(bench.device)
     warm = [line.format for line, p in bench.prepared.items() if p.weight_bytes * len(p.weights) < needed]
     if warm:
         names = ", ".join(dict.fromkeys(warm))

@@ -17,7 +17,13 @@ from fdk.bench.plots import newest, shape_of
 from fdk.bench.records import Record, RecordError, files, read
 
 BEGIN, END = "<!-- summary -->", "<!-- /summary -->"
-PEERS = {"torch-int4pack": "torch int4pack", "bitsandbytes-nf4": "bitsandbytes NF4"}
+PEERS = {
+    "torch-int4pack": "torch int4pack",
+    "torch-tinygemm": "torch tinygemm",
+    "bitsandbytes-nf4": "bitsandbytes NF4",
+    "humming": "humming",
+    "gemlite": "gemlite",
+}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -70,6 +76,32 @@ def batch_table(entries: Sequence[Record]) -> str:
     return table(head, [[f"`{name}`", *(value.get((name, m), "") for m in ms)] for name in names])
 
 
+def on_gpu(entries: Sequence[Record]) -> bool:
+    """Whether the records are a GPU's."""
+    return str(entries[0].get("isa") or "").startswith("sm_")
+
+
+def gpu_table(entries: Sequence[Record], m: int) -> str:
+    """All formats and peers at every shape for one m: us, x of the streaming floor with PDL, x cuBLAS bf16."""
+    rows = [e for e in entries if e["m"] == m and e["dtype"] == "bf16" and not str(e["test"]).endswith("_ref")]
+    shapes = sorted({shape_of(entry) for entry in rows}, key=lambda shape: (shape[0] * shape[1], shape))
+    rank = {"fdk": 0, "torch-bf16": 2}
+
+    def order(entry: Record) -> tuple:
+        return rank.get(entry["provider"], 1), str(entry["provider"]), entry["bits"], entry["format"]
+
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    for entry in sorted(rows, key=order):
+        bf16 = entry["provider"] == "torch-bf16"
+        label = "cuBLAS bf16" if bf16 else f"{entry['provider']} `{entry['format']}`"
+        text = f"{entry['time_p50'] * 1e6:.1f}"
+        text += "" if entry["x_floor"] is None else f", {entry['x_floor']:.2f}"
+        text += "" if bf16 or entry["x_bf16"] is None else f", {entry['x_bf16']:.2f}"
+        cells.setdefault(label, {})[shape_of(entry)] = text
+    head = [f"m = {m}: us, x floor, x cuBLAS", *(f"{n} x {k}" for n, k in shapes)]
+    return table(head, [[name, *(row.get(shape, "") for shape in shapes)] for name, row in cells.items()])
+
+
 def section(path: Path) -> str:
     """The tables of one file of records, for all threads, with where and how they were measured."""
     entries = [entry for entry in read([path]) if entry["status"] == "ok"]
@@ -80,6 +112,8 @@ def section(path: Path) -> str:
     first = entries[0]
     where = f"{first['device']}, {first['isa']}, {threads} threads" if threads else str(first["device"])
     title = f"**{where}**, {first['date'][:10]}, `{path.as_posix()}`:"
+    if on_gpu(entries):
+        return "\n\n".join([title, *(gpu_table(entries, m) for m in sorted({e["m"] for e in ours(entries)}))])
     tables = [decode_table(entries)] if any(e["m"] == 1 for e in ours(entries)) else []
     if len({entry["m"] for entry in ours(entries)}) > 1:
         tables.append(batch_table(entries))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch import Tensor
 
 Call = Callable[[int], object]
 """A timed call; its argument counts calls, so that it can rotate over copies of its operands."""
@@ -58,6 +60,18 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     return median(ratios(numerator, denominator))
 
 
+def chained(run: Callable[[Tensor, int, Tensor], Tensor], x: Tensor, copies: int) -> Call:
+    """Calls of which each multiplies what the one before returned, x [m, k] at first; k outputs as inputs."""
+    outs = [torch.empty_like(x) for _ in range(3)]
+    last = [x]
+
+    def call(i: int) -> Tensor:
+        last[0] = run(x if i == 0 else last[0], i % copies, outs[i % len(outs)])
+        return last[0]
+
+    return call
+
+
 class CpuBlock:
     """Times blocks of `inner` calls by the clock. The count of calls goes on from block to block."""
 
@@ -78,21 +92,29 @@ class CpuBlock:
         return elapsed / self.inner / 1e9
 
 
+@cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """One stream for all captures of a device: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 class CudaBlock:
     """Times replays of a CUDA graph of `inner` calls, by events on the stream.
 
-    A call that cannot be captured is launched one by one instead; `launch` says which of the two it was, and
-    `why_not_graph` the reason.
+    Every call of a rotation has run once before the capture, so nothing is compiled, loaded or allocated for the first
+    time inside it. A call that cannot be captured is launched one by one instead; `launch` says which of the two it
+    was, and `why_not_graph` the reason.
     """
 
     def __init__(self, call: Call, inner: int) -> None:
         self.call, self.inner = call, inner
         self.graph: torch.cuda.CUDAGraph | None = None
         self.why_not_graph: str | None = None
-        self.stream = torch.cuda.Stream()
+        self.stream = capture_stream(torch.cuda.current_device())
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            call(0)
-            call(min(1, inner - 1))
+            for i in range(inner):
+                call(i)
             self.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             try:
@@ -100,8 +122,8 @@ class CudaBlock:
                     for i in range(inner):
                         call(i)
                 self.graph = graph
-            except RuntimeError as error:
-                self.why_not_graph = str(error).splitlines()[0]
+            except Exception as error:
+                self.why_not_graph = (str(error) or type(error).__name__).splitlines()[0]
                 torch.cuda.synchronize()
         self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self()
