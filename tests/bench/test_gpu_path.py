@@ -1,6 +1,7 @@
 """The parts of the GPU path that need no GPU: operands, defaults, floors, chains, isolation, trial processes."""
 
 import contextlib
+import functools
 import json
 from types import SimpleNamespace
 
@@ -132,6 +133,16 @@ def test_without_the_kernel_the_reason_is_kept(monkeypatch):
     assert floor.GpuFloor(torch.zeros(1 << 16, dtype=torch.uint8)).unavailable == "no NVRTC"
 
 
+def test_a_kernel_that_fails_later_makes_the_floor_unavailable(fake_kernel, monkeypatch):
+    found = floor.GpuFloor(torch.zeros(1 << 20, dtype=torch.uint8))
+
+    def broken(*arguments):
+        raise RuntimeError("NVRTC failed\nlog")
+
+    found.kernel = broken
+    assert found.prepare([(4096, 64)]) == found.unavailable == "RuntimeError: NVRTC failed"
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(roofline, "POOL_BYTES", {"cpu": 1 << 20})
@@ -243,7 +254,7 @@ class Fakes:
             yield
             self.log.append("end")
 
-        monkeypatch.setattr(timing, "capture_stream", lambda device: stream)
+        monkeypatch.setattr(timing, "capture_stream", functools.cache(lambda device: stream))
         replacements = {
             "current_device": lambda: 0, "current_stream": lambda: None, "stream": lambda s: contextlib.nullcontext(),
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")), "graph": capture,
@@ -268,6 +279,23 @@ def test_a_call_that_cannot_be_captured_is_launched(monkeypatch):
     fakes.log.clear()
     block()
     assert fakes.log == [0, 1]
+
+
+def test_an_error_of_the_device_ends_the_run_with_whole_records(small, monkeypatch, tmp_path, capsys):
+    measure, points = run.measure_point, []
+
+    def dying(*arguments):
+        points.append(arguments[1])
+        if len(points) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return measure(*arguments)
+
+    monkeypatch.setattr(run, "measure_point", dying)
+    arguments = [*TINY, "-m", "1", "2", "3", "-k", "128", "-n", "64", "-b", "16", "--output-dir", str(tmp_path)]
+    assert main(arguments) == 1
+    assert points == [1, 2]
+    assert "stopped at m=2 k=128 n=64" in capsys.readouterr().out
+    assert {entry["m"] for entry in records.read([tmp_path])} == {1}
 
 
 def gpu_record(provider, format, m, n, k, seconds, date="2026-11-20T10:00:00+00:00"):

@@ -55,6 +55,14 @@ class GpuFloor:
         """Calls that read as much of the pool as is there, so that no window is still in the cache."""
         return max(FEWEST_CALLS, -(-len(self.pool) // (2 * self._size(size))))
 
+    def prepare(self, sizes: Iterable[tuple[int, int]]) -> str | None:
+        """`choose`, or become unavailable; returns the reason for that."""
+        try:
+            self.choose(sizes)
+        except Exception as error:
+            self.unavailable = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        return self.unavailable
+
     def choose(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Find the fastest grid of every (bytes, outputs) not known yet: compile on all cores, then time."""
         wanted = [(self._size(size), n) for size, n in sizes]

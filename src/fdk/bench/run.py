@@ -71,6 +71,10 @@ def wanted_lines(settings: Settings, shape: Shape) -> list[Line]:
     return wanted
 
 
+class DeviceError(Exception):
+    """The device reported an error that ends the process's use of it; the text says where."""
+
+
 class Bench:
     """All operands of one shape, shared by every m and number of threads."""
 
@@ -345,6 +349,9 @@ def run(settings: Settings, warning: str | None = None) -> int:
     try:
         with torch.inference_mode():
             return profile(settings, report) if settings.profile else _run(settings, report)
+    except DeviceError as error:
+        report.note(f"{error}; the records so far are whole", "bold red")
+        return 1
     finally:
         report.close()
 
@@ -400,7 +407,9 @@ def _run(settings: Settings, report: Report) -> int:
             if memory.streams:
                 report.doing("choosing grids for the streaming floor")
                 formats = {(line.format, line.dtype) for line in bench.prepared}
-                memory.floor.choose((weight_bytes(f, shape.n, shape.k, d), shape.n) for f, d in formats)
+                sizes = [(weight_bytes(f, shape.n, shape.k, d), shape.n) for f, d in sorted(formats)]
+                if reason := memory.floor.prepare(sizes):
+                    report.note(f"note: from here on the floor is read by torch, not by fdk's kernel: {reason}")
             for threads in settings.threads:
                 set_threads(threads)
                 memory.use(ceilings[threads])
@@ -412,9 +421,15 @@ def _run(settings: Settings, report: Report) -> int:
                     report.doing(title)
                     share = (settings.budget - (time.monotonic() - started)) / left
                     common = dict(environment, threads=threads)
-                    found, busy = measure_point(
-                        bench, m, memory, ceilings[threads], min(5.0, max(0.7, 0.8 * share)), common
-                    )
+                    try:
+                        found, busy = measure_point(
+                            bench, m, memory, ceilings[threads], min(5.0, max(0.7, 0.8 * share)), common
+                        )
+                    except RuntimeError as error:
+                        if "CUDA error" not in str(error):
+                            raise
+                        # After an error of the device nothing more can be measured in this process.
+                        raise DeviceError(f"stopped at {title}: {str(error).splitlines()[0]}") from error
                     for entry in found:
                         writer.write(entry)
                     # A peer whose result is wrong is listed in red; the run fails for what is ours or torch's.

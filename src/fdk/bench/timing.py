@@ -124,6 +124,8 @@ class CudaBlock:
                 self.graph = graph
             except Exception as error:
                 self.why_not_graph = (str(error) or type(error).__name__).splitlines()[0]
+                # A stream whose capture broke off may not be fit for the next one.
+                capture_stream.cache_clear()
                 torch.cuda.synchronize()
         self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self()
