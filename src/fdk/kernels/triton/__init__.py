@@ -1,8 +1,12 @@
-"""Portable GPU kernel in Triton: every format and shape, from the canonical layout. See source.py for the algorithm."""
+"""Portable GPU kernel in Triton: every format and shape, from the canonical layout.
+
+vector.py has the algorithm for one token and codes that do not straddle bytes, source.py that for the rest.
+"""
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdk.kernels import Problem
-from fdk.kernels.triton.config import Config, choose
+from fdk.kernels.triton.config import Config, VectorConfig, choose, choose_vector
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
 
@@ -32,6 +36,11 @@ def word_bits(geometry: Geometry, address: int = 0) -> int:
     return next(width for width in (32, 16, 8) if apart % (width // 8) == 0 and group % (width // bits) == 0)
 
 
+def is_vector(m: int, bits: int) -> bool:
+    """True if m tokens with weights of `bits` bits go to the kernel for one token."""
+    return m == 1 and bits in (1, 2, 4, 8)
+
+
 @lru_cache(maxsize=1024)
 def row_tiles(geometry: Geometry, rows: int, device: torch.device) -> Tensor:
     """[tiles, 3] int32: first row, end and table of tiles of at most `rows` rows that each use one table."""
@@ -44,7 +53,7 @@ def row_tiles(geometry: Geometry, rows: int, device: torch.device) -> Tensor:
 
 
 class TritonKernel:
-    """Dequantises a tile of weights to x's dtype in registers and multiplies it with dot products in float32."""
+    """Looks weights up in registers: float32 sums for one token, else tiles in x's dtype for dot products."""
 
     name = "triton"
     layout = "canonical"
@@ -59,18 +68,22 @@ class TritonKernel:
         return None
 
     def rounds_weights(self, problem: Problem) -> bool:
-        return True
+        return not is_vector(problem.m, problem.geometry.format.bits)
 
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
         fmt = weight.format
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            if is_vector(x.shape[0], fmt.bits):
+                most = fmt.group or 32
+                launch_vector(x, weight, bias, out, choose_vector(*weight.shape, fmt.bits, most, x.element_size()))
+                return
+            launch(x, weight, bias, out, self._tile(x, weight))
+
+    def _tile(self, x: Tensor, weight: QuantisedWeight) -> Config:
+        fmt = weight.format
         # A table of 2^8 codes has bank conflicts, and arithmetic on codes of many bits costs no more than a lookup.
         lookup = fmt.is_table or fmt.bits <= 4
-        config = choose(x.shape[0], *weight.shape, fmt.bits, lookup, x.element_size())
-        if x.is_cuda:
-            with torch.cuda.device(x.device):
-                launch(x, weight, bias, out, config)
-        else:
-            launch(x, weight, bias, out, config)
+        return choose(x.shape[0], *weight.shape, fmt.bits, lookup, x.element_size())
 
 
 def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: Config) -> None:
@@ -137,6 +150,55 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor,
             BLOCK=ADD_BLOCK,
             INTERPRETED=interpreted(),
         )
+
+
+def launch_vector(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: VectorConfig) -> None:
+    """out [1, n] = x [1, k] W^T + bias with the given blocks; weight in the canonical layout, 1, 2, 4 or 8 bits."""
+    from fdk.kernels.triton.vector import vector_product
+
+    geometry, parts, fmt = weight.geometry, weight.parts, weight.format
+    n, k = geometry.n, geometry.k
+    assert x.shape == (1, k) and out.shape == (1, n) and out.is_contiguous() and x.is_contiguous()
+    if k == 0:
+        out.zero_() if bias is None else out.copy_(bias)
+        return
+    # With a single word to a lane, Triton would give a lane several runs of codes instead of several rows.
+    width = min(word_bits(geometry, parts["codes"].data_ptr()), config.run * fmt.bits // 2)
+    codes = parts["codes"].view(_WORDS[width])
+    several = fmt.is_table and len(geometry.row_ends) > 1
+    tiles = row_tiles(geometry, config.rows, x.device) if several else codes
+    steps = -(-k // config.bk)
+    vector_product[(tiles.shape[0] if several else -(-n // config.rows),)](
+        x,
+        codes,
+        parts["scales"],
+        parts.get("zeros", codes),
+        parts.get("table", x),
+        x if bias is None else bias,
+        tiles,
+        out,
+        n,
+        k,
+        codes.shape[1],
+        geometry.groups,
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        OFFSET=0 if fmt.is_table or fmt.has_zeros else fmt.offset,
+        STORED=fmt.is_table,
+        ZEROS=fmt.has_zeros,
+        BIAS=bias is not None,
+        TILES=several,
+        EVEN_K=k == config.bk * steps,
+        CODES=width // fmt.bits,
+        RUN=config.run,
+        ROWS=config.rows,
+        BK=config.bk,
+        STEPS=steps,
+        PACK=config.pack,
+        WIDE=config.wide,
+        INTERPRETED=interpreted(),
+        num_warps=config.warps,
+    )
 
 
 KERNEL = TritonKernel()

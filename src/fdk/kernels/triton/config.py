@@ -22,19 +22,18 @@ class Config:
 
 
 # (largest m, bm, bn, bk, warps, stages, blocks wanted). Fewer blocks than wanted, on a GPU of 132 multiprocessors, are
-# split along k. Rows equal to 32 per warp give every lane one row of codes. Chosen from the generated sm_90 code
-# (registers, shared-memory wavefronts per weight); not yet measured.
+# split along k. Rows equal to 32 per warp give every lane one row of codes. The best of the measured tiles over widths
+# of 1, 2, 4 and 8 bits: NVIDIA H200, 2026-11-20.
 _TILES = (
-    (16, 16, 128, 64, 4, 3, 528),
-    (32, 32, 128, 64, 4, 3, 528),
+    (16, 16, 128, 128, 4, 3, 528),
     (64, 64, 128, 64, 4, 3, 264),
-    (128, 128, 128, 64, 8, 3, 264),
+    (256, 128, 128, 64, 4, 3, 264),
 )
-_LARGE = (128, 256, 64, 8, 3, 132)
+_LARGE = (256, 128, 64, 8, 3, 132)
 _FLOAT32 = (16, 64, 32, 4, 2, 528)
 
 # Codes looked up at once: as many as give a table that shared memory serves with few bank conflicts.
-_PACK = {1: 4, 2: 2, 3: 2}
+_PACK = {1: 2, 2: 2, 3: 2}
 
 
 def choose(m: int, n: int, k: int, bits: int, lookup: bool, element_size: int) -> Config:
@@ -56,3 +55,32 @@ def split_count(steps: int, wanted: int) -> int:
     even = max(parts for parts in range(1, most + 1) if steps % parts == 0)
     # An uneven cut masks every load, but half of the wanted blocks leaves the GPU idle.
     return even if 2 * even >= most else -(-steps // -(-steps // most))
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """Blocks of the kernel for one token: `rows` rows x `bk` of k for `warps` warps, `run` codes of a row to a lane.
+
+    pack codes are looked up at once (0: selected between the values); wide tables hold float32 instead of x's dtype.
+    """
+
+    rows: int
+    bk: int
+    run: int
+    warps: int
+    pack: int
+    wide: bool
+
+
+# bits: (run, pack, wide). Chosen from the generated sm_90 code: 3.3 to 5.3 instructions a weight.
+_LOOKUPS = {1: (32, 2, True), 2: (32, 2, True), 4: (32, 1, True), 8: (16, 1, True)}
+
+
+def choose_vector(n: int, k: int, bits: int, group: int, element_size: int) -> VectorConfig:
+    """The blocks for one token x [1, k] times W [n, k] with a scale for every `group` weights."""
+    run, pack, wide = _LOOKUPS[bits]
+    # Two words of at least a byte, and a lane's run shares its scale and takes at most four loads of x.
+    run = min(run, group & -group if group % 32 else 32, 64 // element_size)
+    warps = next((warps for warps in (4, 2, 8) if k % (32 * warps * run) == 0), 4)
+    bk = min(32 * warps * run, max(run, 1 << (k - 1).bit_length()))
+    return VectorConfig(8 if n >= 4096 else 4, bk, run, warps, pack, wide)
