@@ -46,6 +46,7 @@ class Kernel(Protocol):
 # or a GPU to be imported.
 _TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("cpu", "fdk.kernels.cpu", ("cpu",)),
+    ("cuda", "fdk.kernels.cuda", ("cuda",)),
     ("triton", "fdk.kernels.triton", ("cuda", "cpu")),
     ("reference", "fdk.kernels.reference", ("cpu", "cuda", "meta")),
     ("torch.compile", "fdk.kernels.compiled", ("cuda", "cpu")),  # after the reference: by name only

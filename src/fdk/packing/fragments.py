@@ -17,7 +17,7 @@ Parts of an [n, k] weight with B blocks, U units and G groups:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,13 +60,15 @@ def _bit_positions(bits: int) -> list[list[int]]:
         positions = []
         for e in range(32):
             pair, first = divmod(e, 2)
-            for_pair = [pair // 5 * 32 + 1 + pair % 5 * 6 + i for i in range(6)] if pair < 15 else [31, 0, 63, 32, 95, 64]
+            for_pair = (
+                [pair // 5 * 32 + 1 + pair % 5 * 6 + i for i in range(6)] if pair < 15 else [31, 0, 63, 32, 95, 64]
+            )
             positions.append(for_pair[3 * first : 3 * first + 3])
         return positions
     return [[e * bits + i for i in range(bits)] for e in range(32)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def pieces(bits: int) -> tuple[Piece, ...]:
     """Runs of bits that move together: (code e, first bit of the code, width, word, first bit of the word)."""
     found: list[list[int]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -104,6 +104,7 @@ class Config:
     min_ctas   CTAs per multiprocessor that registers are limited for
     late       let the next launch start once the activations are here, not at once
     digits     integer products (csrc/digits.cuh) instead of bf16 or fp16 ones
+    phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     """
 
     tokens: int
@@ -117,6 +118,7 @@ class Config:
     min_ctas: int
     late: bool = False
     digits: bool = False
+    phases: int = 1
 
     @property
     def warps(self) -> int:
@@ -133,23 +135,23 @@ class Config:
 
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
-        cta_units = -(-shape.units // self.cluster)
+        cta_units = -(-shape.units // (self.cluster * self.phases))
         table = 0 if self.digits else shape.table_bytes
         before = max(0, table - 1024) if hopper else 0
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
-        head = cta_units * self.tokens * (256 if self.digits else 128)
+        slot = BLOCK * self.tokens * 4
+        ring = self.stages * shape.stage_bytes(self.stage_units)
+        sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
+        sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
+        head = self.tokens * (cta_units * 256 if self.digits else cta_units * 128 + 32)
+        head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
             head += -(-cta_units * self.tokens * 4 // 16) * 16 + -(-self.tokens * (self.warps + 1) * 4 // 16) * 16
-        elif shape.bits == 1 or shape.kind in (UINT_U8, UINT_FLOAT):
+        elif shape.kind in (UINT_U8, UINT_FLOAT) or (shape.bits == 1 and self.tokens < 16):
             columns = 1 if self.tokens == 1 else -(-self.tokens // 8) * 8
-            head += -(-cta_units * shape.subs * (3 if shape.bits == 1 else 1) * columns * 4 // 16) * 16
-        ring = self.stages * shape.stage_bytes(self.stage_units)
-        slot = BLOCK * self.tokens * 4
-        if not (self.steps == 1 and ring >= slot):
-            head += buffers * self.batch * self.warps * slot
-        if self.cluster > 1:
-            head += buffers * self.batch * self.row_warps * slot
-        head += -(-self.warps * self.stages * 8 // 16) * 16
+            kinds = 3 if shape.bits == 1 and (self.tokens < 16 or (shape.kind != TABLE and shape.kind != INT)) else 1
+            head += -(-cta_units * shape.subs * kinds * columns * 4 // 16) * 16
+        head += -(-(self.warps * self.stages * 8 + 8) // 16) * 16
         low = head if head <= before else 0
         low_rings = min(self.warps, (before - low) // ring)
         return before + table + (0 if low else head) + (self.warps - low_rings) * ring
@@ -174,6 +176,7 @@ class Config:
             "FDK_MIN_CTAS": self.min_ctas,
             "FDK_LATE": int(self.late),
             "FDK_DIGITS": int(self.digits),
+            "FDK_PHASES": self.phases,
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
 
@@ -204,47 +207,90 @@ def clusters_at_once(sms: int, cluster: int) -> int:
     return max(1, _CLUSTERS_OF_132[cluster] * sms // 132)
 
 
-def _stage_units(shape: Shape, slices: int) -> int:
-    """Units of a stage: about two kilobytes of codes, so that the loop's bookkeeping is shared."""
-    return next(u for u in (4, 2, 1) if u == 1 or (u * shape.bits <= 4 and shape.allows_stage_units(u, slices)))
+# Preference among cluster sizes at equal balance: sums travel further in larger ones, activations less far.
+_CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.8, 8: 0.7}
+_CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.8, 8: 0.7}
+
+
+def _warps(tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
+    """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
+    if tokens <= 4:
+        row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
+        return min(4 if row_warps > 1 else 8, cta_units), row_warps
+    row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
+    return max(1, min(8 // row_warps, cta_units)), row_warps
+
+
+def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
+    """(stage_units, stages) in order of preference."""
+    per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
+    if shape.kind in (UINT_U8, UINT_FLOAT):
+        return [(1, 2), (1, 1)]
+    if config.digits:
+        return [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
+    if config.tokens <= 4 and per_warp <= 4:
+        # Everything is on its way before the launch in front has ended.
+        if shape.bits == 1:
+            return [(2, 2), (1, 4), (1, 2), (1, 1)]
+        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1)), (1, 1)]
+    if shape.bits == 1:
+        return [(4, 1), (2, 1), (1, 2)] if config.tokens <= 4 else [(2, 1), (1, 2)]
+    if shape.bits <= 4 and config.tokens <= 16:
+        return [(2, 1), (1, 2), (1, 1)]
+    return [(1, 2), (1, 1)] if config.tokens <= 8 else [(1, 1)]
+
+
+def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
+    """`config` with the ring, phases and batch that shared memory allows, or None."""
+    batches = (config.steps, 1) if config.tokens == 1 else (1,)
+    for phases in (1, 2, 4, 8, 16):
+        if phases > 1 and (
+            config.steps > 1 or config.digits or shape.units % (config.cluster * phases * config.k_warps)
+        ):
+            continue
+        slices = config.cluster * phases * config.k_warps
+        for stage_units, stages in _stages(shape, config):
+            if not shape.allows_stage_units(stage_units, slices):
+                continue
+            for batch in batches:
+                filled = replace(config, phases=phases, stage_units=stage_units, stages=stages, batch=batch)
+                shared = filled.shared_bytes(shape, hopper)
+                if shared <= MAX_SHARED:
+                    per_warp = config.steps * -(-shape.units // slices)
+                    beside = hopper and config.tokens == 1 and per_warp <= 4 and shared <= RESIDENT_SHARED
+                    return replace(filled, min_ctas=2 if beside else 1)
+    return None
 
 
 @lru_cache(maxsize=4096)
-def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True) -> Config:
-    """The configuration for m tokens of a weight with that many blocks of rows."""
+def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True) -> Config | None:
+    """The configuration for m tokens of a weight with that many blocks of rows; None if none fits shared memory.
+
+    Measured on an H200 (CUDA 13.0), 2026-11-20, at 4096^2 and 8192^2, 1 to 8 bits, m = 1 to 64; docs/findings.md.
+    """
     tokens = token_tile(m)
     best = None
     for cluster in (1, 2, 4, 8) if hopper else (1,):
-        cta_units = -(-shape.units // cluster)
-        at_once = max(1, clusters_at_once(sms, cluster))
+        at_once = clusters_at_once(sms, cluster)
         per_cluster = max(1, -(-blocks // at_once))
-        busy = blocks / (per_cluster * at_once)
-        for k_warps in (8, 7, 6, 5, 4, 2, 1):
-            if k_warps > cta_units:
+        cta_units = -(-shape.units // cluster)
+        most, row_warps = _warps(tokens, per_cluster, cta_units)
+        for k_warps in sorted({most, *(w for w in (7, 4, 2, 1) if w < most)}, reverse=True):
+            config = Config(tokens, cluster, k_warps, row_warps, 1, 1, per_cluster, 1, 1)
+            if tokens == 1 and shape.allows_digits:
+                large = shape.n * shape.k >= 1 << 25
+                if (shape.bits == 1 and large) or (shape.bits == 8 and not large):
+                    config = replace(config, digits=True, late=large)
+            filled = _fill(shape, config, hopper)
+            if filled is None:
                 continue
-            even = cta_units / (-(-cta_units // k_warps) * k_warps)
-            stage_units = _stage_units(shape, cluster * k_warps)
-            config = Config(tokens, cluster, k_warps, 1, 2, stage_units, per_cluster, 1, 1)
-            shared = config.shared_bytes(shape, hopper)
-            if shared > MAX_SHARED:
-                continue
-            resident = 2 if shared <= RESIDENT_SHARED and tokens <= 8 else 1
-            score = busy * even * (1 if resident == 2 else 0.7) * (0.4 + k_warps * 0.075) * (1 if cluster <= 2 else 0.8)
+            score = blocks / (per_cluster * at_once) * cta_units / k_warps / -(-cta_units // k_warps)
+            score *= (_CLUSTER_WORTH_FEW if tokens <= 4 else _CLUSTER_WORTH_MANY)[cluster]
+            # A CTA that goes through its activations more than once waits for them each time.
+            score *= 0.9 ** (filled.phases - 1) * (0.4 + 0.075 * min(8, filled.warps))
             if best is None or score > best[0]:
-                best = (score, replace(config, min_ctas=resident))
-    if best is None:
-        raise AssertionError(f"no configuration fits {shape} with {m} tokens")
-    config = best[1]
-    budget = RESIDENT_SHARED if config.min_ctas == 2 else MAX_SHARED
-    if (batched := replace(config, batch=config.steps)).shared_bytes(shape, hopper) <= budget * 0.6:
-        config = batched
-    # Bytes in flight hide the latency of memory; 64 KB per multiprocessor suffice.
-    while config.warps * config.stages * shape.stage_bytes(config.stage_units) < 65536:
-        deeper = replace(config, stages=config.stages + 1)
-        if deeper.shared_bytes(shape, hopper) > budget:
-            break
-        config = deeper
-    return config
+                best = (score, filled)
+    return best[1] if best else None
 
 
 class _Range(ctypes.Structure):
@@ -301,7 +347,7 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
     return params, cluster * config.cluster
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(shape: Shape, config: Config, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
     capability = torch.cuda.get_device_capability(device)
@@ -316,6 +362,7 @@ class Plan:
 
     def __init__(self, weight: QuantisedWeight, config: Config) -> None:
         zeros = weight.parts.get("zeros")
+        assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in weight.parts.values())
         self.shape = shape_of(weight.geometry, None if zeros is None else zeros.dtype)
         self.config = config
         self.template, grid = params_for(weight, config)
@@ -329,9 +376,15 @@ class Plan:
 
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device, m <= config.tokens."""
+        assert 0 < x.shape[0] <= self.config.tokens and x.data_ptr() % 16 == 0
         params = Params.from_buffer_copy(self.template)
         params.x = x.data_ptr()
         params.bias = None if bias is None else bias.data_ptr()
         params.out = out.data_ptr()
         params.m = x.shape[0]
-        self.function(self.grid, torch.cuda.current_stream(self.device).cuda_stream, params)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.current_device() == self.device.index:
+            self.function(self.grid, stream, params)
+        else:
+            with torch.cuda.device(self.device):
+                self.function(self.grid, stream, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import byref, c_char, c_int, c_uint, c_void_p
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -33,7 +33,7 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library() -> ctypes.PyDLL:
     # PyDLL keeps the interpreter lock during a call: a launch takes a few microseconds, and arguments stay put.
     for name in ("libcuda.so.1", "nvcuda.dll"):
@@ -57,7 +57,9 @@ class Function:
     Raises RuntimeError while a CUDA graph is being captured: code must be loaded before.
     """
 
-    def __init__(self, cubin: bytes, name: str, threads: int, shared: int, cluster: int, dependent: bool = True) -> None:
+    def __init__(
+        self, cubin: bytes, name: str, threads: int, shared: int, cluster: int, dependent: bool = True
+    ) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{name} is not loaded yet and cannot be while a CUDA graph is captured; "

@@ -13,7 +13,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from fdk.errors import UnsupportedError
@@ -31,7 +31,7 @@ def cache_dir() -> Path:
     return Path(root) if root else Path.home() / ".cache" / "fdk"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _nvrtc():
     try:
         from cuda.bindings import nvrtc
@@ -52,7 +52,7 @@ def unavailable() -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiler_version() -> tuple[int, int]:
     """(major, minor) of NVRTC."""
     try:
@@ -64,7 +64,7 @@ def compiler_version() -> tuple[int, int]:
     return major, minor
 
 
-@lru_cache(maxsize=None)
+@cache
 def sources() -> dict[str, str]:
     """Name and text of every file under csrc."""
     return {path.name: path.read_text() for path in sorted(_CSRC.glob("*.cuh"))}

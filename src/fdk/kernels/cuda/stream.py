@@ -1,10 +1,10 @@
-"""The streaming floor (csrc/stream.cuh): the time that reading a weight's bytes takes when nothing is done with them."""
+"""The streaming floor (csrc/stream.cuh): what reading a weight's bytes takes when nothing is done with them."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ class StreamConfig:
     unroll: int
 
 
-CANDIDATES = tuple(StreamConfig(c, t, u) for c, t in ((132, 512), (132, 1024), (264, 512), (264, 1024), (528, 512)) for u in (2, 4, 8))
+CANDIDATES = tuple(
+    StreamConfig(c, t, u) for c, t in ((132, 512), (132, 1024), (264, 512), (264, 1024), (528, 512)) for u in (2, 4, 8)
+)
 """Grids worth trying; a floor is the best of them."""
 
 
@@ -30,7 +32,7 @@ class _Params(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("out", ctypes.c_void_p))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(nbytes: int, n: int, config: StreamConfig, dependent: bool, device: int) -> driver.Function:
     capability = torch.cuda.get_device_capability(device)
     defines = {

@@ -16,9 +16,9 @@
 
 namespace fdk {
 
-__device__ __forceinline__ void write_output(const Params& p, const Range& range, int block, int row, int token, float value) {
+__device__ __forceinline__ void write_output(const Params& p, const Range& range, int block, int end_block, int row, int token, float value) {
     const i64 n = range.first_row + i64(block - range.first_block) * 64 + row;
-    if (block >= range.end_block || n >= range.end_row || token >= p.m) return;
+    if (block >= end_block || n >= range.end_row || token >= p.m) return;
     if (p.bias) value += low_half<BF16>(p.bias[n]);
     p.out[i64(token) * N + n] = round_half<BF16>(value);
 }
@@ -35,10 +35,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const Range& range = p.range[which];
     const int first_block = range.first_block + (cluster - range.first_cluster) * p.blocks_per_cluster;
     const int blocks = max(0, min(p.blocks_per_cluster, range.end_block - first_block));
+    const int end_block = first_block + blocks;
     const int steps = (blocks + ROW_WARPS - 1) / ROW_WARPS;  // the same for all warps of a cluster
 
     const int cta_unit = UNITS * rank / CLUSTER;
-    const int units = UNITS % CLUSTER == 0 ? UNITS / CLUSTER : UNITS * (rank + 1) / CLUSTER - cta_unit;
+    const int units = UNITS % (CLUSTER * PHASES) == 0 ? UNITS / (CLUSTER * PHASES) : UNITS * (rank + 1) / CLUSTER - cta_unit;
     const int first_unit = units * k_warp / K_WARPS;
     const bool mine = row_warp < blocks;
     const int end_unit = mine ? units * (k_warp + 1) / K_WARPS : first_unit;
@@ -46,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                     smem + Smem::ring(warp),
                     shared_address(smem) + Smem::BARRIERS + warp * STAGES * 8,
                     lane,
-                    first_unit == end_unit ? 0 : (blocks - row_warp + ROW_WARPS - 1) / ROW_WARPS,
+                    first_unit == end_unit ? 0 : PHASES > 1 ? PHASES : (blocks - row_warp + ROW_WARPS - 1) / ROW_WARPS,
                     first_unit,
                     end_unit,
                     cta_unit,
@@ -54,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                     evict_first_policy()};
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
+        if (warp == 0) barrier_init(shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8);
         barrier_init_fence();
     }
     __syncwarp();
@@ -63,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage);
     if constexpr (!FDK_LATE) let_next_kernel_start();
-    if constexpr (CLUSTER > 1) cluster_arrive();
+    if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive();  // waited for before the first store to another CTA
     const u16* table = p.table + (which << BITS);
     float low = -1.f, high = 0.f;
     if constexpr (BITS == 1 || DIGITS) {
@@ -75,10 +77,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         });
     }
 
+    __syncthreads();  // table and barriers are ready
     wait_for_previous_kernel();
     const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
-    const Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2]};
-    prepare_activations(p, smem, cta_unit, units, warp, lane, lookup);
+    const Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
+                           round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u};
+    prepare_activations(p, smem, 0, cta_unit, units, warp, lane, lookup);
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
@@ -97,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 float sum = slot(step, rw, 0)[row * M + token];
 #pragma unroll
                 for (int kw = 1; kw < K_WARPS; ++kw) sum += slot(step, rw, kw)[row * M + token];
-                write_output(p, range, first_block + step * ROW_WARPS + rw, row, token, sum);
+                write_output(p, range, first_block + step * ROW_WARPS + rw, end_block, row, token, sum);
             }
         } else {
             for (int i = threadIdx.x; i < ROW_WARPS * SLOT / 4; i += THREADS) {
@@ -120,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             float sum = from[0];
 #pragma unroll
             for (int source = 1; source < CLUSTER; ++source) sum += from[source * SHARE];
-            write_output(p, range, first_block + step * ROW_WARPS + rw, rank * SHARE_ROWS + row, token, sum);
+            write_output(p, range, first_block + step * ROW_WARPS + rw, end_block, rank * SHARE_ROWS + row, token, sum);
         }
     };
 
@@ -128,25 +132,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     u32 parity = 0;
     for (int step = 0; step < (STEPS_PER_CTA == 1 ? 1 : steps); ++step) {
         Accumulator acc = {};
-        if (STEPS_PER_CTA == 1 || step < w.steps) {
+        for (int phase = 0; phase < PHASES; ++phase) {
+            if (phase > 0) {
+                __syncthreads();
+                prepare_activations(p, smem, phase, cta_unit + phase * units, units, warp, lane, lookup);
+            }
+            if (STEPS_PER_CTA == 1 || step < w.steps) {
 #pragma unroll 1
-            for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
-                w.wait(stage, parity);
-                Unit loaded[STAGE_UNITS];
+                for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
+                    w.wait(stage, parity);
+                    Unit loaded[STAGE_UNITS];
 #pragma unroll
-                for (int i = 0; i < STAGE_UNITS; ++i)
-                    load_unit(loaded[i], w.ring + stage * Smem::STAGE, i, (cta_unit + unit + i) * 64, lane);
-                __syncwarp();
-                w.prefetch(ahead, stage);
+                    for (int i = 0; i < STAGE_UNITS; ++i)
+                        load_unit(loaded[i], w.ring + stage * Smem::STAGE, i, (cta_unit + phase * units + unit + i) * 64, lane);
+                    __syncwarp();
+                    w.prefetch(ahead, stage);
 #pragma unroll
-                for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], smem, unit + i, lane, lookup);
-                if (++stage == STAGES) stage = 0, parity ^= 1;
+                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], smem, unit + i, lane, lookup);
+                    if (++stage == STAGES) stage = 0, parity ^= 1;
+                }
             }
         }
+        if constexpr (Smem::SINGLE && !Smem::PARTIAL_IN_RING) __syncthreads();
         store_partial(slot(step, row_warp, k_warp), acc, smem, lane, low, high);
         if constexpr (BATCH == 1) {
             __syncthreads();
             if constexpr (CLUSTER > 1) {
+                if constexpr (Smem::SINGLE) cluster_arrive();  // no CTA needs its activations any more
                 cluster_wait();
                 if (step > 0) finish(step - 1);
             }

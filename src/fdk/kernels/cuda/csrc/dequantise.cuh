@@ -3,7 +3,8 @@
 // Words and codes are arranged as fdk/packing/fragments.py says: word r*BITS + i of a unit serves row tile r, and
 // code e = 8s + 4h + j is row 8h+g, column 4t+j of step s. Register a[s][h + 2*(j/2)] holds columns j, j+1.
 //
-//   1 bit    a lop3 puts the bit into sign, exponent or mantissa: value = offset(position) + 2*bit, for any step
+//   1 bit    a lop3 puts the bit into sign, exponent or mantissa: value = offset(position) + 2*bit, for any step;
+//            with many tokens (SELECT), a prmt spreads it over 16 bits and a lop3 selects one of two table values
 //   2 bits   four codes index a table of 4 values (8 bytes), replicated for 16 lanes: 64-bit loads without conflicts
 //   3, 4     two codes index a table of pairs (4 bytes), replicated for 32 lanes
 //   5 to 8   one code indexes a table of values, both halves equal, replicated for 32 lanes
@@ -45,15 +46,23 @@ __device__ __forceinline__ u32 rotate_left(u32 v, int by) {
     return __funnelshift_l(v, v, by);
 }
 
+// Bytes of v or, for a selector nibble 8 + i, the sign of byte i eight times (which __byte_perm does not offer).
+__device__ __forceinline__ u32 spread_signs(u32 v, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(v), "r"(selector));
+    return result;
+}
+
 // What a lane needs to look codes up: the shared address of its column of the table, which starts at a multiple of its
 // size so that an `or` adds a row's offset. For one bit, the constants of its lop3: they come from the host, because
 // the instruction has room for one immediate only and the compiler splits it when it knows both.
 struct Lookup {
     u32 table, one, base7, base6;
+    u32 low, differ;  // SELECT: the value of code 0, and its exclusive or with that of code 1, as pairs
 };
 
 // Row tile `tile` of a unit: a[s] is the A operand of step s.
-template <int BITS, bool BF16>
+template <int BITS, bool BF16, bool SELECT>
 __device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 * BITS], int tile, const Lookup& lookup) {
     using T = Table<BITS>;
     const auto at = [&](u32 v) { return (v & T::MASK) | lookup.table; };
@@ -62,7 +71,14 @@ __device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 
         asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at(v)));
         return pair;
     };
-    if constexpr (BITS == 1) {
+    if constexpr (SELECT) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const u32 v = words[tile] << i;
+            a[i / 2][i % 2] = (spread_signs(v, 0xbb99) & lookup.differ) ^ lookup.low;
+            a[i / 2][i % 2 + 2] = (spread_signs(v, 0xaa88) & lookup.differ) ^ lookup.low;
+        }
+    } else if constexpr (BITS == 1) {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             const u32 v = words[tile] << (2 * s);

@@ -81,8 +81,8 @@ constexpr int ITEMS = (Smem::CTA_UNITS * M * 4 + THREADS - 1) / THREADS;  // (to
 constexpr int KEPT = ITEMS < 2 ? ITEMS : 2;                               // of which stay in registers
 
 // Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
-// sum(x)[unit][token]. The partial-sum area in front holds the maxima until it is used.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int first_unit, int units, int warp, int lane, const Lookup&) {
+// sum(x)[unit][token]; at MAXIMA: the largest |x| of each warp, and 2^-shift.
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int, int first_unit, int units, int warp, int lane, const Lookup&) {
     float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
     u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
     float kept[KEPT][4][4];

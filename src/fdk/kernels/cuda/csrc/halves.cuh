@@ -4,53 +4,58 @@
 
 namespace fdk {
 
-// Activations of the CTA's slice, once: x[unit][half][token][t] holds columns 32*half + 4t + (0..3) and 16 beyond
-// them, the B operands of two steps. Columns past K are zero, tokens past m repeat the last one.
-__device__ __forceinline__ void stage_activations(const Params& p, char* to, int first_unit, int units) {
-    constexpr int AHEAD = 4;  // pieces per thread in flight
-    const int pieces = units * M * 8;
-    for (int base = threadIdx.x; base < pieces; base += AHEAD * THREADS) {
-        u32x2 piece[AHEAD][2];
+constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0;
+
+// Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
+// token, or by hand with zeros past K. Tokens past m repeat the last one.
+__device__ __forceinline__ void stage_activations(const Params& p, char* to, u32 barrier, int phase, int first_unit, int units, int warp,
+                                                  int lane) {
+    if constexpr (BULK_X) {
+        if (warp == 0) {
+            if (lane == 0) barrier_expect(barrier, M * units * 128);
+            __syncwarp();
+            for (int token = lane; token < M; token += 32)
+                copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE, p.x + i64(min(token, p.m - 1)) * K + first_unit * 64,
+                                 units * 128, barrier);
+        }
+        barrier_wait(barrier, phase % 2);
+    } else {
+        constexpr int AHEAD = 8;  // pieces of four columns per thread in flight
+        const int pieces = units * M * 16;
+        for (int base = threadIdx.x; base < pieces; base += AHEAD * THREADS) {
+            u32x2 piece[AHEAD];
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int i = base + a * THREADS;
-            const int t = i % 4, half = i / 4 % 2, unit = i / 8 % units, token = i / 8 / units;
-            const u16* row = p.x + i64(min(token, p.m - 1)) * K;
-            const int column = (first_unit + unit) * 64 + half * 32 + t * 4;
+            for (int a = 0; a < AHEAD; ++a) {
+                const int i = base + a * THREADS, token = i / 16 / units, column = first_unit * 64 + i % (16 * units) * 4;
+                const u16* row = p.x + i64(min(token, p.m - 1)) * K;
+                piece[a] = {};
+                if (i >= pieces) continue;
+                if constexpr (K % 4 == 0) {
+                    if (K % 64 == 0 || column < K) piece[a] = load_8(row + column);
+                } else {
+                    u32 e[4];
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int from = column + j * 16;
-                piece[a][j] = {};
-                if (i < pieces) {
-                    if constexpr (K % 4 == 0) {
-                        if (K % 64 == 0 || from < K) piece[a][j] = load_8(row + from);
-                    } else {
-                        u32 e[4];
-#pragma unroll
-                        for (int q = 0; q < 4; ++q) e[q] = from + q < K ? load_2(row + from + q) : 0;
-                        piece[a][j] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
-                    }
+                    for (int q = 0; q < 4; ++q) e[q] = column + q < K ? load_2(row + column + q) : 0;
+                    piece[a] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
                 }
             }
-        }
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            const int i = base + a * THREADS;
-            const int t = i % 4, half = i / 4 % 2, unit = i / 8 % units, token = i / 8 / units;
-            if (i < pieces)
-                *reinterpret_cast<u32x4*>(to + ((unit * 2 + half) * M + token) * 64 + t * 16) =
-                    u32x4{piece[a][0].x, piece[a][0].y, piece[a][1].x, piece[a][1].y};
+            for (int a = 0; a < AHEAD; ++a) {
+                const int i = base + a * THREADS, token = i / 16 / units;
+                if (i < pieces) *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + i % (16 * units) * 8) = piece[a];
+            }
         }
+        __syncthreads();
     }
 }
 
-// B operands of a unit for tokens 8*nt..8*nt+7: b[2s], b[2s+1] of step s.
+// B operands of a unit for tokens 8*nt..8*nt+7: b[2s], b[2s+1] of step s, columns 16s + 4t + (0..3).
 __device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int unit, int nt, int lane) {
     const int token = M < 8 ? min(lane / 4, M - 1) : nt * 8 + lane / 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const u32x4 v = *reinterpret_cast<const u32x4*>(x + ((unit * 2 + half) * M + token) * 64 + lane % 4 * 16);
-        b[4 * half] = v.x, b[4 * half + 1] = v.y, b[4 * half + 2] = v.z, b[4 * half + 3] = v.w;
+    for (int s = 0; s < 4; ++s) {
+        const u32x2 v = *reinterpret_cast<const u32x2*>(x + token * Smem::X_STRIDE + unit * 128 + s * 32 + lane % 4 * 8);
+        b[2 * s] = v.x, b[2 * s + 1] = v.y;
     }
 }
 
@@ -58,16 +63,16 @@ __device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int
 // values step by 2, and minus the contribution of all-zero codes, from which one-bit accumulators start. A single
 // token leaves seven columns of an mma free, so that it sums eight units at once.
 __device__ __forceinline__ void sum_activations(float* sums, const char* x, int units, int warp, int lane, const Lookup& lookup) {
-    constexpr u32 ONE = BF16 ? (BITS == 1 ? 0x40004000u : 0x3f803f80u) : (BITS == 1 ? 0x40004000u : 0x3c003c00u);
+    constexpr u32 ONE = BF16 ? (SPLIT_BIT ? 0x40004000u : 0x3f803f80u) : (SPLIT_BIT ? 0x40004000u : 0x3c003c00u);
     constexpr int AT_ONCE = M == 1 ? 8 : 1;
     for (int first = warp * AT_ONCE; first < units; first += WARPS * AT_ONCE) {
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 b[8], offsets[4][4] = {};
             load_activations(b, x, M == 1 ? min(first + lane / 4, units - 1) : first, nt, lane);
-            if constexpr (BITS == 1) {
+            if constexpr (SPLIT_BIT) {
                 const u32 zero[4 * BITS] = {};
-                dequantise<BITS, BF16>(offsets, zero, 0, lookup);
+                dequantise<BITS, BF16, SELECT>(offsets, zero, 0, lookup);
             }
 #pragma unroll
             for (int sub = 0; sub < SUBS; ++sub) {
@@ -76,7 +81,7 @@ __device__ __forceinline__ void sum_activations(float* sums, const char* x, int 
                 for (int s = sub * STEPS; s < (sub + 1) * STEPS; ++s) {
                     const u32 ones[4] = {ONE, ONE, ONE, ONE};
                     mma<BF16>(sum, ones, b[2 * s], b[2 * s + 1]);
-                    if constexpr (BITS == 1) mma<BF16>(offset, offsets[s], b[2 * s], b[2 * s + 1]);
+                    if constexpr (SPLIT_BIT) mma<BF16>(offset, offsets[s], b[2 * s], b[2 * s + 1]);
                 }
                 if (lane < 4) {
 #pragma unroll
@@ -85,7 +90,7 @@ __device__ __forceinline__ void sum_activations(float* sums, const char* x, int 
                         float* to = sums + (unit * SUBS + sub) * SUM_KINDS * SUM_COLUMNS + (M == 1 ? 0 : nt * 8 + column);
                         if (M > 1 || unit < units) {
                             to[0] = sum[c];
-                            if constexpr (BITS == 1) to[SUM_COLUMNS] = -offset[c], to[2 * SUM_COLUMNS] = -offset[2 + c];
+                            if constexpr (SPLIT_BIT) to[SUM_COLUMNS] = -offset[c], to[2 * SUM_COLUMNS] = -offset[2 + c];
                         }
                     }
                 }
@@ -97,7 +102,7 @@ __device__ __forceinline__ void sum_activations(float* sums, const char* x, int 
 // Sums of one block over a warp's slice: row 16*tile + 8*h + g, token 8*nt + 2*t + column.
 struct Accumulator {
     float sum[4][NT][2][COLUMNS];
-    float scaled_x[BITS == 1 && !ZEROS ? 4 : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
+    float scaled_x[SPLIT_BIT && !ZEROS ? 4 : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
 };
 
 // Row tiles whose A operands are live at once: all four where many token tiles share them, else one.
@@ -144,7 +149,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
     for (int first = 0; first < 4; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) dequantise<BITS, BF16>(a[i], u.words, first + i, lookup);
+        for (int i = 0; i < TILES; ++i) dequantise<BITS, BF16, SELECT>(a[i], u.words, first + i, lookup);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 (&bt)[8] = b[NT > 2 ? 0 : nt];
@@ -159,24 +164,29 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
                         return *reinterpret_cast<const f32x2*>(from + kind * SUM_COLUMNS + nt * 8 + t * 2);
                     };
                     sum_x = pair(0);
-                    if constexpr (BITS == 1) start[0] = pair(1), start[1] = pair(2);
+                    if constexpr (SPLIT_BIT) start[0] = pair(1), start[1] = pair(2);
                 }
+                // Neighbouring mma belong to different tiles, since each waits for the one before it on its own sums.
+                float d[TILES][4];
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) d[i][0] = start[0].x, d[i][1] = start[0].y, d[i][2] = start[1].x, d[i][3] = start[1].y;
+#pragma unroll
+                for (int s = sub * STEPS; s < (sub + 1) * STEPS; ++s)
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) mma<BF16>(d[i], a[i][s], bt[2 * s], bt[2 * s + 1]);
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
                     const int tile = first + i;
-                    float d[4] = {start[0].x, start[0].y, start[1].x, start[1].y};
-#pragma unroll
-                    for (int s = sub * STEPS; s < (sub + 1) * STEPS; ++s) mma<BF16>(d, a[i][s], bt[2 * s], bt[2 * s + 1]);
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         const float scale = u.scales[sub].at(tile, h);
 #pragma unroll
                         for (int c = 0; c < COLUMNS; ++c) {
-                            float v = d[2 * h + c];
+                            float v = d[i][2 * h + c];
                             const float xs = c ? sum_x.y : sum_x.x;
                             if constexpr (ZEROS) v = fmaf(-u.zeros[sub][tile][h], xs, v);
                             acc.sum[tile][nt][h][c] = fmaf(scale, v, acc.sum[tile][nt][h][c]);
-                            if constexpr (BITS == 1 && !ZEROS)
+                            if constexpr (SPLIT_BIT && !ZEROS)
                                 acc.scaled_x[tile][nt][h][c] = fmaf(scale, xs, acc.scaled_x[tile][nt][h][c]);
                         }
                     }
@@ -199,9 +209,9 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
                     v[c] = acc.sum[tile][nt][h][c];
-                    if constexpr (BITS == 1 && !ZEROS)
+                    if constexpr (SPLIT_BIT && !ZEROS)
                         v[c] = 0.5f * fmaf(high, v[c], low * (acc.scaled_x[tile][nt][h][c] - v[c]));
-                    else if constexpr (BITS == 1)
+                    else if constexpr (SPLIT_BIT)
                         v[c] *= 0.5f;
                 }
                 float* to = slot + (tile * 16 + h * 8 + g) * M;
@@ -217,10 +227,9 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 }
 
 // Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
-    stage_activations(p, smem + Smem::X, first_unit, units);
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
+    stage_activations(p, smem + Smem::X, shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8, phase, first_unit, units, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
-    __syncthreads();
     if constexpr (SUMS) {
         sum_activations(reinterpret_cast<float*>(smem + Smem::SUM), smem + Smem::X, units, warp, lane, lookup);
         __syncthreads();

@@ -136,6 +136,15 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u
 #endif
 }
 
+// The same for what is read by many CTAs.
+__device__ __forceinline__ void copy_bulk_shared(u32 to, const void* from, u32 bytes, u32 barrier) {
+#if FDK_HOPPER
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+#endif
+}
+
 // Plain loads that stay behind the dependency wait: activations may come from the kernel before.
 __device__ __forceinline__ u32x2 load_8(const void* from) {
     u32x2 v;

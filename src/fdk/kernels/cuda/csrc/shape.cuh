@@ -2,8 +2,8 @@
 //
 // The host passes the shape as macros (see fdk/kernels/cuda/decode.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros)
-//   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_STAGES FDK_STAGE_UNITS FDK_STEPS FDK_BATCH
-//   FDK_MIN_CTAS FDK_LATE
+//   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
+//   FDK_BATCH FDK_MIN_CTAS FDK_LATE
 #pragma once
 #include "dequantise.cuh"
 
@@ -15,7 +15,7 @@ constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
 constexpr bool TABLE = KIND == 0, ZEROS = KIND >= 2;
 constexpr int CLUSTER = FDK_CLUSTER, K_WARPS = FDK_K_WARPS, ROW_WARPS = FDK_ROW_WARPS, STAGES = FDK_STAGES;
-constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS;
+constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES = FDK_PHASES;
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
 
 constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
@@ -27,14 +27,18 @@ constexpr int STAGE_GROUPS = STAGE_UNITS == 1 ? UNIT_GROUPS : STAGE_UNITS * 64 >
 static_assert(STAGE_UNITS == 1 || GROUPS == 1 || (STAGE_UNITS * 64) % GROUP == 0 || GROUP % (STAGE_UNITS * 64) == 0,
               "a stage of several units holds whole groups or lies inside one");
 static_assert(UNITS % (CLUSTER * K_WARPS * STAGE_UNITS) == 0 || STAGE_UNITS == 1, "slices are whole stages");
+static_assert(PHASES == 1 || (STEPS_PER_CTA == 1 && UNITS % (CLUSTER * PHASES * K_WARPS * STAGE_UNITS) == 0),
+              "phases are whole, and follow each other within one step");
 constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
 
 // Affine values need sums of activations per unit and scale change: floats[SUM_KINDS][SUM_COLUMNS] of each.
-constexpr bool SUMS = ZEROS || BITS == 1 || DIGITS;
+constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16;  // see dequantise.cuh
+constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !DIGITS;
+constexpr bool SUMS = ZEROS || SPLIT_BIT || DIGITS;
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
-constexpr int SUM_KINDS = BITS == 1 && !DIGITS ? 3 : 1;
+constexpr int SUM_KINDS = SPLIT_BIT ? 3 : 1;
 
 // Partial sums of that many row steps are kept before they are added up: all of them, or one at a time.
 constexpr int BATCH = FDK_BATCH;
@@ -43,33 +47,41 @@ constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
 // Shared memory. The table starts at a multiple of its size, counted from the start of the shared window, whose first
 // kilobyte the system keeps from compute capability 9.0 on; what fits goes in front of it.
 struct Smem {
-    static constexpr int CTA_UNITS = (UNITS + CLUSTER - 1) / CLUSTER;
+    static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
     static constexpr int TABLE_BYTES = DIGITS ? 0 : Table<BITS>::BYTES;
     static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
 
-    static constexpr int X_BYTES = CTA_UNITS * M * (DIGITS ? 256 : 128);
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
-    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 15) / 16 * 16;
-    // A CTA with a single step keeps each warp's partial sums in its ring, which is empty by then.
+    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + 15) / 16 * 16;  // of the rings, and one for x
     static constexpr int CODE_BYTES = BITS * 512;
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
     static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + STAGE_GROUPS * 128;
     static constexpr int STAGE = ZEROS_AT + STAGE_GROUPS * GROUP_ZERO_BYTES;
     static constexpr int RING_BYTES = STAGES * STAGE;
+
+    // A CTA with a single step needs neither its ring nor its activations once it has its sums: each warp's partial sums
+    // go to its own ring if they fit, else over the activations, and so do the sums that other CTAs send. That takes one
+    // more wait for the cluster, which few tokens, whose sums are small, do without.
+    static constexpr bool SINGLE = STEPS_PER_CTA == 1 && M >= 8;
     static constexpr bool PARTIAL_IN_RING = STEPS_PER_CTA == 1 && RING_BYTES >= 64 * M * 4;
     static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * 64 * M * 4;
     static constexpr int RECEIVE_BYTES = CLUSTER == 1 ? 0 : BUFFERS * BATCH * ROW_WARPS * 64 * M * 4;
+    static constexpr int SUM_TOTAL = PARTIAL_BYTES + RECEIVE_BYTES;
+    // Rows of activations are 32 bytes apart in their banks, so that four tokens are read without conflicts.
+    static constexpr int X_STRIDE = CTA_UNITS * 128 + 32;
+    static constexpr int X_ONLY_BYTES = DIGITS ? CTA_UNITS * M * 256 : M * X_STRIDE;
+    static constexpr int X_BYTES = SINGLE && SUM_TOTAL > X_ONLY_BYTES ? SUM_TOTAL : X_ONLY_BYTES;
     static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + 1) * 4 + 15) / 16 * 16 : 0;
-    static constexpr int HEAD_BYTES = X_BYTES + SUM_BYTES + PARTIAL_BYTES + RECEIVE_BYTES + BARRIER_BYTES + MAXIMA_BYTES;
+    static constexpr int HEAD_BYTES = X_BYTES + SUM_BYTES + (SINGLE ? 0 : SUM_TOTAL) + BARRIER_BYTES + MAXIMA_BYTES;
 
 
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
     static constexpr int FITTING = (TABLE - LOW_HEAD) / RING_BYTES;
     static constexpr int LOW_RINGS = FITTING < WARPS ? FITTING : WARPS;
     static constexpr int X = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
-    static constexpr int SUM = X + X_BYTES, PARTIAL = SUM + SUM_BYTES, RECEIVE = PARTIAL + PARTIAL_BYTES;
-    static constexpr int BARRIERS = RECEIVE + RECEIVE_BYTES, MAXIMA = BARRIERS + BARRIER_BYTES;
+    static constexpr int SUM = X + X_BYTES, BARRIERS = SUM + SUM_BYTES, MAXIMA = BARRIERS + BARRIER_BYTES;
+    static constexpr int PARTIAL = SINGLE ? X : MAXIMA + MAXIMA_BYTES, RECEIVE = PARTIAL + PARTIAL_BYTES;
     static constexpr int HIGH_RINGS = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
     static constexpr int BYTES = HIGH_RINGS + (WARPS - LOW_RINGS) * RING_BYTES;
 
@@ -100,7 +112,8 @@ struct Params {
     Range range[MAX_RANGES];
 };
 
-// Where a warp stands in its stream of units; the codes of one block's slice are contiguous.
+// Where a warp stands in its stream of units; the codes of one block's slice are contiguous. Units count from the
+// CTA's first; a CTA with several phases has one step, and `step` counts the phases.
 struct Cursor {
     int step, unit;
     const char* codes;
@@ -135,9 +148,15 @@ struct Warp {
             c.codes += (ROW_WARPS * UNITS - (end_unit - first_unit)) * i64(Smem::CODE_BYTES);
             c.group_row += ROW_WARPS * GROUPS;
         }
+        if (PHASES > 1 && c.unit == c.step * Smem::CTA_UNITS + end_unit) {
+            const int skipped = Smem::CTA_UNITS - (end_unit - first_unit);
+            c.unit += skipped;
+            c.step += 1;
+            c.codes += skipped * Smem::CODE_BYTES;
+        }
     }
     __device__ __forceinline__ bool more(const Cursor& c) const {
-        return STEPS_PER_CTA > 1 ? c.step < steps : c.unit < end_unit;
+        return STEPS_PER_CTA > 1 || PHASES > 1 ? c.step < steps : c.unit < end_unit;
     }
     __device__ __forceinline__ void prefetch(Cursor& c, int stage) const {
         if (more(c)) {

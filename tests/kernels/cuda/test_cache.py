@@ -1,0 +1,98 @@
+"""The cubin cache: keyed on everything, atomic, usable read-only, and healed when damaged. No compiler needed."""
+
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from fdk.kernels.cuda import jit
+
+DEFINES = {"FDK_A": 1}
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """A compiler that counts its runs and returns what it was asked for; the cache directory."""
+    runs = []
+
+    def build(file, defines, arch):
+        runs.append((file, dict(defines), arch))
+        return f"{file} {sorted(defines.items())} {arch}".encode(), ""
+
+    monkeypatch.setattr(jit, "build", build)
+    monkeypatch.setattr(jit, "compiler_version", lambda: (13, 0))
+    monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path / "cache"))
+    return runs, tmp_path / "cache"
+
+
+def test_second_call_reads_the_file(compiler) -> None:
+    runs, cache = compiler
+    first = jit.cubin("decode.cuh", DEFINES, "sm_90a")
+    assert jit.cubin("decode.cuh", DEFINES, "sm_90a") == first
+    assert len(runs) == 1
+    assert [path.suffix for path in cache.iterdir()] == [".cubin"]
+
+
+def test_key_depends_on_everything(compiler, monkeypatch) -> None:
+    base = jit.cache_key("decode.cuh", DEFINES, "sm_90a", (13, 0))
+    others = [
+        jit.cache_key("stream.cuh", DEFINES, "sm_90a", (13, 0)),
+        jit.cache_key("decode.cuh", {"FDK_A": 2}, "sm_90a", (13, 0)),
+        jit.cache_key("decode.cuh", DEFINES, "sm_80", (13, 0)),
+        jit.cache_key("decode.cuh", DEFINES, "sm_90a", (13, 1)),
+    ]
+    changed = {**jit.sources(), "ptx.cuh": jit.sources()["ptx.cuh"] + "//"}
+    monkeypatch.setattr(jit, "sources", lambda: changed)
+    others.append(jit.cache_key("decode.cuh", DEFINES, "sm_90a", (13, 0)))
+    assert len({base, *others}) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"fdk-cubin-1\n", b"garbage" * 100])
+def test_damaged_file_is_built_again(compiler, damage: bytes) -> None:
+    runs, cache = compiler
+    good = jit.cubin("decode.cuh", DEFINES, "sm_90a")
+    (path,) = cache.iterdir()
+    path.write_bytes(damage)
+    assert jit.cubin("decode.cuh", DEFINES, "sm_90a") == good
+    assert jit.cubin("decode.cuh", DEFINES, "sm_90a") == good
+    assert len(runs) == 2
+
+
+def test_truncated_file_is_built_again(compiler) -> None:
+    runs, cache = compiler
+    good = jit.cubin("decode.cuh", DEFINES, "sm_90a")
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert jit.cubin("decode.cuh", DEFINES, "sm_90a") == good
+    assert len(runs) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(compiler) -> None:
+    runs, cache = compiler
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file where the directory should be")
+    assert jit.cubin("decode.cuh", DEFINES, "sm_90a") == jit.cubin("decode.cuh", DEFINES, "sm_90a")
+    assert len(runs) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only directories")
+def test_read_only_cache_is_read(compiler) -> None:
+    runs, cache = compiler
+    good = jit.cubin("decode.cuh", DEFINES, "sm_90a")
+    cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert jit.cubin("decode.cuh", DEFINES, "sm_90a") == good
+    jit.cubin("decode.cuh", {"FDK_A": 2}, "sm_90a")
+    assert len(runs) == 2
+
+
+def test_many_at_once_agree_and_leave_no_temporary_files(compiler) -> None:
+    _, cache = compiler
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: jit.cubin("decode.cuh", {"FDK_A": i % 2}, "sm_90a"), range(64)))
+    assert len(set(results)) == 2
+    assert sorted(path.suffix for path in cache.iterdir()) == [".cubin", ".cubin"]
+
+
+def test_architecture_names() -> None:
+    assert [jit.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["sm_80", "sm_89", "sm_90a", "sm_100a"]

@@ -1,0 +1,75 @@
+"""Every kernel variant compiles with NVRTC for every architecture, without spills; needs NVRTC, but no GPU."""
+
+import re
+
+import pytest
+
+from fdk.kernels.cuda import decode, jit, stream
+from fdk.kernels.cuda.decode import Shape
+
+ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100a"]
+REASON = jit.unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+# One shape that splits k evenly, one with tails in n and k; every kind, groups inside, beside and beyond a unit.
+SHAPES = [(4096, 4096, 64), (100, 960, 48), (70, 1000, 1000), (192, 512, 16), (64, 512, 32), (128, 1024, 128)]
+VARIANTS = [
+    (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind), m)
+    for bits in range(1, 9)
+    for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT)
+    for i, (n, k, group) in enumerate(SHAPES)
+    for m in ((1, 8, 16) if i == 0 else (1,) if (bits + kind + i) % 2 else (2,))
+]
+
+
+def resources(log: str) -> tuple[int, int]:
+    """(registers, bytes spilled) that ptxas reported."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert registers and spilled, log
+    return int(registers[1]), int(spilled[1]) + int(spilled[2])
+
+
+def check(shape: Shape, m: int, arch: str) -> None:
+    hopper = arch not in ("sm_80", "sm_89")
+    config = decode.choose_config(shape, m, -(-shape.n // 64), 132, hopper)
+    assert config is not None
+    _, log = jit.build("decode.cuh", config.defines(shape, hopper), arch)
+    registers, spilled = resources(log)
+    assert spilled == 0, (arch, shape, config)
+    assert registers * config.threads * config.min_ctas <= 65536, (arch, shape, config)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_token_of_every_width(arch: str, bits: int) -> None:
+    for kind in (decode.TABLE, decode.INT):
+        check(Shape(4096, 4096, bits, 64, True, kind), 1, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_variant(bits: int, arch: str) -> None:
+    for shape, m in VARIANTS:
+        if shape.bits == bits:
+            check(shape, m, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_streaming_floor(arch: str) -> None:
+    for config in stream.CANDIDATES:
+        defines = {
+            "FDK_BYTES": 1 << 20,
+            "FDK_N": 4096,
+            "FDK_CTAS": config.ctas,
+            "FDK_THREADS": config.threads,
+            "FDK_UNROLL": config.unroll,
+        }
+        _, log = jit.build("stream.cuh", defines, arch)
+        assert resources(log)[1] == 0
+
+
+def test_errors_carry_the_compilers_log() -> None:
+    with pytest.raises(RuntimeError, match="FDK_N"):
+        jit.build("decode.cuh", {}, "sm_90a")

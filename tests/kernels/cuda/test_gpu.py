@@ -1,0 +1,130 @@
+"""The decode kernel on a GPU beyond the contract suite: integer products, capture, streams, order of writes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fdk import reference, testing
+from fdk.formats import parse
+from fdk.kernels.cuda import KERNEL, decode, stream_floor, warmup
+
+pytestmark = pytest.mark.gpu
+
+
+def weight_of(name: str, n: int, k: int, **more):
+    return testing.random_weight(parse(name), n, k, device="cuda:0", **more).to_layout("fragments")
+
+
+def inputs(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["lut1_g64", "int1_chan", "uint1_g128", "int2_g64", "uint4_g64", "int4_g128", "int8_g64"]
+)
+def test_integer_products_are_exact_on_one_hot_inputs(name: str, m: int, dtype: torch.dtype) -> None:
+    n, k = 200, 1152
+    weight = weight_of(name, n, k, dtype=dtype, seed=m)
+    zeros = weight.parts.get("zeros")
+    shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    config = replace(decode.choose_config(shape, m, 4, 132), digits=True, stage_units=1, stages=2, phases=1)
+    plan = decode.Plan(weight, config)
+    x = inputs(m, k, dtype)
+    assert testing.check_product(lambda x, w, b, out: plan(x, b, out), x, weight, None, False) is None
+    dense = reference.dequantise(weight)
+    for first in range(0, 64, m):
+        columns = torch.arange(first, first + m) * 17 % k
+        out = testing.poisoned(m, n, dtype, "cuda:0")
+        plan(testing.one_hot_probe(k, columns, dtype, "cuda:0"), None, out)
+        assert torch.equal(out, dense[:, columns].T)
+
+
+@pytest.mark.parametrize("m", [1, 8, 40, 64, 200])
+def test_any_number_of_rows(m: int) -> None:
+    weight = weight_of("lut4_g64", 320, 1024, tables=3)
+    x, bias = inputs(m, 1024), inputs(1, 320)[0]
+    assert testing.check_product(KERNEL.linear, x, weight, bias, False) is None
+
+
+def test_misaligned_activations() -> None:
+    weight = weight_of("int4_g64", 128, 256)
+    x = torch.randn(2 * 256 + 1, device="cuda:0").bfloat16()[1:].view(2, 256)
+    assert x.data_ptr() % 16
+    assert testing.check_product(KERNEL.linear, x, weight, None, False) is None
+
+
+def test_capture_without_warmup_is_a_clear_error_and_with_it_replays() -> None:
+    weight, x = weight_of("lut3_g64", 192, 704), inputs(3, 704)
+    out = testing.poisoned(3, 192, torch.bfloat16, "cuda:0")
+    with pytest.raises(RuntimeError, match="warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        KERNEL.linear(x, weight, None, out)
+    torch.cuda.synchronize()
+    warmup([weight], rows=(3,))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        KERNEL.linear(x, weight, None, out)
+    expected = testing.poisoned(3, 192, torch.bfloat16, "cuda:0")
+    KERNEL.linear(x, weight, None, expected)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_chained_layers_see_the_output_of_the_launch_in_front() -> None:
+    # Each product reads what the one before wrote, and writes what that one read: with programmatic dependent launch
+    # any access before the dependency wait would show as a difference from the same chain run one by one.
+    n = 2048
+    weights = [weight_of("int4_g64", n, n, seed=seed) for seed in range(6)]
+    for weight in weights:
+        weight.parts["scales"].mul_(2.0**-7)
+    start = inputs(1, n)
+    alone = start.clone()
+    for weight in weights * 4:
+        out = torch.empty_like(alone)
+        KERNEL.linear(alone, weight, None, out)
+        torch.cuda.synchronize()
+        alone = out
+    for _ in range(20):
+        a, b = start.clone(), torch.empty_like(start)
+        for weight in weights * 4:
+            KERNEL.linear(a, weight, None, b)
+            a, b = b, a
+        assert torch.equal(a, alone)
+
+
+def test_streams_do_not_disturb_each_other() -> None:
+    weights = [weight_of("lut2_g64", 1024, 2048, seed=seed) for seed in range(2)]
+    xs = [inputs(1, 2048), inputs(1, 2048) + 1]
+    expected = []
+    for weight, x in zip(weights, xs, strict=True):
+        out = torch.empty(1, 1024, dtype=torch.bfloat16, device="cuda:0")
+        KERNEL.linear(x, weight, None, out)
+        expected.append(out)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in weights]
+    outs = [[testing.poisoned(1, 1024, torch.bfloat16, "cuda:0") for _ in range(50)] for _ in weights]
+    torch.cuda.synchronize()
+    for i in range(50):
+        for stream, weight, x, out in zip(streams, weights, xs, outs, strict=True):
+            with torch.cuda.stream(stream):
+                KERNEL.linear(x, weight, None, out[i])
+    torch.cuda.synchronize()
+    for out, right in zip(outs, expected, strict=True):
+        assert all(torch.equal(one, right) for one in out)
+
+
+def test_packing_on_the_gpu_equals_packing_on_the_cpu() -> None:
+    weight = testing.random_weight(parse("lut5_g64"), 300, 640, tables=2)
+    there = {name: part.cuda() for name, part in weight.parts.items()}
+    moved = type(weight)(weight.geometry, there).to_layout("fragments")
+    for name, part in weight.to_layout("fragments").parts.items():
+        assert torch.equal(moved.parts[name].cpu(), part)
+
+
+def test_streaming_floor_writes_every_output() -> None:
+    out = testing.poisoned(1, 5000, torch.bfloat16, "cuda:0")
+    stream_floor(torch.zeros(1 << 22, dtype=torch.uint8, device="cuda:0"), out)
+    assert torch.equal(out, torch.zeros_like(out))

@@ -1,0 +1,72 @@
+"""Host arithmetic of the decode kernel: configurations fit, and their CTAs cover every block of rows once."""
+
+import pytest
+
+from fdk import testing
+from fdk.formats import parse
+from fdk.kernels.cuda import decode
+from fdk.kernels.cuda.decode import Shape
+
+SHAPES = [
+    (8192, 8192),
+    (4096, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (28672, 8192),
+    (1024, 4096),
+    (100, 101),
+    (64, 28672),
+]
+
+
+@pytest.mark.parametrize("hopper", [True, False], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_configurations_fit(n: int, k: int, bits: int, hopper: bool) -> None:
+    blocks = -(-n // 64)
+    for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT):
+        shape = Shape(n, k, bits, 64 if k % 64 == 0 else k, True, kind)
+        for m in (1, 2, 3, 8, 16):
+            config = decode.choose_config(shape, m, blocks, 132, hopper)
+            if config is None:
+                assert m * k * 2 > 8 * decode.MAX_SHARED // 10 or not hopper
+                continue
+            assert m <= config.tokens
+            assert config.shared_bytes(shape, hopper) <= decode.MAX_SHARED
+            assert config.threads <= 1024
+            assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)
+            assert config.phases == 1 or config.steps == 1
+            assert config.batch in (1, config.steps)
+            assert hopper or config.cluster == 1
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+def test_ranges_cover_every_block_once(tables: int) -> None:
+    weight = testing.random_weight(parse("lut4_g64"), 1000, 256, tables=tables, seed=3).to_layout("fragments")
+    shape = decode.shape_of(weight.geometry, None)
+    config = decode.choose_config(shape, 1, weight.parts["codes"].shape[0], 132)
+    params, ctas = decode.params_for(weight, config)
+    seen = []
+    ends = [params.range[i + 1].first_cluster for i in range(tables - 1)] + [ctas // config.cluster]
+    for i in range(tables):
+        entry = params.range[i]
+        for cluster in range(entry.first_cluster, ends[i]):
+            first = entry.first_block + (cluster - entry.first_cluster) * config.blocks
+            blocks = range(first, min(first + config.blocks, entry.end_block))
+            assert len(blocks) > 0
+            seen += blocks
+            assert entry.first_row + (blocks[-1] - entry.first_block) * 64 < entry.end_row
+    assert seen == list(range(weight.parts["codes"].shape[0]))
+
+
+def test_shape_of_says_what_the_zeros_are() -> None:
+    for float_zeros, kind in ((False, decode.UINT_U8), (True, decode.UINT_FLOAT)):
+        weight = testing.random_weight(parse("uint4_g32"), 64, 64, float_zeros=float_zeros)
+        shape = decode.shape_of(weight.geometry, weight.parts["zeros"].dtype)
+        assert (shape.kind, shape.subs, shape.unit_groups) == (kind, 2, 2)
+
+
+def test_tiles_serve_every_count_of_tokens() -> None:
+    for m in range(1, 65):
+        assert decode.token_tile(m) >= m
+    assert decode.Params.range.offset % 8 == 0
