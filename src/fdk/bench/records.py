@@ -113,13 +113,15 @@ def environment(device: torch.device) -> Record:
         # The process may see one core only, because the OpenMP runtime binds its first thread to one.
         name, isa = f"{cpu_name()}, {os.cpu_count()} cores", cpu_isa()
         driver = f"{platform.system()} {platform.release()}"
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
         "device": name,
         "driver": driver,
         "isa": isa,
         "versions": versions(),
-        "commit": _git("rev-parse", "HEAD"),
+        # A copy of the tree without its history is told its commit.
+        "commit": commit or os.environ.get("FDK_COMMIT"),
         "dirty": None if status is None else bool(status),
         "date": now.isoformat(),
         "id": f"{device.type}-{now.strftime('%Y-%m-%dT%H-%M-%S')}-{os.getpid()}",
