@@ -226,7 +226,7 @@ struct Nibbles {
 
     // Tables of 64 bytes for every 4 k do not fit the first-level cache, so BATCH blocks share a stretch of k whose
     // tables do.
-    static constexpr int64_t BATCH = 8, TABLE_BYTES = 16 << 10;
+    static constexpr int64_t TABLE_BYTES = 16 << 10;
 
     // Every thread makes its own tables: fetching them from another core takes longer.
     static void run(const fdk_job& job, int64_t block0, int64_t block1, float* nibbles) {

@@ -11,6 +11,7 @@
 namespace {
 
 const int64_t MOST_TILES = 64;
+const int64_t SHARE = 8;  // blocks taken at a time where threads share them out as they go
 
 #if defined(__x86_64__)
 bool has(int isa) {
@@ -89,6 +90,7 @@ struct Run {
     fdk_tile tiles[MOST_TILES];
     const uint8_t* x;    // row 0 of the chunk
     uint8_t* workspace;  // plan.workspace bytes for each thread
+    int64_t next;        // first block that no thread has taken yet
 };
 
 void pack_part(void* context, int64_t part, int64_t parts) {
@@ -100,10 +102,24 @@ void pack_part(void* context, int64_t part, int64_t parts) {
     }
 }
 
+// Few rows are limited by memory: every thread reads one stretch of it, in order.
 void linear_part(void* context, int64_t part, int64_t parts) {
     const Run& r = *(const Run*)context;
     current->linear(&r.job, r.job.w->blocks * part / parts, r.job.w->blocks * (part + 1) / parts,
                     r.workspace + part * r.plan.workspace);
+}
+
+// Many rows are limited by arithmetic: threads take blocks as they go, so that a core that is shared with other work
+// does not keep the others waiting. A block's result does not depend on who computes it.
+void linear_share(void* context, int64_t part, int64_t) {
+    Run& r = *(Run*)context;
+    const int64_t blocks = r.job.w->blocks;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&r.next, SHARE, __ATOMIC_RELAXED);
+        if (first >= blocks) return;
+        const int64_t end = first + SHARE < blocks ? first + SHARE : blocks;
+        current->linear(&r.job, first, end, r.workspace + part * r.plan.workspace);
+    }
 }
 
 struct Rows {
@@ -201,7 +217,8 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
         }
         if (packed || sums_size) fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
         if (!packed) r.tiles[0].x = r.x;
-        fdk_parallel(linear_part, &r, threads);
+        r.next = 0;
+        fdk_parallel(rows > 8 ? linear_share : linear_part, &r, threads);
     }
     return 0;
 }

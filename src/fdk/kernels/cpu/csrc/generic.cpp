@@ -74,7 +74,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<Path>::Tile tiles[5] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3), FDK_PANEL_TILE(Path, 4)};
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     const BlockFn fn = one_row[job->w->split][job->w->bits];
-    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
+    run_direct(*job, block0, block1, workspace, fn, write_totals<Generic, 1>);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {

@@ -124,6 +124,8 @@ struct Call {
     int lanes;
     int range_index;
 };
+typedef void (*BlockFn)(const Call&, int64_t begin, int64_t end, float* totals);
+typedef void (*WriteFn)(const Call&, const float* totals);
 
 // Zeros of vector h of rows, relative to what the values of the range have already taken off.
 template <class I>
@@ -170,7 +172,7 @@ FDK_INLINE void finish(const Call& call, const typename I::vf* total) {
     }
 }
 
-// x :: packed tile (see fdk_tile); totals :: [16 rows][M] float32 in registers.
+// Superblocks [first, end) of one block times one tile. totals :: [16 / W][M] vectors, updated.
 template <class Path, int B, int M, bool SPLIT>
 struct Block {
     typedef typename Path::I I;
@@ -203,18 +205,21 @@ struct Block {
         unroll<0, SETS * M>([&](auto i) FDK_LAMBDA { acc[decltype(i)::value] = I::zero(); });
     }
 
-    static void run(const Call& call) {
+    static void run(const Call& call, int64_t begin, int64_t end, float* totals) {
         const fdk_weight& w = *call.w;
         constexpr int S = SPLIT ? 2 : 1;
         const Values values(*call.range);
         vf total[H][M];
         for (int h = 0; h < H; h++)
-            unroll<0, M>([&](auto i) FDK_LAMBDA { total[h][decltype(i)::value] = I::zero(); });
-        const uint8_t* super = call.block;
-        const uint32_t* x = (const uint32_t*)call.tile->x;
-        const float* sums = call.tile->sums;
+            unroll<0, M>([&](auto i) FDK_LAMBDA {
+                constexpr int c = decltype(i)::value;
+                total[h][c] = I::kept(totals + (h * M + c) * W);
+            });
+        const uint8_t* super = call.block + begin * w.super_bytes;
+        const uint32_t* x = (const uint32_t*)call.tile->x + begin * w.units * 16 * PAIR;
+        const float* sums = call.tile->sums ? call.tile->sums + begin * S * M : nullptr;
         const int64_t units = w.units, scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
-        for (int64_t s = 0; s < w.supers; s++) {
+        for (int64_t s = begin; s < end; s++) {
             const uint8_t* zeros = zeros_size ? super + S * scales_size : nullptr;
             const uint8_t* first = super + S * (scales_size + zeros_size);
             for (int h = 0; h < H; h++) {
@@ -243,9 +248,20 @@ struct Block {
             x += units * 16 * PAIR;
             if (sums) sums += S * M;
         }
-        finish<I, M>(call, total[0]);
+        for (int h = 0; h < H; h++)
+            unroll<0, M>([&](auto i) FDK_LAMBDA {
+                constexpr int c = decltype(i)::value;
+                I::keep(totals + (h * M + c) * W, total[h][c]);
+            });
     }
 };
+
+template <class I, int M>
+void write_totals(const Call& call, const float* totals) {
+    typename I::vf total[FDK_ROWS / I::W * M];
+    for (int i = 0; i < (int)FDK_ROWS / I::W * M; i++) total[i] = I::kept(totals + i * I::W);
+    finish<I, M>(call, total);
+}
 
 // Many rows of x: the values of a block are expanded once, without scales, into a panel that stays in the first-level
 // cache, and every tile multiplies the panel. panel :: [pairs][words_per_pair][16 rows].
@@ -339,24 +355,16 @@ struct Panels {
         }
     }
 
-    template <int M>
-    static void write(const Call& call, const float* totals) {
-        vf total[H * M];
-        for (int i = 0; i < H * M; i++) total[i] = I::kept(totals + i * W);
-        finish<I, M>(call, total);
-    }
-
     typedef void (*ExpandFn)(const fdk_weight&, const fdk_range&, const uint8_t*, int64_t, uint32_t*);
     typedef void (*MultiplyFn)(const fdk_weight&, const uint8_t*, int64_t, const uint32_t*, const uint32_t*, const float*,
                                float*);
-    typedef void (*WriteFn)(const Call&, const float*);
     struct Tile {
         MultiplyFn multiply;
         WriteFn write;
     };
 };
 
-typedef void (*BlockFn)(const Call&);
+
 
 FDK_INLINE const fdk_range* range_of(const fdk_weight& w, int64_t block) {
     const fdk_range* r = w.ranges;
@@ -390,14 +398,44 @@ FDK_INLINE void set_tile(Call& call, const fdk_job& job, int64_t tile) {
     call.out = (uint8_t*)job.out + (call.tile->row * call.w->n + call.col) * call.w->scale_bytes;
 }
 
-// All tiles on each block in turn, so that a block is read from memory once.
-template <class Pick>
-FDK_INLINE void run_blocks(const fdk_job& job, int64_t block0, int64_t block1, Pick&& pick) {
+const int64_t BATCH = 8, TOTALS = FDK_PANEL_WIDTH * FDK_ROWS;  // blocks that share x; floats of totals per tile
+
+// Tiles decode for themselves. One tile: block after block, as they lie. Several: a stretch of k of one tile, short
+// enough for the first-level cache, serves BATCH blocks before it is left, since x of all tiles may not fit the
+// second-level cache; the codes of the batch do.
+FDK_INLINE void run_direct(const fdk_job& job, int64_t block0, int64_t block1, void* workspace, BlockFn run, WriteFn write) {
+    const fdk_weight& w = *job.w;
+    if (job.tiles_count == 1) {
+        for_blocks(job, block0, block1, [&](Call& call) {
+            float totals[TOTALS] = {0};
+            set_tile(call, job, 0);
+            run(call, 0, w.supers, totals);
+            write(call, totals);
+        });
+        return;
+    }
+    const int64_t x_bytes = w.units * FDK_UNIT * job.plan->width * (job.plan->bf16_pairs ? 2 : 4);
+    const int64_t fit = (64 << 10) / x_bytes, step = fit < 1 ? 1 : fit;
+    float* totals = (float*)workspace;
+    Call calls[BATCH];
+    int64_t count = 0, left = block1 - block0;
     for_blocks(job, block0, block1, [&](Call& call) {
-        for (int64_t t = 0; t < job.tiles_count; t++) {
-            set_tile(call, job, t);
-            pick(call)(call);
-        }
+        calls[count++] = call;
+        left--;
+        if (count < BATCH && left) return;
+        memset(totals, 0, count * job.tiles_count * TOTALS * sizeof(float));
+        for (int64_t s = 0; s < w.supers; s += step)
+            for (int64_t t = 0; t < job.tiles_count; t++)
+                for (int64_t b = 0; b < count; b++) {
+                    set_tile(calls[b], job, t);
+                    run(calls[b], s, s + step < w.supers ? s + step : w.supers, totals + (b * job.tiles_count + t) * TOTALS);
+                }
+        for (int64_t t = 0; t < job.tiles_count; t++)
+            for (int64_t b = 0; b < count; b++) {
+                set_tile(calls[b], job, t);
+                write(calls[b], totals + (b * job.tiles_count + t) * TOTALS);
+            }
+        count = 0;
     });
 }
 
@@ -516,6 +554,12 @@ FDK_INLINE void cut_rows(int64_t m, int64_t most, int64_t widest, fdk_plan* plan
     plan->width = (int32_t)((plan->rows + tiles - 1) / tiles);
 }
 
+FDK_INLINE void plan_direct(int64_t m, int64_t widest, fdk_plan* plan) {
+    cut_rows(m, 32 * widest, widest, plan);
+    const int64_t tiles = (plan->rows + plan->width - 1) / plan->width;
+    plan->workspace = tiles > 1 ? BATCH * tiles * TOTALS * (int64_t)sizeof(float) : 0;
+}
+
 template <class Path>
 FDK_INLINE void plan_panels(const fdk_weight& w, int64_t m, int64_t widest, fdk_plan* plan) {
     cut_rows(m, 32 * widest, widest, plan);
@@ -630,7 +674,7 @@ void dequantise_blocks(const fdk_weight* w, void* out, int64_t block0, int64_t b
      FDK_PANEL_TILE(PATH, 6), FDK_PANEL_TILE(PATH, 7), FDK_PANEL_TILE(PATH, 8), FDK_PANEL_TILE(PATH, 9),   \
      FDK_PANEL_TILE(PATH, 10), FDK_PANEL_TILE(PATH, 11), FDK_PANEL_TILE(PATH, 12)}
 
-#define FDK_PANEL_TILE(PATH, M) {Panels<PATH>::multiply<M>, Panels<PATH>::write<M>}
+#define FDK_PANEL_TILE(PATH, M) {Panels<PATH>::multiply<M>, write_totals<PATH::I, M>}
 
 #define FDK_BY_BITS(PATH, M, SPLIT)                                                                         \
     {nullptr, Block<PATH, 1, M, SPLIT>::run, Block<PATH, 2, M, SPLIT>::run, Block<PATH, 3, M, SPLIT>::run,   \

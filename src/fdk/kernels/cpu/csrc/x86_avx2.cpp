@@ -111,8 +111,10 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<Path>::Tile tiles[7] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3),
                                                 FDK_PANEL_TILE(Path, 4), FDK_PANEL_TILE(Path, 5), FDK_PANEL_TILE(Path, 6)};
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
+    static const WriteFn write[] = {nullptr, write_totals<Avx2, 1>, write_totals<Avx2, 2>, nullptr,
+                                    write_totals<Avx2, 4>};
     const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
-    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
+    run_direct(*job, block0, block1, workspace, fn, write[job->plan->width]);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {

@@ -18,8 +18,11 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
+    static const WriteFn write[] = {nullptr, write_totals<Avx512, 1>, write_totals<Avx512, 2>, nullptr,
+                                    write_totals<Avx512, 4>, nullptr, write_totals<Avx512, 6>, nullptr,
+                                    write_totals<Avx512, 8>};
     const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
-    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
+    run_direct(*job, block0, block1, workspace, fn, write[job->plan->width]);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
@@ -28,7 +31,7 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 0};
     if (m == 1 && direct && Nibbles::plan(*w, plan)) return;
     if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);
-    cut_rows(m, 64, 8, plan);
+    plan_direct(m, 8, plan);
     if (plan->width > 2) plan->width += plan->width % 2;
 }
 

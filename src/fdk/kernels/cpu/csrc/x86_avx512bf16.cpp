@@ -34,7 +34,10 @@ struct DotPath {
 
     template <int B, int M, int PLACE>
     static FDK_INLINE void step(const Values<B>& values, __m512i codes, const uint32_t* x, __m512* acc) {
-        const __m512bh value = (__m512bh)values.template at<PLACE>(codes);
+        __m512i looked_up = values.template at<PLACE>(codes);
+        // Keeps GCC 12 from mixing the chains of neighbouring pairs, which costs it register copies.
+        __asm__("" : "+v"(looked_up));
+        const __m512bh value = (__m512bh)looked_up;
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
             acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[c]));
@@ -68,8 +71,11 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
+    static const WriteFn write[] = {nullptr, write_totals<Avx512, 1>, write_totals<Avx512, 2>,
+                                    write_totals<Avx512, 3>, write_totals<Avx512, 4>, write_totals<Avx512, 5>,
+                                    write_totals<Avx512, 6>, write_totals<Avx512, 7>, write_totals<Avx512, 8>};
     const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
-    run_blocks(*job, block0, block1, [&](const Call&) { return fn; });
+    run_direct(*job, block0, block1, workspace, fn, write[job->plan->width]);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
@@ -80,7 +86,7 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 1};
     if (m == 1 && Nibbles::plan(*w, plan)) return;
     if (m > direct) plan_panels<DotPath>(*w, m, 12, plan);
-    else cut_rows(m, 64, 8, plan);
+    else plan_direct(m, 8, plan);
 }
 
 void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
