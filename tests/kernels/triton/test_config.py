@@ -23,7 +23,7 @@ def test_tiles_fit_the_codes(bits: int, m: int) -> None:
                 assert config.bn == 32 * config.warps, "a lane owns a row"
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 112, 128])
 def test_a_lane_of_the_vector_kernel_shares_a_scale(bits: int, group: int) -> None:
     for n, k in ((1, 1), (40, 112), (4096, 4096), (8192, 28672)):
@@ -31,7 +31,7 @@ def test_a_lane_of_the_vector_kernel_shares_a_scale(bits: int, group: int) -> No
             config = choose_vector(n, k, bits, group, size)
             part = min(config.run, 16 // size)
             assert group % config.run == 0 and config.run // part in (1, 2, 4) and config.bk % config.run == 0
-            assert config.run * bits >= 16, "two words of at least a byte"
+            assert config.run * bits >= 16, "two words of at least a byte, so that a lane has one run"
             assert 1 << (bits * config.pack) <= 256 and config.pack * (4 if config.wide else size) <= 8
 
 

@@ -1,6 +1,6 @@
 """Portable GPU kernel in Triton: every format and shape, from the canonical layout.
 
-vector.py has the algorithm for one token and codes that do not straddle bytes, source.py that for the rest.
+vector.py has the algorithm for one token, source.py that for several.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ def word_bits(geometry: Geometry, address: int = 0) -> int:
     return next(width for width in (32, 16, 8) if apart % (width // 8) == 0 and group % (width // bits) == 0)
 
 
-def is_vector(m: int, bits: int) -> bool:
-    """True if m tokens with weights of `bits` bits go to the kernel for one token."""
-    return m == 1 and bits in (1, 2, 4, 8)
-
-
 @lru_cache(maxsize=1024)
 def row_tiles(geometry: Geometry, rows: int, device: torch.device) -> Tensor:
     """[tiles, 3] int32: first row, end and table of tiles of at most `rows` rows that each use one table."""
@@ -68,12 +63,12 @@ class TritonKernel:
         return None
 
     def rounds_weights(self, problem: Problem) -> bool:
-        return not is_vector(problem.m, problem.geometry.format.bits)
+        return problem.m > 1
 
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
         fmt = weight.format
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            if is_vector(x.shape[0], fmt.bits):
+            if x.shape[0] == 1:
                 most = fmt.group or 32
                 launch_vector(x, weight, bias, out, choose_vector(*weight.shape, fmt.bits, most, x.element_size()))
                 return
@@ -153,7 +148,7 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor,
 
 
 def launch_vector(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: VectorConfig) -> None:
-    """out [1, n] = x [1, k] W^T + bias with the given blocks; weight in the canonical layout, 1, 2, 4 or 8 bits."""
+    """out [1, n] = x [1, k] W^T + bias with the given blocks; weight in the canonical layout."""
     from fdk.kernels.triton.vector import vector_product
 
     geometry, parts, fmt = weight.geometry, weight.parts, weight.format
@@ -163,7 +158,8 @@ def launch_vector(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         out.zero_() if bias is None else out.copy_(bias)
         return
     # With a single word to a lane, Triton would give a lane several runs of codes instead of several rows.
-    width = min(word_bits(geometry, parts["codes"].data_ptr()), config.run * fmt.bits // 2)
+    whole = fmt.bits in (1, 2, 4, 8)
+    width = min(word_bits(geometry, parts["codes"].data_ptr()), config.run * fmt.bits // 2) if whole else 8
     codes = parts["codes"].view(_WORDS[width])
     several = fmt.is_table and len(geometry.row_ends) > 1
     tiles = row_tiles(geometry, config.rows, x.device) if several else codes
@@ -188,8 +184,9 @@ def launch_vector(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         ZEROS=fmt.has_zeros,
         BIAS=bias is not None,
         TILES=several,
-        EVEN_K=k == config.bk * steps,
-        CODES=width // fmt.bits,
+        CHECK=k % config.run != 0,
+        EVEN_RUNS=k % config.run == 0 and k != config.bk * steps,
+        CODES=width // fmt.bits if whole else 8,
         RUN=config.run,
         ROWS=config.rows,
         BK=config.bk,

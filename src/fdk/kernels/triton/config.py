@@ -61,7 +61,7 @@ def split_count(steps: int, wanted: int) -> int:
 class VectorConfig:
     """Blocks of the kernel for one token: `rows` rows x `bk` of k for `warps` warps, `run` codes of a row to a lane.
 
-    pack codes are looked up at once (0: selected between the values); wide tables hold float32 instead of x's dtype.
+    pack codes are looked up at once; wide tables hold float32 instead of x's dtype.
     """
 
     rows: int
@@ -72,15 +72,26 @@ class VectorConfig:
     wide: bool
 
 
-# bits: (run, pack, wide). Chosen from the generated sm_90 code: 3.3 to 5.3 instructions a weight.
-_LOOKUPS = {1: (32, 2, True), 2: (32, 2, True), 4: (32, 1, True), 8: (16, 1, True)}
+# (rows, run, pack, wide) for 1 to 8 bits, the best measured: NVIDIA H200, 2026-11-20. A narrow table needs an
+# instruction more a weight, but has fewer bank conflicts at 8 bits, and fewer wavefronts for pairs.
+_VECTOR = (
+    (8, 32, 4, False),
+    (8, 32, 2, False),
+    (8, 32, 2, False),
+    (8, 32, 1, True),
+    (4, 16, 1, True),
+    (4, 16, 1, False),
+    (4, 16, 1, False),
+    (8, 16, 1, False),
+)
 
 
 def choose_vector(n: int, k: int, bits: int, group: int, element_size: int) -> VectorConfig:
     """The blocks for one token x [1, k] times W [n, k] with a scale for every `group` weights."""
-    run, pack, wide = _LOOKUPS[bits]
-    # Two words of at least a byte, and a lane's run shares its scale and takes at most four loads of x.
-    run = min(run, group & -group if group % 32 else 32, 64 // element_size)
+    rows, run, pack, wide = _VECTOR[bits - 1]
+    # A lane's run shares its scale and takes at most four loads of x; its looked-up values fill at most 64 bits.
+    run = min(run, group & -group, 64 // element_size)
+    pack = min(pack, 8 // element_size)
     warps = next((warps for warps in (4, 2, 8) if k % (32 * warps * run) == 0), 4)
     bk = min(32 * warps * run, max(run, 1 << (k - 1).bit_length()))
-    return VectorConfig(8 if n >= 4096 else 4, bk, run, warps, pack, wide)
+    return VectorConfig(rows if n >= 4096 else 4, bk, run, warps, pack, wide)

@@ -32,14 +32,21 @@ def value_table(
 
 
 @triton.jit
-def multiply_add(values, x_ptr, ks, k, total, EVEN_K: tl.constexpr):
-    """total [rows, runs, part] + values * x[ks], x read as [runs, part]."""
-    ks = ks.broadcast_to(values.shape)
-    if EVEN_K:
-        x = tl.load(x_ptr + ks)
+def load_below(pointer, index, end, CHECK: tl.constexpr):
+    """pointer[index]; 0 where index is not below `end`, if CHECK."""
+    if CHECK:
+        return tl.load(pointer + index, mask=index < end, other=0)
     else:
-        x = tl.load(x_ptr + ks, mask=ks < k, other=0.0)
-    return tl.fma(values, x.to(tl.float32), total)
+        return tl.load(pointer + index)
+
+
+@triton.jit
+def load_part(x_ptr, ks, k, inside, CHECK: tl.constexpr, EVEN_RUNS: tl.constexpr):
+    """x[ks] in float32; 0 where ks is not below k, if CHECK, or where not `inside`, if EVEN_RUNS."""
+    x = load_below(x_ptr, ks, k, CHECK).to(tl.float32)
+    if EVEN_RUNS:
+        x = tl.where(inside, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -63,7 +70,8 @@ def vector_product(
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
     TILES: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    CHECK: tl.constexpr,
+    EVEN_RUNS: tl.constexpr,
     CODES: tl.constexpr,
     RUN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,11 +81,12 @@ def vector_product(
     WIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out [n] = W x [k] + bias [n]: ROWS rows a program, in STEPS blocks of BK along k; EVEN_K if none passes its end.
+    """out [n] = W x [k] + bias [n]: ROWS rows a program, in STEPS blocks of BK along k.
 
-    codes [n, row_words] words of CODES codes; scales, zeros [n, groups]; table [tables, 2^BITS]; GROUP 0 is one scale
-    per row. RUN codes of a row that share a scale are summed by one lane. PACK codes are looked up at once, 0 selects
-    between the 2^BITS values instead; the table holds float32 if WIDE, else x's dtype. tiles: see source.product.
+    codes [n, row_words] words of CODES codes (bytes at 3, 5, 6, 7 bits, where BITS of them hold CODES = 8 codes);
+    scales, zeros [n, groups]; table [tables, 2^BITS]; GROUP 0 is one scale per row. RUN codes of a row that share a
+    scale are summed by one lane. PACK codes are looked up at once, in a table of float32 if WIDE, else of x's dtype.
+    tiles: see source.product. If blocks pass the end of k: EVEN_RUNS if no run crosses it, else CHECK.
     """
     narrow: tl.constexpr = x_ptr.dtype.element_ty
     kind: tl.constexpr = tl.float32 if WIDE else narrow
@@ -102,44 +111,55 @@ def vector_product(
     scales_row = scales_ptr + safe_rows[None, :] * groups
     zeros_row = zeros_ptr + safe_rows[None, :] * groups
     run = tl.arange(0, RUNS)
-    word = (run[:, None] * WORDS + tl.arange(0, WORDS)[None, :])[:, None, :]
-    if STORED and PACK > 0:
+    if STORED:
         table = value_table(table_ptr, kind, BITS, PACK)
 
     acc = tl.zeros([RUNS, ROWS], tl.float32)
     for step in tl.range(STEPS):
-        words = step * (BK // CODES) + word
-        if EVEN_K:
-            units = tl.load(codes_row + words).to(tl.uint32)
+        # All loads come before the first look-up: none is moved across its barrier.
+        first = step * BK + run * RUN
+        first_word = step * (BK // CODES) + run * WORDS
+        start = first
+        if EVEN_RUNS:
+            # Runs past the end repeat the first one with x zero: loads with masks are not merged between rows.
+            start = tl.where(first < k, first, 0)
+            first_word = tl.where(first < k, first_word, 0)
+        words = first_word[:, None, None] + tl.arange(0, WORDS)[None, None, :]
+        if BITS == 1 or BITS == 2 or BITS == 4 or BITS == 8:
+            units = load_below(codes_row, words, row_words, CHECK).to(tl.uint32)
         else:
-            units = tl.load(codes_row + words, mask=words < row_words, other=0).to(tl.uint32)
-        group = step * BK + run * RUN
+            wide: tl.constexpr = tl.uint32 if BITS == 3 else tl.uint64
+            units = tl.zeros([RUNS, ROWS, WORDS], wide)
+            for i in tl.static_range(BITS):
+                units |= load_below(codes_row, words * BITS + i, row_words, CHECK).to(wide) << (8 * i)
         # Past the end of k the last scale is as good as any: x is zero there.
-        group = tl.minimum(group // GROUP, groups - 1) if GROUP else run * 0
+        group = tl.minimum(first // GROUP, groups - 1) if GROUP else run * 0
+        scales = tl.load(scales_row + group[:, None])
+        if ZEROS:
+            zeros = tl.load(zeros_row + group[:, None]).to(tl.float32)[:, :, None, None]
+        # Read as often as there are rows, which the compiler reduces to once: so x arrives in the lanes of the codes.
+        ks = (start[:, None, None] + tl.arange(0, PART)[None, None, :]).broadcast_to(RUNS, ROWS, PART)
+        inside = (first < k)[:, None, None]
+        x_0 = load_part(x_ptr, ks, k, inside, CHECK, EVEN_RUNS)
+        if PARTS > 1:
+            x_1 = load_part(x_ptr, ks + PART, k, inside, CHECK, EVEN_RUNS)
+        if PARTS > 2:
+            x_2 = load_part(x_ptr, ks + 2 * PART, k, inside, CHECK, EVEN_RUNS)
+            x_3 = load_part(x_ptr, ks + 3 * PART, k, inside, CHECK, EVEN_RUNS)
 
-        LOOKED: tl.constexpr = PACK if PACK > 0 and STORED else 1
-        shifts = (tl.arange(0, CODES // LOOKED) * (BITS * LOOKED)).to(tl.uint32)[None, None, None, :]
-        codes = (units[:, :, :, None] >> shifts) & ((1 << (BITS * LOOKED)) - 1)
+        LOOKED: tl.constexpr = PACK if STORED else 1
+        shifts = (tl.arange(0, CODES // LOOKED) * (BITS * LOOKED)).to(units.dtype)[None, None, None, :]
+        codes = ((units[:, :, :, None] >> shifts) & ((1 << (BITS * LOOKED)) - 1)).to(tl.uint32)
         if not STORED:
             # 2^23 + code as a float is its exponent with the code as mantissa; a conversion has a quarter of the rate.
             values = (codes | 0x4B000000).to(tl.float32, bitcast=True)
             if ZEROS:
-                zeros = tl.load(zeros_row + group[:, None]).to(tl.float32)[:, :, None, None]
                 if zeros_ptr.dtype.element_ty == tl.uint8:
                     values -= 8388608.0 + zeros
                 else:
                     values = (values - 8388608.0) - zeros
             else:
                 values -= 8388608.0 + OFFSET
-        elif PACK == 0:
-            values = tl.where(
-                (codes & 1) != 0, tl.load(table_ptr + 1).to(tl.float32), tl.load(table_ptr).to(tl.float32)
-            )
-            if BITS == 2:
-                high = tl.where(
-                    (codes & 1) != 0, tl.load(table_ptr + 3).to(tl.float32), tl.load(table_ptr + 2).to(tl.float32)
-                )
-                values = tl.where((codes & 2) != 0, high, values)
         else:
             # A gather in one dimension goes through shared memory; more dimensions would replicate the table.
             size: tl.constexpr = ROWS * BK // PACK
@@ -155,26 +175,21 @@ def vector_product(
                 found = found.to(tl.uint16 if width == 16 else tl.uint32)
                 values = found.to(kind, bitcast=True).to(tl.float32)
 
-        # Parts of as many codes as one load of x has: then x arrives in the lanes that hold the codes.
         values = values.reshape(RUNS, ROWS, PARTS, PART).permute(0, 1, 3, 2)
-        ks = step * BK + (run[:, None] * RUN + tl.arange(0, PART)[None, :])[:, None, :]
-        products = tl.zeros([RUNS, ROWS, PART], tl.float32)
         if PARTS == 1:
-            products = multiply_add(values.reshape(RUNS, ROWS, PART), x_ptr, ks, k, products, EVEN_K)
+            products = values.reshape(RUNS, ROWS, PART) * x_0
         elif PARTS == 2:
             values_0, values_1 = tl.split(values)
-            products = multiply_add(values_0, x_ptr, ks, k, products, EVEN_K)
-            products = multiply_add(values_1, x_ptr, ks + PART, k, products, EVEN_K)
+            products = tl.fma(values_1, x_1, values_0 * x_0)
         else:
             tl.static_assert(PARTS == 4)
             even, odd = tl.split(values.reshape(RUNS, ROWS, PART, 2, 2))
             values_0, values_2 = tl.split(even)
             values_1, values_3 = tl.split(odd)
-            products = multiply_add(values_0, x_ptr, ks, k, products, EVEN_K)
-            products = multiply_add(values_1, x_ptr, ks + PART, k, products, EVEN_K)
-            products = multiply_add(values_2, x_ptr, ks + 2 * PART, k, products, EVEN_K)
-            products = multiply_add(values_3, x_ptr, ks + 3 * PART, k, products, EVEN_K)
-        acc += tl.sum(products, 2) * tl.load(scales_row + group[:, None]).to(tl.float32)
+            products = tl.fma(values_1, x_1, values_0 * x_0)
+            products = tl.fma(values_2, x_2, products)
+            products = tl.fma(values_3, x_3, products)
+        acc += tl.sum(products, 2) * scales.to(tl.float32)
 
     total = tl.sum(acc, 0)
     if BIAS:
