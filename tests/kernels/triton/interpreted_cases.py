@@ -36,6 +36,8 @@ CASES = (
     ("uint5_g64", FP16, 1, 20, 64, 1, True, False),
     ("uint8_chan", BF16, 1, 40, 257, 1, False, False),
     ("nf4_chan", FP32, 1, 20, 64, 1, False, False),
+    ("lut4_g32", BF16, 1, 5, 5120, 1, False, True),
+    ("uint3_chan", FP16, 1, 3, 4133, 1, False, False),
     ("fp4_g16", FP16, 70, 20, 64, 1, False, False),
 )
 
