@@ -65,6 +65,8 @@ class Layout(ABC):
     """An arrangement of a weight's bits in named tensors."""
 
     name: str
+    devices: tuple[str, ...] = ("cpu", "cuda", "meta")
+    """Types of device on which its tensors may lie."""
 
     def supports(self, geometry: Geometry) -> str | None:
         """None if the layout can hold such a weight, else the reason why not."""

@@ -163,6 +163,7 @@ class Rows16(Layout):
     """Blocks of 16 rows as one stream each; see kernels/cpu/csrc/fdk_cpu.h for the bytes."""
 
     name = "rows16"
+    devices = ("cpu", "meta")
 
     def pack(self, geometry: Geometry, parts: Parts) -> Parts:
         check_canonical(geometry, parts)

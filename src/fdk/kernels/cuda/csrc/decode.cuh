@@ -145,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
                         load_unit(loaded[i], w.ring + stage * Smem::STAGE, i, (cta_unit + phase * units + unit + i) * 64, lane);
+                    order_before_bulk_copies();
                     __syncwarp();
                     w.prefetch(ahead, stage);
 #pragma unroll

@@ -127,6 +127,14 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 #endif
 }
 
+// Loads from shared memory that are still in flight are not ordered against the copy engine's writes: without this,
+// refilling a stage right behind its loads now and then replaced what the last of them was to read.
+__device__ __forceinline__ void order_before_bulk_copies() {
+#if FDK_HOPPER
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // `bytes`, a multiple of 16, from global to shared memory; weights are read once, so L2 drops them first.
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
 #if FDK_HOPPER
