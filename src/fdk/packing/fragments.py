@@ -10,8 +10,8 @@ so step s of a row tile is the A operand of one mma.m16n8k16 whose k positions (
 
 Parts of an [n, k] weight with B blocks, U units and G groups:
     codes   int32 [B, U, bits, 32, 4]  the words of a lane are [r, word] in order, four to a 16-byte load
-    scales  [B, G, 64]                 row 16*r + 8*h + g at g*8 + r*2 + h: one 16-byte load per lane
-    zeros   [B, G, 64]                 in the order of the scales
+    scales  [B*G + spare, 64]          row 16*r + 8*h + g at g*8 + r*2 + h: one 16-byte load per lane
+    zeros   [B*G + spare, 64]          in the order of the scales
     table   [tables, 2^bits]           as canonical; every table's range of rows starts a block of its own
 """
 
@@ -33,6 +33,10 @@ UNIT = 64
 
 # A kernel masks a field out of a word and uses it as an offset into a table of 128-byte rows, so fields start at bit 7.
 ROTATION = 7
+
+# Kernels copy the groups of whole stages, up to four units of four groups each; where k ends inside a unit that reaches
+# past the last block's groups, and whatever lay there would be multiplied by zero: NaN if it is one.
+_SPARE = 16
 
 # Codes expanded to 32 bits at a time: bounds the scratch memory of packing.
 _CHUNK = 1 << 26
@@ -166,15 +170,22 @@ def _unpack_block_codes(packed: Tensor, bits: int, k: int) -> Tensor:
     return pack_codes(codes[:, :k].contiguous(), bits)
 
 
+def spare_groups(geometry: Geometry) -> int:
+    """Rows of zeros behind the scales, and behind the zeros."""
+    return _SPARE if geometry.k % UNIT else 0
+
+
 def _pack_groups(values: Tensor, geometry: Geometry) -> Tensor:
-    """[n, G] to [B, G, 64]."""
+    """[n, G] to [B*G + spare, 64]."""
     padded = _pad_ranges(values, geometry)
-    return padded.view(-1, 4, 2, 8, geometry.groups).permute(0, 4, 3, 1, 2).reshape(-1, geometry.groups, BLOCK)
+    rows = padded.view(-1, 4, 2, 8, geometry.groups).permute(0, 4, 3, 1, 2).reshape(-1, BLOCK)
+    return pad(rows, (0, 0, 0, spare_groups(geometry)))
 
 
 def _unpack_groups(values: Tensor, geometry: Geometry) -> Tensor:
     """Inverse of `_pack_groups`."""
-    rows = values.view(-1, geometry.groups, 8, 4, 2).permute(0, 3, 4, 2, 1).reshape(-1, geometry.groups)
+    stored = values[: len(values) - spare_groups(geometry)]
+    rows = stored.view(-1, geometry.groups, 8, 4, 2).permute(0, 3, 4, 2, 1).reshape(-1, geometry.groups)
     return _unpad_ranges(rows, geometry)
 
 

@@ -42,7 +42,7 @@ def test_size_is_exactly_bits_per_padded_weight(name: str) -> None:
     fmt = parse(name)
     weight = testing.random_weight(fmt, 100, 192).to_layout("fragments")
     assert weight.parts["codes"].numel() * 32 == 128 * 192 * fmt.bits
-    assert weight.parts["scales"].shape == (2, fmt.groups(192), 64)
+    assert weight.parts["scales"].shape == (2 * fmt.groups(192), 64)
 
 
 def test_scales_of_a_lane_are_contiguous() -> None:
@@ -50,7 +50,7 @@ def test_scales_of_a_lane_are_contiguous() -> None:
     packed = weight.to_layout("fragments").parts["scales"]
     for row in range(64):
         r, h, g = row // 16, row % 16 // 8, row % 8
-        assert torch.equal(packed[0, :, g * 8 + r * 2 + h], weight.parts["scales"][row])
+        assert torch.equal(packed[: weight.geometry.groups, g * 8 + r * 2 + h], weight.parts["scales"][row])
 
 
 def test_each_table_starts_a_block() -> None:

@@ -100,8 +100,8 @@ struct Range {
 };
 struct Params {
     const char* codes;   // [B, UNITS, BITS, 32, 4] words
-    const char* scales;  // [B, GROUPS, 64]
-    const char* zeros;   // [B, GROUPS, 64]
+    const char* scales;  // [B * GROUPS + spare, 64]
+    const char* zeros;   // [B * GROUPS + spare, 64]
     const u16* table;    // [tables, 2^BITS]
     const u16* x;        // [m, K]
     const u16* bias;     // [N] or null
