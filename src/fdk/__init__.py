@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fdk import models
     from fdk.models import load, save
     from fdk.nn.convert import from_linear, quantise_
+    from fdk.nn.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "parse",
     "quantise_",
     "save",
+    "warmup",
 ]
 
 # Imported when first used, so that `import fdk` stays light.
@@ -46,6 +48,7 @@ _LAZY = {
     "load": "fdk.models",
     "quantise_": "fdk.nn.convert",
     "save": "fdk.models",
+    "warmup": "fdk.nn.warmup",
 }
 
 

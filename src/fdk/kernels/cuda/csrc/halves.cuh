@@ -127,6 +127,8 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index,
     for (int sub = 0; sub < SUBS; ++sub) {
         int group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
         if constexpr (SUBS > 1) group = (k + sub * (64 / SUBS)) / GROUP - stage_group(k / 64 - index);
+        // Columns past k have no group of their own; any finite scale will do, because their activations are zero.
+        if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, STAGE_GROUPS - 1);
         u.scales[sub] = load_rows(stage + Smem::SCALES + group * 128, g);
         if constexpr (ZEROS) {
 #pragma unroll
