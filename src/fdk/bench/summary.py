@@ -17,6 +17,8 @@ from fdk.bench.plots import newest, shape_of
 from fdk.bench.records import Record, RecordError, files, read
 
 BEGIN, END = "<!-- summary -->", "<!-- /summary -->"
+# The smallest, a middle and the largest of the usual m; the other tables are in the records.
+SHOWN_ON_GPU = (1, 16, 64)
 PEERS = {
     "torch-int4pack": "torch int4pack",
     "torch-tinygemm": "torch tinygemm",
@@ -113,7 +115,8 @@ def section(path: Path) -> str:
     where = f"{first['device']}, {first['isa']}, {threads} threads" if threads else str(first["device"])
     title = f"**{where}**, {first['date'][:10]}, `{path.as_posix()}`:"
     if on_gpu(entries):
-        return "\n\n".join([title, *(gpu_table(entries, m) for m in sorted({e["m"] for e in ours(entries)}))])
+        sizes = sorted({entry["m"] for entry in ours(entries)})
+        return "\n\n".join([title, *(gpu_table(entries, m) for m in sizes if m in SHOWN_ON_GPU)])
     tables = [decode_table(entries)] if any(e["m"] == 1 for e in ours(entries)) else []
     if len({entry["m"] for entry in ours(entries)}) > 1:
         tables.append(batch_table(entries))
