@@ -74,12 +74,9 @@ def cpu_name() -> str:
 
 def cpu_isa() -> str:
     """The instruction set of fdk's CPU kernels, or torch's where there are none."""
-    try:
-        from fdk.kernels.cpu import info
+    from fdk.kernels.cpu import info
 
-        isa = info()["isa"]
-    except Exception:
-        isa = None
+    isa = info()["isa"]
     return str(isa) if isa else f"torch {torch.backends.cpu.get_cpu_capability()}"
 
 
