@@ -14,7 +14,7 @@ import torch
 
 from fdk.bench.problems import DTYPES, Selection, lines
 from fdk.bench.providers import names as provider_names
-from fdk.errors import FormatError
+from fdk.errors import FdkError, FormatError
 from fdk.formats import parse
 
 BOUND = "OMP_PROC_BIND"
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = settings(argv)
         warning = rebind(argv, chosen.device.type == "cpu")
         return run(chosen, warning)
-    except UsageError as error:
+    except (UsageError, FdkError) as error:
         print(f"fdk bench: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:
