@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--block-size", default="64", help="weights that share a scale, or chan (64)")
     p.add_argument("--codebook", default="uniform", help="uniform, kmeans or int (uniform)")
     p.add_argument("--kernel", default="auto", help="auto, a kernel's name, marlin or marlin-lut (auto)")
+    p.add_argument(
+        "--step",
+        choices=("auto", "fused", "plain"),
+        default="auto",
+        help="fused: one CUDA graph; plain: the model's own forward; auto: fused where it can (auto)",
+    )
     p.add_argument("--reps", type=int, default=100, help="timed decoding steps (100)")
     p.add_argument("--prompt", type=int, default=16, metavar="TOKENS", help="length of the random prompt (16)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -146,7 +152,7 @@ class Sweep:
     def time(self, writer: records.Writer, name: str, config, model: Llama, batch: int) -> None:
         """Decode, print and record."""
         args = self.args
-        seconds = time_steps(model, batch, args.reps, args.prompt, args.seed)
+        seconds = time_steps(model, batch, args.reps, args.prompt, args.seed, args.step)
         times = timing.Times.of(seconds)
         size = model_bytes(model)
         # Keys and values of the positions filled half way through are read too.
@@ -167,6 +173,7 @@ class Sweep:
                 "reason": None,
                 "reps": args.reps,
                 "prompt": args.prompt,
+                "step": args.step,
                 "tokens_per_second": batch / times.p50,
                 "avg_time": times.mean,
                 "time_p20": times.p20,

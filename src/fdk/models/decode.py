@@ -4,46 +4,79 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fdk.models.llama import Llama
+from fdk.models.step import Step, reason_against
 from fdk.nn import Linear
 
 
-@torch.inference_mode()
-def greedy(model: Llama, tokens: Tensor, steps: int) -> Tensor:
+class PlainStep:
+    """`step.Step` by the model's own forward, on any device: `tokens` [b, 1] go in, and are then the next ones."""
+
+    def __init__(self, model: Llama, batch: int, length: int) -> None:
+        self.model, self.batch, self.length = model, batch, length
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Start again with tokens [b, t]; the most likely next tokens [b, 1]."""
+        self.cache = self.model.new_cache(self.batch, self.length)
+        self.tokens = tokens
+        return self()
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """Feed `tokens`; the most likely next ones [b, 1]."""
+        self.logits = self.model(self.tokens, self.cache, last_only=True)[:, -1]
+        self.tokens = self.logits.argmax(-1, keepdim=True)
+        return self.tokens
+
+
+def step_for(model: Llama, batch: int, length: int, kind: str = "auto") -> Step | PlainStep:
+    """The step that decodes `model`: "fused" (`step.Step`), "plain", or "auto", the first that can."""
+    if kind == "fused" or (kind == "auto" and reason_against(model) is None):
+        return Step(model, batch, length)
+    return PlainStep(model, batch, length)
+
+
+def greedy(model: Llama, tokens: Tensor, steps: int, kind: str = "auto") -> Tensor:
     """The `steps` most likely tokens [b, steps] after tokens [b, t], one at a time on a static cache."""
-    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + steps)
-    chosen = []
-    for _ in range(steps):
-        tokens = model(tokens, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-        chosen.append(tokens)
+    step = step_for(model, tokens.shape[0], tokens.shape[1] + steps, kind)
+    chosen = [step.prefill(tokens).clone()]
+    chosen += [step().clone() for _ in range(steps - 1)]
     return torch.cat(chosen, 1)
 
 
-@torch.inference_mode()
-def time_steps(model: Llama, batch: int, steps: int, prompt: int = 16, seed: int = 0) -> list[float]:
+def time_steps(
+    model: Llama, batch: int, steps: int, prompt: int = 16, seed: int = 0, kind: str = "auto"
+) -> list[float]:
     """Seconds of each of `steps` greedy steps after a random prompt; two steps before them warm up."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
-    cache = model.new_cache(batch, prompt + steps + 3)
-    tokens = model(tokens, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+    step = step_for(model, batch, prompt + steps + 2, kind)
+    step.prefill(tokens)
+    if model.device.type == "cuda":
+        return _time_on_gpu(step, steps, model.device)
     seconds = []
     for index in range(steps + 2):
-        _wait(model.device)
         start = time.perf_counter()
-        tokens = model(tokens, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-        _wait(model.device)
+        step()
         if index >= 2:
             seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _time_on_gpu(step: Step | PlainStep, steps: int, device: torch.device) -> list[float]:
+    """Seconds between the ends of steps that follow each other without waiting for the host, as in generation."""
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 2)]
+        for event in events:
+            step()
+            event.record()
         torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events[1:])]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""One decoding step of a Llama on a GPU as a CUDA graph: merged projections, and fused.py between them."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdk.errors import UnsupportedError
+from fdk.kernels.triton import interpreted
+from fdk.models.llama import Llama, RMSNorm
+from fdk.models.merge import merge_
+
+# Programs of the attention that a long cache is spread over: two for each multiprocessor of a large GPU.
+_PROGRAMS = 264
+# A chunk is read to its end even if the cache is not that full, so chunks are short; many chunks take long to add up.
+_CHUNKS, _MOST_SPLITS, _BLOCK = (64, 512), 64, 64
+
+
+def reason_against(model: nn.Module) -> str | None:
+    """Why a model cannot be decoded by `Step`; None if it can."""
+    if not isinstance(model, Llama):
+        return f"it is a {type(model).__name__}, not fdk's Llama"
+    if find_spec("triton") is None:
+        return "the triton package is not installed"
+    dim = model.config.head_dim
+    if dim < 32 or dim & (dim - 1):
+        return f"its heads have {dim} channels, not a power of two from 32 on"
+    if interpreted():
+        return None
+    if model.device.type != "cuda":
+        return f"it lies on {model.device}, not on a CUDA device"
+    if torch.cuda.get_device_capability(model.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return f"its dtype is {model.dtype}, not bfloat16 or float16"
+    return None
+
+
+def chunk_of(length: int, heads: int) -> int:
+    """Cache positions that one program of the attention reads; `heads`: key/value heads of all sequences together."""
+    least, most = _CHUNKS
+    wanted = max(min(max(least, length * heads // _PROGRAMS), most), -(-length // _MOST_SPLITS))
+    return 1 << (wanted - 1).bit_length()
+
+
+class Step:
+    """Greedy decoding of `batch` sequences of up to `length` tokens, one token each per call.
+
+    The model's query, key and value projections, and its gate and up projections, become views of merged weights
+    (`merge_`); nothing else about the model changes, and its own forward stays the plain path. UnsupportedError,
+    with the reason, for a model that `reason_against` turns down.
+
+    tokens [b, 1] int64: the tokens to feed next, which a call replaces by the most likely ones; write others into it
+    to sample from `logits` [b, vocab], which are those of the last call. Both are overwritten by the next call.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Llama, batch: int, length: int) -> None:
+        if reason := reason_against(model):
+            raise UnsupportedError(f"Step cannot decode this model: {reason}; call the model itself")
+        config = self.config = model.config
+        self.model, self.batch = model, batch
+        self.cache = model.new_cache(batch, length)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self.position = torch.zeros(1, dtype=torch.int32, device=model.device)
+        self.qkv = [
+            merge_([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+            for layer in model.model.layers
+        ]
+        self.gate_up = [merge_([layer.mlp.gate_proj, layer.mlp.up_proj]) for layer in model.model.layers]
+        heads = batch * config.num_key_value_heads
+        self.rows = max(16, 1 << (config.num_attention_heads // config.num_key_value_heads - 1).bit_length())
+        self.chunk = chunk_of(length, heads)
+        self.splits = -(-length // self.chunk)
+        partial = (heads, self.splits if self.splits > 1 else 0, self.rows, config.head_dim + 2)
+        self.partial = torch.empty(partial, dtype=torch.float32, device=model.device)
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=model.device)
+        self.on_gpu = model.device.type == "cuda"
+        self.common = {"PDL": False, "INTERPRETED": interpreted()}
+        self.graph = None
+        if self.on_gpu:
+            pdl = torch.cuda.get_device_capability(model.device) >= (9, 0)
+            self.common |= {"PDL": pdl, "launch_pdl": pdl}
+            self._capture()
+
+    def _capture(self) -> None:
+        """Run twice, so that everything is compiled, then record; a prefill overwrites what these put into the cache."""
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.device(self.model.device), torch.cuda.stream(stream):
+            for _ in range(2):
+                self.position.zero_()
+                self._run()
+            stream.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self._run()
+        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        self.position.zero_()
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Start again with tokens [b, t] by the model's own forward; the most likely next tokens [b, 1]."""
+        self.cache.filled = 0
+        logits = self.model(tokens, self.cache, last_only=True)[:, -1]
+        self.tokens.copy_(logits.argmax(-1, keepdim=True))
+        self.position.fill_(self.cache.filled)
+        return self.tokens
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """Feed `tokens`, which then hold the most likely next ones [b, 1]."""
+        if self.cache.filled >= self.cache.length:
+            raise ValueError(f"the cache holds {self.cache.length} positions, and all are taken; make a longer one")
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        self.cache.filled += 1
+        return self.tokens
+
+    def _run(self) -> None:
+        x = F.embedding(self.tokens[:, 0], self.model.model.embed_tokens.weight)
+        y = None
+        for index, layer in enumerate(self.model.model.layers):
+            qkv = self.qkv[index](self._norm(x, y, layer.input_layernorm))
+            y = layer.self_attn.o_proj(self._attend(qkv, index))
+            pair = self.gate_up[index](self._norm(x, y, layer.post_attention_layernorm))
+            y = layer.mlp.down_proj(self._gate(pair))
+        self.logits = self.model.lm_head(self._norm(x, y, self.model.model.norm, count=True))
+        torch.argmax(self.logits, -1, keepdim=True, out=self.tokens)
+
+    def _norm(self, x: Tensor, y: Tensor | None, norm: RMSNorm, count: bool = False) -> Tensor:
+        """The norm of x + y, which x becomes."""
+        from fdk.models.fused import add_norm
+
+        out, size = torch.empty_like(x), x.shape[1]
+        add_norm[(self.batch,)](
+            x,
+            x if y is None else y,
+            norm.weight,
+            out,
+            self.position,
+            size,
+            norm.eps,
+            ADD=y is not None,
+            COUNT=count,
+            BLOCK=1 << (size - 1).bit_length(),
+            num_warps=8 if size > 2048 else 4,
+            **self.common,
+        )
+        return out
+
+    def _gate(self, pair: Tensor) -> Tensor:
+        from fdk.models.fused import gate
+
+        size, block = pair.shape[1] // 2, 1024
+        out = pair.new_empty(self.batch, size)
+        gate[(-(-size // block), self.batch)](pair, out, size, BLOCK=block, num_warps=4, **self.common)
+        return out
+
+    def _attend(self, qkv: Tensor, index: int) -> Tensor:
+        from fdk.models.fused import attend
+
+        config, cache = self.config, self.cache
+        out = qkv.new_empty(self.batch, config.num_attention_heads * config.head_dim)
+        attend[(self.batch * config.num_key_value_heads, self.splits)](
+            qkv,
+            cache.keys[index],
+            cache.values[index],
+            cache.cos,
+            cache.sin,
+            self.position,
+            self.partial,
+            self.arrived,
+            out,
+            cache.length,
+            math.log2(math.e) / math.sqrt(config.head_dim),
+            KV_HEADS=config.num_key_value_heads,
+            HEADS=config.num_attention_heads // config.num_key_value_heads,
+            HEAD_DIM=config.head_dim,
+            ROWS=self.rows,
+            CHUNK=self.chunk,
+            SPLITS=self.splits,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            **self.common,
+        )
+        return out
