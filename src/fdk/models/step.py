@@ -88,7 +88,7 @@ class Step:
             self._capture()
 
     def _capture(self) -> None:
-        """Run twice, so that everything is compiled, then record; a prefill overwrites what these put into the cache."""
+        """Run twice to compile everything, then record; a prefill overwrites what these put into the cache."""
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.device(self.model.device), torch.cuda.stream(stream):
