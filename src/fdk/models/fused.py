@@ -78,20 +78,13 @@ def gate(
 
 
 @triton.jit
-def rotated(pointer, cos, sin, HALF: tl.constexpr):
-    """The two halves of the vectors at `pointer` [..., 1], turned by the rotary angles: channel i goes with i + d/2."""
-    half = tl.arange(0, HALF)[None, :]
-    first = tl.load(pointer + half).to(tl.float32)
-    second = tl.load(pointer + HALF + half).to(tl.float32)
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
-def multiply(a, b, acc, INTERPRETED: tl.constexpr):
-    """acc + a b; the interpreter would multiply the bit patterns of bfloat16."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
+def rotated(pointer, cos, sin, HEAD_DIM: tl.constexpr, kind: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The vectors at `pointer` [..., 1] turned by the rotary angles, rounded to `kind`: channel i goes with i + d/2."""
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    own = tl.load(pointer + channel).to(tl.float32)
+    other = tl.load(pointer + (channel + HEAD_DIM // 2) % HEAD_DIM).to(tl.float32)
+    other = tl.where(channel < HEAD_DIM // 2, -other, other)
+    return rounded(own * cos + other * sin, kind, INTERPRETED)
 
 
 @triton.jit
@@ -110,7 +103,7 @@ def attend(
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
+    TEAM: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,100 +112,160 @@ def attend(
 ):
     """Rotary embedding of a token's queries and key, its key and value into the cache, attention to all up to it.
 
-    qkv [b, (g * HEADS + 2 * g) * d]: queries, keys, values; keys, values [b, g, length, d]; cos, sin [length, d], of
-    which the first d/2 are read; position [1]: tokens in the cache before this one; out [b, g * HEADS * d]; scale:
-    1/sqrt(d) times log2(e).
-    Grid (b * g, SPLITS): a program takes CHUNK positions of a head. The last of a head's programs to arrive adds up
-    their sums in the order of the chunks: partial [b * g, SPLITS, ROWS, d + 2], arrived [b * g], zero before and after.
-    ROWS: HEADS padded to what a tensor core multiplies.
+    qkv [b, (g * HEADS + 2 * g) * d]: queries, keys, values; keys, values [b, g, length, d]; cos, sin [length, d];
+    position [1]: tokens in the cache before this one; out [b, g * HEADS * d]; scale: 1/sqrt(d) times log2(e).
+    Grid (teams, b * g, SPLITS): TEAM query heads of a key head, CHUNK positions. Each of a program's BLOCK places has a
+    maximum and sums of its own, which meet at the end only: nothing in the loop waits for other warps. The last of a
+    team's programs to arrive adds up their sums in the order of the chunks: partial [b * g * teams, SPLITS, TEAM,
+    d + 2], arrived [b * g * teams], zero before and after.
     """
     kind: tl.constexpr = keys_ptr.dtype.element_ty
-    HALF: tl.constexpr = HEAD_DIM // 2
-    head = tl.program_id(0)
-    split = tl.program_id(1)
-    sequence = head // KV_HEADS
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    sequence = (head // KV_HEADS).to(tl.int64)
     group = head % KV_HEADS
     follow(PDL)
     position = tl.load(position_ptr)
     active = position // CHUNK + 1
     if split >= active:
         return
-    half = tl.arange(0, HALF)[None, :]
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    cos = tl.load(cos_ptr + position * HEAD_DIM + half).to(tl.float32)
-    sin = tl.load(sin_ptr + position * HEAD_DIM + half).to(tl.float32)
-    token = qkv_ptr + sequence.to(tl.int64) * ((HEADS + 2) * KV_HEADS * HEAD_DIM)
-    row = tl.arange(0, ROWS)[:, None]
-    # Padding rows repeat the last query; they are never stored.
-    query = token + (group * HEADS + tl.minimum(row, HEADS - 1)) * HEAD_DIM
-    q1, q2 = rotated(query, cos, sin, HALF)
-    q1 = rounded(q1, kind, INTERPRETED)
-    q2 = rounded(q2, kind, INTERPRETED)
+    place = tl.arange(0, BLOCK)
+    cos = tl.load(cos_ptr + position * HEAD_DIM + channel).to(tl.float32)
+    sin = tl.load(sin_ptr + position * HEAD_DIM + channel).to(tl.float32)
+    token = qkv_ptr + sequence * ((HEADS + 2) * KV_HEADS * HEAD_DIM)
+    member = tl.program_id(0) * TEAM + tl.arange(0, TEAM)[:, None]
+    # Members past the last head repeat it; they are never stored.
+    query = token + (group * HEADS + tl.minimum(member, HEADS - 1)) * HEAD_DIM
+    q = rotated(query, cos, sin, HEAD_DIM, kind, INTERPRETED).to(tl.float32) * scale
     cache = head.to(tl.int64) * length * HEAD_DIM
 
-    top = tl.full([ROWS, 1], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, 1], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    if split == active - 1:
-        key = token + (KV_HEADS * HEADS + group) * HEAD_DIM + tl.zeros([1, 1], tl.int32)
-        k1, k2 = rotated(key, cos, sin, HALF)
-        k1 = rounded(k1, kind, INTERPRETED)
-        k2 = rounded(k2, kind, INTERPRETED)
-        value = tl.load(token + (KV_HEADS * (HEADS + 1) + group) * HEAD_DIM + channel)
-        tl.store(keys_ptr + cache + position * HEAD_DIM + half, k1)
-        tl.store(keys_ptr + cache + position * HEAD_DIM + HALF + half, k2)
-        tl.store(values_ptr + cache + position * HEAD_DIM + channel, value)
-        dot = q1.to(tl.float32) * k1.to(tl.float32) + q2.to(tl.float32) * k2.to(tl.float32)
-        top = tl.sum(dot, 1)[:, None] * scale
-        total += 1.0
-        acc += value.to(tl.float32)
-
+    top = tl.full([TEAM, BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([TEAM, BLOCK], tl.float32)
+    acc = tl.zeros([TEAM, BLOCK, HEAD_DIM], tl.float32)
     end = tl.minimum((split + 1) * CHUNK, position)
-    for step in range(CHUNK // BLOCK):
-        place = split * CHUNK + step * BLOCK + tl.arange(0, BLOCK)
-        there = place < end
-        keys = keys_ptr + cache + place[None, :] * HEAD_DIM + tl.arange(0, HALF)[:, None]
-        k1 = tl.load(keys, mask=there[None, :], other=0)
-        k2 = tl.load(keys + HALF, mask=there[None, :], other=0)
-        values = tl.load(values_ptr + cache + place[:, None] * HEAD_DIM + channel, mask=there[:, None], other=0)
-        scores = multiply(q1, k1, tl.zeros([ROWS, BLOCK], tl.float32), INTERPRETED)
-        scores = multiply(q2, k2, scores, INTERPRETED)
-        scores = tl.where(there[None, :], scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1)[:, None])
-        share = tl.exp2(scores - new_top)
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(share, 1)[:, None]
-        acc = multiply(rounded(share, kind, INTERPRETED), values, acc * shrink, INTERPRETED)
+    # The interpreter's range does not take a tensor.
+    for step in range(CHUNK // BLOCK if INTERPRETED else tl.cdiv(end - split * CHUNK, BLOCK)):
+        at = split * CHUNK + step * BLOCK + place
+        there = at < end
+        inside = there[:, None]
+        keys = tl.load(keys_ptr + cache + at[:, None] * HEAD_DIM + channel, mask=inside, other=0)
+        values = tl.load(values_ptr + cache + at[:, None] * HEAD_DIM + channel, mask=inside, other=0)
+        scores = tl.sum(q[:, None, :] * keys.to(tl.float32)[None, :, :], 2)
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        # A place that has seen no position yet keeps the maximum 0: minus infinity less itself is not a number.
+        new_top = tl.maximum(top, scores)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        share = tl.exp2(scores - safe)
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + share
+        acc = acc * shrink[:, :, None] + share[:, :, None] * values.to(tl.float32)[None, :, :]
         top = new_top
 
-    out = out_ptr + (sequence.to(tl.int64) * KV_HEADS + group) * (HEADS * HEAD_DIM) + row * HEAD_DIM + channel
+    best = tl.max(top, 1)[:, None]
+    new = split == active - 1
+    key = rotated(token + (KV_HEADS * HEADS + group) * HEAD_DIM, cos, sin, HEAD_DIM, kind, INTERPRETED)
+    value = tl.load(token + (KV_HEADS * (HEADS + 1) + group) * HEAD_DIM + channel)
+    if new and tl.program_id(0) == 0:
+        tl.store(keys_ptr + cache + position * HEAD_DIM + channel, key)
+        tl.store(values_ptr + cache + position * HEAD_DIM + channel, value)
+    score = tl.sum(q * key.to(tl.float32), 1)[:, None]
+    score = tl.where(new, score, float("-inf"))
+    best = tl.maximum(best, score)
+    weight = tl.exp2(top - best)
+    share = tl.exp2(score - best)
+    total = tl.sum(total * weight, 1)[:, None] + share
+    sums = tl.sum(acc * weight[:, :, None], 1) + share * value.to(tl.float32)
+
+    out = out_ptr + (sequence * KV_HEADS + group) * (HEADS * HEAD_DIM) + member * HEAD_DIM + channel
     if SPLITS == 1:
-        tl.store(out, rounded(acc / total, kind, INTERPRETED), mask=row < HEADS)
+        tl.store(out, rounded(sums / total, kind, INTERPRETED), mask=member < HEADS)
     else:
-        slot = partial_ptr + (head.to(tl.int64) * SPLITS) * (ROWS * (HEAD_DIM + 2))
-        mine = slot + split * (ROWS * (HEAD_DIM + 2))
-        sums = ROWS * HEAD_DIM + tl.arange(0, ROWS)[:, None]
-        tl.store(mine + row * HEAD_DIM + channel, acc)
-        tl.store(mine + sums, top)
-        tl.store(mine + sums + ROWS, total)
+        team = head * tl.num_programs(0) + tl.program_id(0)
+        slot = partial_ptr + team.to(tl.int64) * SPLITS * (TEAM * (HEAD_DIM + 2))
+        mine = slot + split * (TEAM * (HEAD_DIM + 2))
+        row = tl.arange(0, TEAM)[:, None]
+        tl.store(mine + row * HEAD_DIM + channel, sums)
+        tl.store(mine + TEAM * HEAD_DIM + row, best)
+        tl.store(mine + TEAM * (HEAD_DIM + 1) + row, total)
         # All threads' stores come before the count by which the others know of them.
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == active - 1:
+        if tl.atomic_add(arrived_ptr + team, 1, sem="acq_rel") == active - 1:
             tl.debug_barrier()
-            top = tl.full([ROWS, 1], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS, 1], tl.float32)
-            acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-            for other in range(SPLITS):
-                theirs = slot + other * (ROWS * (HEAD_DIM + 2))
-                there = other < active
-                their_top = tl.load(theirs + sums, mask=there, other=float("-inf"), cache_modifier=".cg")
-                their_total = tl.load(theirs + sums + ROWS, mask=there, other=0, cache_modifier=".cg")
-                their_acc = tl.load(theirs + row * HEAD_DIM + channel, mask=there, other=0, cache_modifier=".cg")
-                new_top = tl.maximum(top, their_top)
-                shrink = tl.exp2(top - new_top)
-                grow = tl.exp2(their_top - new_top)
-                total = total * shrink + their_total * grow
-                acc = acc * shrink + their_acc * grow
-                top = new_top
-            tl.store(out, rounded(acc / total, kind, INTERPRETED), mask=row < HEADS)
-            tl.store(arrived_ptr + head, 0)
+            add_splits(slot, out, active, member < HEADS, kind, HEAD_DIM, TEAM, SPLITS, INTERPRETED)
+            tl.store(arrived_ptr + team, 0)
+
+
+@triton.jit
+def add_splits(
+    slot,
+    out,
+    active,
+    stored,
+    kind: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TEAM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """out [TEAM, d] of a team's partial sums of `active` chunks, SPLITS at most."""
+    size: tl.constexpr = TEAM * (HEAD_DIM + 2)
+    PADDED: tl.constexpr = triton.next_power_of_2(SPLITS)
+    split = tl.arange(0, PADDED)[:, None]
+    row = tl.arange(0, TEAM)[None, :]
+    there = split < active
+    tops = tl.load(slot + split * size + TEAM * HEAD_DIM + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(slot + split * size + TEAM * (HEAD_DIM + 1) + row, mask=there, other=0, cache_modifier=".cg")
+    weight = tl.exp2(tops - tl.max(tops, 0)[None, :])
+    total = tl.sum(totals * weight, 0)
+    member = tl.arange(0, TEAM)[:, None]
+    sums = tl.zeros([TEAM, HEAD_DIM], tl.float32)
+    best = tl.max(tops, 0)[:, None]
+    for other in range(SPLITS):
+        theirs = slot + other * size
+        inside = other < active
+        top = tl.load(theirs + TEAM * HEAD_DIM + member, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            theirs + member * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], mask=inside, other=0, cache_modifier=".cg"
+        )
+        sums += part * tl.exp2(top - best)
+    value = sums / total[:, None]
+    tl.store(out, rounded(value, kind, INTERPRETED), mask=stored)
+
+
+@triton.jit
+def best_of_blocks(
+    logits_ptr,
+    value_ptr,
+    index_ptr,
+    size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Largest of each block of logits [b, size] and where it is: value, index [b, blocks]; grid (blocks, b)."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    follow(PDL)
+    logits = tl.load(logits_ptr + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)
+    value, index = tl.max(logits, 0, return_indices=True)
+    to = row * tl.num_programs(0) + tl.program_id(0)
+    tl.store(value_ptr + to, value)
+    tl.store(index_ptr + to, tl.program_id(0) * BLOCK + index)
+
+
+@triton.jit
+def best(
+    value_ptr,
+    index_ptr,
+    token_ptr,
+    blocks,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """token [b]: the index that goes with the largest of value [b, blocks], the first of equals; a program a row."""
+    row = tl.program_id(0)
+    block = tl.arange(0, BLOCK)
+    follow(PDL)
+    value = tl.load(value_ptr + row * blocks + block, mask=block < blocks, other=float("-inf"))
+    _, where = tl.max(value, 0, return_indices=True)
+    tl.store(token_ptr + row, tl.load(index_ptr + row * blocks + where).to(tl.int64))

@@ -16,8 +16,12 @@ from fdk.models.merge import merge_
 
 # Programs of the attention that a long cache is spread over: two for each multiprocessor of a large GPU.
 _PROGRAMS = 264
-# A chunk is read to its end even if the cache is not that full, so chunks are short; many chunks take long to add up.
-_CHUNKS, _MOST_SPLITS, _BLOCK = (64, 512), 64, 64
+# Programs wait for their loads one block after the other, so chunks are short; many chunks take long to add up.
+_CHUNKS, _MOST_SPLITS = (64, 512), 64
+_BLOCK, _WARPS = 32, 8
+# Query heads of a program of the attention: their sums are held in registers.
+_TEAM = 4
+_LOGITS = 2048
 
 
 def reason_against(model: nn.Module) -> str | None:
@@ -73,12 +77,14 @@ class Step:
         ]
         self.gate_up = [merge_([layer.mlp.gate_proj, layer.mlp.up_proj]) for layer in model.model.layers]
         heads = batch * config.num_key_value_heads
-        self.rows = max(16, 1 << (config.num_attention_heads // config.num_key_value_heads - 1).bit_length())
+        per_key = config.num_attention_heads // config.num_key_value_heads
+        self.teams = -(-per_key // _TEAM)
+        self.team = 1 << (-(-per_key // self.teams) - 1).bit_length()
         self.chunk = chunk_of(length, heads)
         self.splits = -(-length // self.chunk)
-        partial = (heads, self.splits if self.splits > 1 else 0, self.rows, config.head_dim + 2)
+        partial = (heads * self.teams, self.splits if self.splits > 1 else 0, self.team, config.head_dim + 2)
         self.partial = torch.empty(partial, dtype=torch.float32, device=model.device)
-        self.arrived = torch.zeros(heads, dtype=torch.int32, device=model.device)
+        self.arrived = torch.zeros(heads * self.teams, dtype=torch.int32, device=model.device)
         self.on_gpu = model.device.type == "cuda"
         self.common = {"PDL": False, "INTERPRETED": interpreted()}
         self.graph = None
@@ -132,7 +138,7 @@ class Step:
             pair = self.gate_up[index](self._norm(x, y, layer.post_attention_layernorm))
             y = layer.mlp.down_proj(self._gate(pair))
         self.logits = self.model.lm_head(self._norm(x, y, self.model.model.norm, count=True))
-        torch.argmax(self.logits, -1, keepdim=True, out=self.tokens)
+        self._choose()
 
     def _norm(self, x: Tensor, y: Tensor | None, norm: RMSNorm, count: bool = False) -> Tensor:
         """The norm of x + y, which x becomes."""
@@ -168,7 +174,7 @@ class Step:
 
         config, cache = self.config, self.cache
         out = qkv.new_empty(self.batch, config.num_attention_heads * config.head_dim)
-        attend[(self.batch * config.num_key_value_heads, self.splits)](
+        attend[(self.teams, self.batch * config.num_key_value_heads, self.splits)](
             qkv,
             cache.keys[index],
             cache.values[index],
@@ -183,11 +189,23 @@ class Step:
             KV_HEADS=config.num_key_value_heads,
             HEADS=config.num_attention_heads // config.num_key_value_heads,
             HEAD_DIM=config.head_dim,
-            ROWS=self.rows,
+            TEAM=self.team,
             CHUNK=self.chunk,
             SPLITS=self.splits,
             BLOCK=_BLOCK,
-            num_warps=4,
+            num_warps=_WARPS,
             **self.common,
         )
         return out
+
+    def _choose(self) -> None:
+        """The most likely tokens; torch.argmax takes ten times as long over a few rows."""
+        from fdk.models.fused import best, best_of_blocks
+
+        size, pdl = self.logits.shape[1], {k: v for k, v in self.common.items() if k != "INTERPRETED"}
+        blocks = -(-size // _LOGITS)
+        value = torch.empty(self.batch, blocks, dtype=torch.float32, device=self.logits.device)
+        index = torch.empty(self.batch, blocks, dtype=torch.int32, device=self.logits.device)
+        best_of_blocks[(blocks, self.batch)](self.logits, value, index, size, BLOCK=_LOGITS, num_warps=4, **pdl)
+        padded = 1 << (blocks - 1).bit_length()
+        best[(self.batch,)](value, index, self.tokens, blocks, BLOCK=padded, num_warps=1, **pdl)
