@@ -3,10 +3,10 @@
 Rows are cut into blocks of 64 and k into units of 64 (both padded with zeros); a unit is what one warp reads with
 `bits` 16-byte loads per lane. Lane = 4*g + t holds 128 weights of it, 32 for each of four row tiles r:
 
-    e = 8*s + 4*h + j  ->  row 16*r + 8*h + g of the block, column 16*s + 4*t + j of the unit
+    e = 8*s + 4*h + j  ->  row 16*r + 8*h + g of the block, column 16*s + 8*(j // 2) + 2*t + j % 2 of the unit
 
-so step s of a row tile is the A operand of one mma.m16n8k16 whose k positions (2t, 2t+1, 2t+8, 2t+9) are columns
-16*s + 4*t + (0, 1, 2, 3): a lane's activations are contiguous, and the same order serves mma.sync and wgmma.
+so step s of a row tile is the A operand of one mma.m16n8k16, or a quarter of that of one wgmma, whose k position p is
+column 16*s + p: the other operand's columns stay as they lie in memory, where the copy engine can bring them from.
 
 Parts of an [n, k] weight with B blocks, U units and G groups:
     codes   int32 [B, U, bits, 32, 4]  the words of a lane are [r, word] in order, four to a 16-byte load
@@ -155,8 +155,8 @@ def _pack_block_codes(stream: Tensor, bits: int, k: int) -> Tensor:
     """Canonical codes uint8 [b*64, ...] to int32 [b, U, bits, 32, 4]."""
     codes = pad(unpack_codes(stream, bits, k), (0, -k % UNIT))
     b, u = codes.shape[0] // BLOCK, codes.shape[1] // UNIT
-    # [b, r, h, g, u, s, t, j] to [b, u, g, t, r, s, h, j]
-    codes = codes.view(b, 4, 2, 8, u, 4, 4, 4).permute(0, 4, 3, 6, 1, 5, 2, 7).reshape(b, u, 32, 4, 32)
+    # [b, r, h, g, u, s, j // 2, t, j % 2] to [b, u, g, t, r, s, h, j // 2, j % 2]
+    codes = codes.view(b, 4, 2, 8, u, 4, 2, 4, 2).permute(0, 4, 3, 7, 1, 5, 2, 6, 8).reshape(b, u, 32, 4, 32)
     words = _words_from_codes(codes, bits)
     return words.view(b, u, 32, bits, 4).transpose(2, 3).contiguous()
 
@@ -165,8 +165,8 @@ def _unpack_block_codes(packed: Tensor, bits: int, k: int) -> Tensor:
     """Inverse of `_pack_block_codes`."""
     b, u = packed.shape[:2]
     words = packed.transpose(2, 3).reshape(b, u, 32, 4, bits)
-    codes = _codes_from_words(words, bits).view(b, u, 8, 4, 4, 4, 2, 4)
-    codes = codes.permute(0, 4, 6, 2, 1, 5, 3, 7).reshape(b * BLOCK, u * UNIT)
+    codes = _codes_from_words(words, bits).view(b, u, 8, 4, 4, 4, 2, 2, 2)
+    codes = codes.permute(0, 4, 6, 2, 1, 5, 7, 3, 8).reshape(b * BLOCK, u * UNIT)
     return pack_codes(codes[:, :k].contiguous(), bits)
 
 

@@ -28,7 +28,7 @@ def test_codes_lie_where_the_module_says(bits: int) -> None:
     for _ in range(200):
         row, column = (int(torch.randint(0, limit, (), generator=generator)) for limit in (n, k))
         r, h, g = row % 64 // 16, row % 16 // 8, row % 8
-        s, t, j = column % 64 // 16, column % 16 // 4, column % 4
+        s, t, j = column % 64 // 16, column % 8 // 2, column % 16 // 8 * 2 + column % 2
         lane_words = words[row // 64, column // 64, 4 * g + t, r].tolist()
         code = 0
         for e, first, width, word, bit in fragments.pieces(bits):

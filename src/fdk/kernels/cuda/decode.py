@@ -143,7 +143,7 @@ class Config:
         ring = self.stages * shape.stage_bytes(self.stage_units)
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
-        head = self.tokens * (cta_units * 256 if self.digits else cta_units * 128 + 32)
+        head = self.tokens * (cta_units * 256 if self.digits else cta_units * 128 + 16)
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
             head += -(-cta_units * self.tokens * 4 // 16) * 16 + -(-self.tokens * (self.warps + 1) * 4 // 16) * 16

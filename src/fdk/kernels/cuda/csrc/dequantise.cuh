@@ -1,7 +1,7 @@
 // From a lane's packed words to A fragments of mma.m16n8k16, one mechanism per width.
 //
 // Words and codes are arranged as fdk/packing/fragments.py says: word r*BITS + i of a unit serves row tile r, and
-// code e = 8s + 4h + j is row 8h+g, column 4t+j of step s. Register a[s][h + 2*(j/2)] holds columns j, j+1.
+// code e = 8s + 4h + j is row 8h+g, column 8(j/2) + 2t + j%2 of step s. Register a[s][h + 2*(j/2)] holds two columns.
 //
 //   1 bit    a lop3 puts the bit into sign, exponent or mantissa: value = offset(position) + 2*bit, for any step;
 //            with many tokens (SELECT), a prmt spreads it over 16 bits and a lop3 selects one of two table values

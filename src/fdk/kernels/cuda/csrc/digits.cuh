@@ -16,8 +16,8 @@ namespace fdk {
 constexpr int COLUMNS_USED = 4 * M;
 constexpr int MAX_SHIFT = BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
 
-// Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 4t + j of the unit,
-// with x scaled by 2^shift.
+// Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 8(j/2) + 2t + j%2 of
+// the unit, with x scaled by 2^shift.
 struct Element {
     int s, j, shift;
 };
@@ -64,16 +64,18 @@ __device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-// Four columns of x from `column` on as floats, zeros past K.
+// Columns `column`, +1, +8 and +9 of x as floats, zeros past K.
 __device__ __forceinline__ void load_columns(float (&v)[4], const u16* row, int column) {
-    if constexpr (K % 4 == 0) {
-        u32x2 piece = {};
-        if (K % 64 == 0 || column < K) piece = load_8(row + column);
-        v[0] = low_half<BF16>(piece.x), v[1] = high_half<BF16>(piece.x);
-        v[2] = low_half<BF16>(piece.y), v[3] = high_half<BF16>(piece.y);
-    } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = column + j < K ? low_half<BF16>(load_2(row + column + j)) : 0.f;
+    for (int i = 0; i < 2; ++i) {
+        const int at = column + 8 * i;
+        u32 pair = 0;
+        if constexpr (K % 2 == 0) {
+            if (K % 64 == 0 || at < K) pair = load_4(row + at);
+        } else {
+            pair = (at < K ? load_2(row + at) : 0) | (at + 1 < K ? u32(load_2(row + at + 1)) << 16 : 0);
+        }
+        v[2 * i] = low_half<BF16>(pair), v[2 * i + 1] = high_half<BF16>(pair);
     }
 }
 
@@ -88,9 +90,9 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     float kept[KEPT][4][4];
     const auto load = [&](float (&v)[4][4], int i) {
         const int t = i % 4, unit = i / 4 % units, token = i / 4 / units;
-        const u16* row = p.x + i64(min(token, p.m - 1)) * K + (first_unit + unit) * 64 + t * 4;
+        const u16* row = p.x + i64(min(token, p.m - 1)) * K;
 #pragma unroll
-        for (int s = 0; s < 4; ++s) load_columns(v[s], row - ((first_unit + unit) * 64 + t * 4), (first_unit + unit) * 64 + t * 4 + s * 16);
+        for (int s = 0; s < 4; ++s) load_columns(v[s], row, (first_unit + unit) * 64 + t * 2 + s * 16);
     };
     const int items = units * M * 4;
     u32 largest[M] = {};
@@ -182,7 +184,7 @@ struct Accumulator {
 struct Unit {
     u32 words[4 * BITS];
     Rows scales;
-    float zeros[4][2];
+    Zeros zeros;
 };
 
 __device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index, int, int lane) {
@@ -193,10 +195,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index,
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
     u.scales = load_rows(stage + Smem::SCALES + group * 128, g);
-    if constexpr (ZEROS) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) u.zeros[i / 2][i % 2] = zero_at(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g, i / 2, i % 2);
-    }
+    if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g);
 }
 
 __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int lane, const Lookup&) {
@@ -218,7 +217,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 #pragma unroll
             for (int c = 0; c < 2; ++c)
                 acc.sum[tile][h][c] = fmaf(scale, __uint_as_float(d[2 * h + c]) - __uint_as_float(MAGIC), acc.sum[tile][h][c]);
-            acc.scaled_x[tile][h] = fmaf(ZEROS ? scale * u.zeros[tile][h] : scale, x, acc.scaled_x[tile][h]);
+            acc.scaled_x[tile][h] = fmaf(ZEROS ? scale * u.zeros.at(tile, h) : scale, x, acc.scaled_x[tile][h]);
         }
     }
 }

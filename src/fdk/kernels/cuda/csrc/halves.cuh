@@ -4,7 +4,10 @@
 
 namespace fdk {
 
-constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0;
+// Few tokens are stored so that a lane's 16 columns of a unit lie together: word 4i + t of a unit at 8t + i. More are left
+// as they lie in global memory.
+constexpr bool LANE_ORDER = M < 8;
+constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0 && !LANE_ORDER;
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
 // token, or by hand with zeros past K. Tokens past m repeat the last one.
@@ -42,20 +45,36 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* to, u32
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) {
                 const int i = base + a * THREADS, token = i / 16 / units;
-                if (i < pieces) *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + i % (16 * units) * 8) = piece[a];
+                if (i >= pieces) continue;
+                char* row = to + token * Smem::X_STRIDE;
+                if constexpr (LANE_ORDER) {
+                    // Words 2q and 2q+1 of a unit; neighbouring units store them in opposite order, in different banks.
+                    const int q = i % 16, odd = i / 16 % 2;
+                    u32* lane_order = reinterpret_cast<u32*>(row + i / 16 % units * 128) + q % 2 * 16 + q / 2;
+                    lane_order[odd * 8] = odd ? piece[a].y : piece[a].x;
+                    lane_order[8 - odd * 8] = odd ? piece[a].x : piece[a].y;
+                } else {
+                    *reinterpret_cast<u32x2*>(row + i % (16 * units) * 8) = piece[a];
+                }
             }
         }
         __syncthreads();
     }
 }
 
-// B operands of a unit for tokens 8*nt..8*nt+7: b[2s], b[2s+1] of step s, columns 16s + 4t + (0..3).
+// B operands of a unit for tokens 8*nt..8*nt+7: b[2s + i] of step s are columns 16s + 8i + 2t, +1.
 __device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int unit, int nt, int lane) {
-    const int token = M < 8 ? min(lane / 4, M - 1) : nt * 8 + lane / 4;
+    if constexpr (LANE_ORDER) {
+        const char* from = x + min(lane / 4, M - 1) * Smem::X_STRIDE + unit * 128 + lane % 4 * 32;
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-        const u32x2 v = *reinterpret_cast<const u32x2*>(x + token * Smem::X_STRIDE + unit * 128 + s * 32 + lane % 4 * 8);
-        b[2 * s] = v.x, b[2 * s + 1] = v.y;
+        for (int i = 0; i < 2; ++i) {
+            const u32x4 v = *reinterpret_cast<const u32x4*>(from + i * 16);
+            b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
+        }
+    } else {
+        const u32 from = shared_address(x) + (nt * 8 + lane % 8) * Smem::X_STRIDE + unit * 128 + lane / 8 * 16;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) load_matrices(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3], from + i * 64);
     }
 }
 
@@ -112,7 +131,7 @@ constexpr int TILES = NT > 2 ? 4 : 1;
 struct Unit {
     u32 words[4 * BITS];
     Rows scales[SUBS];
-    float zeros[ZEROS ? SUBS : 1][4][2];
+    Zeros zeros[ZEROS ? SUBS : 1];
 };
 
 // Unit number `index` of a stage; `k` is its first column.
@@ -130,11 +149,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index,
         // Columns past k have no group of their own; any finite scale will do, because their activations are zero.
         if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, STAGE_GROUPS - 1);
         u.scales[sub] = load_rows(stage + Smem::SCALES + group * 128, g);
-        if constexpr (ZEROS) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                u.zeros[sub][i / 2][i % 2] = zero_at(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g, i / 2, i % 2);
-        }
+        if constexpr (ZEROS) u.zeros[sub] = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g);
     }
 }
 
@@ -186,7 +201,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
                         for (int c = 0; c < COLUMNS; ++c) {
                             float v = d[i][2 * h + c];
                             const float xs = c ? sum_x.y : sum_x.x;
-                            if constexpr (ZEROS) v = fmaf(-u.zeros[sub][tile][h], xs, v);
+                            if constexpr (ZEROS) v = fmaf(-u.zeros[sub].at(tile, h), xs, v);
                             acc.sum[tile][nt][h][c] = fmaf(scale, v, acc.sum[tile][nt][h][c]);
                             if constexpr (SPLIT_BIT && !ZEROS)
                                 acc.scaled_x[tile][nt][h][c] = fmaf(scale, xs, acc.scaled_x[tile][nt][h][c]);

@@ -73,6 +73,14 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four 8 x 8 matrices of halves; lane i names row i % 8 of matrix i / 8, and gets columns 2t, 2t+1 of row g of each.
+__device__ __forceinline__ void load_matrices(u32& a, u32& b, u32& c, u32& d, u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                 : "r"(row)
+                 : "memory");
+}
+
 // --- global memory ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u64 evict_first_policy() {
@@ -157,6 +165,12 @@ __device__ __forceinline__ void copy_bulk_shared(u32 to, const void* from, u32 b
 __device__ __forceinline__ u32x2 load_8(const void* from) {
     u32x2 v;
     asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 load_4(const void* from) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
 

@@ -68,8 +68,8 @@ struct Smem {
     static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * 64 * M * 4;
     static constexpr int RECEIVE_BYTES = CLUSTER == 1 ? 0 : BUFFERS * BATCH * ROW_WARPS * 64 * M * 4;
     static constexpr int SUM_TOTAL = PARTIAL_BYTES + RECEIVE_BYTES;
-    // Rows of activations are 32 bytes apart in their banks, so that four tokens are read without conflicts.
-    static constexpr int X_STRIDE = CTA_UNITS * 128 + 32;
+    // Rows of activations are 16 bytes apart in their banks, so that eight tokens' pieces are read without conflicts.
+    static constexpr int X_STRIDE = CTA_UNITS * 128 + 16;
     static constexpr int X_ONLY_BYTES = DIGITS ? CTA_UNITS * M * 256 : M * X_STRIDE;
     static constexpr int X_BYTES = SINGLE && SUM_TOTAL > X_ONLY_BYTES ? SUM_TOTAL : X_ONLY_BYTES;
     static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + 1) * 4 + 15) / 16 * 16 : 0;
@@ -212,10 +212,22 @@ __device__ __forceinline__ Rows load_rows(const char* from, int g) {
     return {{v.x, v.y, v.z, v.w}};
 }
 
-__device__ __forceinline__ float zero_at(const char* from, int g, int tile, int h) {
-    if constexpr (KIND == 2) return float(reinterpret_cast<const u8*>(from)[g * 8 + tile * 2 + h]);
-    const u16 bits = reinterpret_cast<const u16*>(from)[g * 8 + tile * 2 + h];
-    return low_half<BF16>(bits);
+// Zeros of those rows as they are stored: bytes, or halves like the scales.
+struct ByteRows {
+    u32 words[2];
+    __device__ __forceinline__ float at(int tile, int h) const {
+        return float(words[tile / 2] >> (tile % 2 * 16 + h * 8) & 0xff);
+    }
+};
+
+__device__ __forceinline__ auto load_zeros(const char* from, int g) {
+    if constexpr (KIND == 2) {
+        const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 8);
+        return ByteRows{{v.x, v.y}};
+    } else {
+        return load_rows(from, g);
+    }
 }
+using Zeros = decltype(load_zeros(nullptr, 0));
 
 }  // namespace fdk
