@@ -88,6 +88,27 @@ def rotated(pointer, cos, sin, HEAD_DIM: tl.constexpr, kind: tl.constexpr, INTER
 
 
 @triton.jit
+def multiply(a, b, acc, INTERPRETED: tl.constexpr):
+    """acc + a b; the interpreter would multiply the bit patterns of bfloat16."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def absorb(q, keys, values, there, top, total, acc, scale, INTERPRETED: tl.constexpr):
+    """Running maximum, sum and weighted values of q [rows, d] after a block of keys [d, block], values [block, d]."""
+    scores = multiply(q, keys, tl.zeros([q.shape[0], keys.shape[1]], tl.float32), INTERPRETED)
+    scores = tl.where(there[None, :], scores * scale, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1)[:, None])
+    share = tl.exp2(scores - new_top)
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(share, 1)[:, None]
+    acc = multiply(rounded(share, values.dtype, INTERPRETED), values, acc * shrink, INTERPRETED)
+    return new_top, total, acc
+
+
+@triton.jit
 def attend(
     qkv_ptr,
     keys_ptr,
@@ -103,7 +124,7 @@ def attend(
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TEAM: tl.constexpr,
+    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -114,86 +135,73 @@ def attend(
 
     qkv [b, (g * HEADS + 2 * g) * d]: queries, keys, values; keys, values [b, g, length, d]; cos, sin [length, d];
     position [1]: tokens in the cache before this one; out [b, g * HEADS * d]; scale: 1/sqrt(d) times log2(e).
-    Grid (teams, b * g, SPLITS): TEAM query heads of a key head, CHUNK positions. Each of a program's BLOCK places has a
-    maximum and sums of its own, which meet at the end only: nothing in the loop waits for other warps. The last of a
-    team's programs to arrive adds up their sums in the order of the chunks: partial [b * g * teams, SPLITS, TEAM,
-    d + 2], arrived [b * g * teams], zero before and after.
+    Grid (b * g, SPLITS): a program takes CHUNK positions of a key head. The last of a head's programs to arrive adds up
+    their sums in the order of the chunks: partial [b * g, SPLITS, ROWS, d + 2], arrived [b * g], zero before and after.
+    ROWS: HEADS padded to what a tensor core multiplies. Position and cache come from earlier steps, before a kernel
+    that waited for all others, so they are read before this kernel's own wait.
     """
     kind: tl.constexpr = keys_ptr.dtype.element_ty
-    head = tl.program_id(1)
-    split = tl.program_id(2)
+    head = tl.program_id(0)
+    split = tl.program_id(1)
     sequence = (head // KV_HEADS).to(tl.int64)
     group = head % KV_HEADS
-    follow(PDL)
+    if PDL:
+        gdc_launch_dependents()
     position = tl.load(position_ptr)
     active = position // CHUNK + 1
     if split >= active:
         return
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    place = tl.arange(0, BLOCK)
     cos = tl.load(cos_ptr + position * HEAD_DIM + channel).to(tl.float32)
     sin = tl.load(sin_ptr + position * HEAD_DIM + channel).to(tl.float32)
-    token = qkv_ptr + sequence * ((HEADS + 2) * KV_HEADS * HEAD_DIM)
-    member = tl.program_id(0) * TEAM + tl.arange(0, TEAM)[:, None]
-    # Members past the last head repeat it; they are never stored.
-    query = token + (group * HEADS + tl.minimum(member, HEADS - 1)) * HEAD_DIM
-    q = rotated(query, cos, sin, HEAD_DIM, kind, INTERPRETED).to(tl.float32) * scale
     cache = head.to(tl.int64) * length * HEAD_DIM
-
-    top = tl.full([TEAM, BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([TEAM, BLOCK], tl.float32)
-    acc = tl.zeros([TEAM, BLOCK, HEAD_DIM], tl.float32)
     end = tl.minimum((split + 1) * CHUNK, position)
-    # The interpreter's range does not take a tensor.
-    for step in range(CHUNK // BLOCK if INTERPRETED else tl.cdiv(end - split * CHUNK, BLOCK)):
-        at = split * CHUNK + step * BLOCK + place
-        there = at < end
-        inside = there[:, None]
-        keys = tl.load(keys_ptr + cache + at[:, None] * HEAD_DIM + channel, mask=inside, other=0)
-        values = tl.load(values_ptr + cache + at[:, None] * HEAD_DIM + channel, mask=inside, other=0)
-        scores = tl.sum(q[:, None, :] * keys.to(tl.float32)[None, :, :], 2)
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        # A place that has seen no position yet keeps the maximum 0: minus infinity less itself is not a number.
-        new_top = tl.maximum(top, scores)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        share = tl.exp2(scores - safe)
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + share
-        acc = acc * shrink[:, :, None] + share[:, :, None] * values.to(tl.float32)[None, :, :]
-        top = new_top
-
-    best = tl.max(top, 1)[:, None]
-    new = split == active - 1
+    place = split * CHUNK + tl.arange(0, BLOCK)
+    keys_at = keys_ptr + cache + tl.arange(0, HEAD_DIM)[:, None]
+    values_at = values_ptr + cache + channel
+    keys = tl.load(keys_at + place[None, :] * HEAD_DIM, mask=(place < end)[None, :], other=0)
+    values = tl.load(values_at + place[:, None] * HEAD_DIM, mask=(place < end)[:, None], other=0)
+    if PDL:
+        gdc_wait()
+    token = qkv_ptr + sequence * ((HEADS + 2) * KV_HEADS * HEAD_DIM)
+    row = tl.arange(0, ROWS)[:, None]
+    # Padding rows repeat the last query; they are never stored.
+    query = token + (group * HEADS + tl.minimum(row, HEADS - 1)) * HEAD_DIM
+    q = rotated(query, cos, sin, HEAD_DIM, kind, INTERPRETED)
     key = rotated(token + (KV_HEADS * HEADS + group) * HEAD_DIM, cos, sin, HEAD_DIM, kind, INTERPRETED)
     value = tl.load(token + (KV_HEADS * (HEADS + 1) + group) * HEAD_DIM + channel)
-    if new and tl.program_id(0) == 0:
+    new = split == active - 1
+    if new:
         tl.store(keys_ptr + cache + position * HEAD_DIM + channel, key)
         tl.store(values_ptr + cache + position * HEAD_DIM + channel, value)
-    score = tl.sum(q * key.to(tl.float32), 1)[:, None]
-    score = tl.where(new, score, float("-inf"))
-    best = tl.maximum(best, score)
-    weight = tl.exp2(top - best)
-    share = tl.exp2(score - best)
-    total = tl.sum(total * weight, 1)[:, None] + share
-    sums = tl.sum(acc * weight[:, :, None], 1) + share * value.to(tl.float32)
 
-    out = out_ptr + (sequence * KV_HEADS + group) * (HEADS * HEAD_DIM) + member * HEAD_DIM + channel
+    # The new token comes first; a chunk without it starts from a weight of zero.
+    top = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)[:, None] * scale
+    total = tl.where(new, 1.0, 0.0) + tl.zeros([ROWS, 1], tl.float32)
+    acc = total * value.to(tl.float32)
+    top, total, acc = absorb(q, keys, values, place < end, top, total, acc, scale, INTERPRETED)
+    # The interpreter's range does not take a tensor.
+    for step in range(1, CHUNK // BLOCK if INTERPRETED else tl.cdiv(end - split * CHUNK, BLOCK)):
+        at = place + step * BLOCK
+        keys = tl.load(keys_at + at[None, :] * HEAD_DIM, mask=(at < end)[None, :], other=0)
+        values = tl.load(values_at + at[:, None] * HEAD_DIM, mask=(at < end)[:, None], other=0)
+        top, total, acc = absorb(q, keys, values, at < end, top, total, acc, scale, INTERPRETED)
+
+    out = out_ptr + (sequence * KV_HEADS + group) * (HEADS * HEAD_DIM) + row * HEAD_DIM + channel
     if SPLITS == 1:
-        tl.store(out, rounded(sums / total, kind, INTERPRETED), mask=member < HEADS)
+        tl.store(out, rounded(acc / total, kind, INTERPRETED), mask=row < HEADS)
     else:
-        team = head * tl.num_programs(0) + tl.program_id(0)
-        slot = partial_ptr + team.to(tl.int64) * SPLITS * (TEAM * (HEAD_DIM + 2))
-        mine = slot + split * (TEAM * (HEAD_DIM + 2))
-        row = tl.arange(0, TEAM)[:, None]
-        tl.store(mine + row * HEAD_DIM + channel, sums)
-        tl.store(mine + TEAM * HEAD_DIM + row, best)
-        tl.store(mine + TEAM * (HEAD_DIM + 1) + row, total)
+        slot = partial_ptr + head.to(tl.int64) * SPLITS * (ROWS * (HEAD_DIM + 2))
+        mine = slot + split * (ROWS * (HEAD_DIM + 2))
+        tl.store(mine + row * HEAD_DIM + channel, acc, mask=row < HEADS)
+        tl.store(mine + ROWS * HEAD_DIM + row, top)
+        tl.store(mine + ROWS * (HEAD_DIM + 1) + row, total)
         # All threads' stores come before the count by which the others know of them.
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + team, 1, sem="acq_rel") == active - 1:
+        if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == active - 1:
             tl.debug_barrier()
-            add_splits(slot, out, active, member < HEADS, kind, HEAD_DIM, TEAM, SPLITS, INTERPRETED)
-            tl.store(arrived_ptr + team, 0)
+            add_splits(slot, out, active, kind, HEADS, HEAD_DIM, ROWS, SPLITS, INTERPRETED)
+            tl.store(arrived_ptr + head, 0)
 
 
 @triton.jit
@@ -201,36 +209,33 @@ def add_splits(
     slot,
     out,
     active,
-    stored,
     kind: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TEAM: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out [TEAM, d] of a team's partial sums of `active` chunks, SPLITS at most."""
-    size: tl.constexpr = TEAM * (HEAD_DIM + 2)
-    PADDED: tl.constexpr = triton.next_power_of_2(SPLITS)
-    split = tl.arange(0, PADDED)[:, None]
-    row = tl.arange(0, TEAM)[None, :]
-    there = split < active
-    tops = tl.load(slot + split * size + TEAM * HEAD_DIM + row, mask=there, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(slot + split * size + TEAM * (HEAD_DIM + 1) + row, mask=there, other=0, cache_modifier=".cg")
-    weight = tl.exp2(tops - tl.max(tops, 0)[None, :])
-    total = tl.sum(totals * weight, 0)
-    member = tl.arange(0, TEAM)[:, None]
-    sums = tl.zeros([TEAM, HEAD_DIM], tl.float32)
-    best = tl.max(tops, 0)[:, None]
-    for other in range(SPLITS):
-        theirs = slot + other * size
-        inside = other < active
-        top = tl.load(theirs + TEAM * HEAD_DIM + member, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(
-            theirs + member * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], mask=inside, other=0, cache_modifier=".cg"
-        )
-        sums += part * tl.exp2(top - best)
-    value = sums / total[:, None]
-    tl.store(out, rounded(value, kind, INTERPRETED), mask=stored)
+    """out [HEADS, d] of a key head's partial sums of `active` chunks, SPLITS at most."""
+    row = tl.arange(0, ROWS)[:, None]
+    stored = row < HEADS
+    top = tl.full([ROWS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for split in range(SPLITS if INTERPRETED else active):
+        mine = slot + split * (ROWS * (HEAD_DIM + 2))
+        there = stored & (split < active)
+        own_top = tl.load(mine + ROWS * HEAD_DIM + row, mask=there, other=-1e30, cache_modifier=".cg")
+        own_total = tl.load(mine + ROWS * (HEAD_DIM + 1) + row, mask=there, other=0, cache_modifier=".cg")
+        channel = tl.arange(0, HEAD_DIM)[None, :]
+        own = tl.load(mine + row * HEAD_DIM + channel, mask=there, other=0, cache_modifier=".cg")
+        new_top = tl.maximum(top, own_top)
+        shrink = tl.exp2(top - new_top)
+        grow = tl.exp2(own_top - new_top)
+        total = total * shrink + own_total * grow
+        acc = acc * shrink + own * grow
+        top = new_top
+    tl.store(out, rounded(acc / total, kind, INTERPRETED), mask=stored)
 
 
 @triton.jit

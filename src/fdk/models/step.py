@@ -18,9 +18,7 @@ from fdk.models.merge import merge_
 _PROGRAMS = 264
 # Programs wait for their loads one block after the other, so chunks are short; many chunks take long to add up.
 _CHUNKS, _MOST_SPLITS = (64, 512), 64
-_BLOCK, _WARPS = 32, 8
-# Query heads of a program of the attention: their sums are held in registers.
-_TEAM = 4
+_BLOCK, _WARPS = 64, 8
 _LOGITS = 2048
 
 
@@ -77,14 +75,12 @@ class Step:
         ]
         self.gate_up = [merge_([layer.mlp.gate_proj, layer.mlp.up_proj]) for layer in model.model.layers]
         heads = batch * config.num_key_value_heads
-        per_key = config.num_attention_heads // config.num_key_value_heads
-        self.teams = -(-per_key // _TEAM)
-        self.team = 1 << (-(-per_key // self.teams) - 1).bit_length()
+        self.rows = max(16, 1 << (config.num_attention_heads // config.num_key_value_heads - 1).bit_length())
         self.chunk = chunk_of(length, heads)
         self.splits = -(-length // self.chunk)
-        partial = (heads * self.teams, self.splits if self.splits > 1 else 0, self.team, config.head_dim + 2)
+        partial = (heads, self.splits if self.splits > 1 else 0, self.rows, config.head_dim + 2)
         self.partial = torch.empty(partial, dtype=torch.float32, device=model.device)
-        self.arrived = torch.zeros(heads * self.teams, dtype=torch.int32, device=model.device)
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=model.device)
         self.on_gpu = model.device.type == "cuda"
         self.common = {"PDL": False, "INTERPRETED": interpreted()}
         self.graph = None
@@ -174,7 +170,7 @@ class Step:
 
         config, cache = self.config, self.cache
         out = qkv.new_empty(self.batch, config.num_attention_heads * config.head_dim)
-        attend[(self.teams, self.batch * config.num_key_value_heads, self.splits)](
+        attend[(self.batch * config.num_key_value_heads, self.splits)](
             qkv,
             cache.keys[index],
             cache.values[index],
@@ -189,7 +185,7 @@ class Step:
             KV_HEADS=config.num_key_value_heads,
             HEADS=config.num_attention_heads // config.num_key_value_heads,
             HEAD_DIM=config.head_dim,
-            TEAM=self.team,
+            ROWS=self.rows,
             CHUNK=self.chunk,
             SPLITS=self.splits,
             BLOCK=_BLOCK,
