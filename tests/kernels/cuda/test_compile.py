@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fdk.kernels.cuda import decode, jit, stream
+from fdk.kernels.cuda import decode, dense, jit, stream
 from fdk.kernels.cuda.decode import Shape
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100a"]
@@ -54,6 +54,27 @@ def test_every_variant(bits: int, arch: str) -> None:
     for shape, m in VARIANTS:
         if shape.bits == bits:
             check(shape, m, arch)
+
+
+def check_dequantise(variant: dense.Variant, arch: str) -> None:
+    _, log = jit.build("dequantise_weights.cuh", variant.defines(arch not in ("sm_80", "sm_89")), arch)
+    registers, spilled = resources(log)
+    assert spilled == 0 and registers <= 128, (arch, variant, registers, spilled)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_dequantisation_of_every_width(arch: str, bits: int) -> None:
+    check_dequantise(dense.Variant(bits, 64, bits % 2 == 0, decode.TABLE), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_dequantisation(bits: int, arch: str) -> None:
+    for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT):
+        for group in (0, 16, 32, 48, 128):
+            check_dequantise(dense.Variant(bits, group, (bits + kind) % 2 == 0, kind), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -29,6 +29,13 @@ _TWO_AT_ONCE = _SHARED_PER_SM // 3
 TABLE, INT, UINT_U8, UINT_FLOAT = range(4)
 
 
+def table_bytes(bits: int) -> int:
+    """Bytes of a table in shared memory, as csrc/dequantise.cuh replicates it."""
+    if bits == 1:
+        return 0
+    return 128 << bits * (4 if bits == 2 else 2 if bits <= 4 else 1)
+
+
 @dataclass(frozen=True)
 class Shape:
     """What is fixed at compile time about a weight; `group` is k for one scale per row."""
@@ -66,9 +73,7 @@ class Shape:
     @property
     def table_bytes(self) -> int:
         """Bytes of the replicated table in shared memory."""
-        if self.bits == 1:
-            return 0
-        return 128 << self.bits * (4 if self.bits == 2 else 2 if self.bits <= 4 else 1)
+        return table_bytes(self.bits)
 
     @property
     def allows_digits(self) -> bool:
@@ -151,7 +156,7 @@ class Config:
             columns = 1 if self.tokens == 1 else -(-self.tokens // 8) * 8
             kinds = 3 if shape.bits == 1 and (self.tokens < 16 or (shape.kind != TABLE and shape.kind != INT)) else 1
             head += -(-cta_units * shape.subs * kinds * columns * 4 // 16) * 16
-        head += -(-(self.warps * self.stages * 8 + 8) // 16) * 16
+        head += -(-(self.warps * self.stages * 8 + 16) // 16) * 16
         low = head if head <= before else 0
         low_rings = min(self.warps, (before - low) // ring)
         return before + table + (0 if low else head) + (self.warps - low_rings) * ring
@@ -293,7 +298,9 @@ def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = Tr
     return best[1] if best else None
 
 
-class _Range(ctypes.Structure):
+class Range(ctypes.Structure):
+    """Blocks and rows that one table serves; twin of fdk::Range in csrc."""
+
     _fields_ = (
         ("first_cluster", ctypes.c_int),
         ("first_block", ctypes.c_int),
@@ -320,7 +327,7 @@ class Params(ctypes.Structure):
         ("blocks_per_cluster", ctypes.c_int),
         ("one_bit", ctypes.c_uint32 * 3),
         ("zero", ctypes.c_uint32),
-        ("range", _Range * MAX_RANGES),
+        ("range", Range * MAX_RANGES),
     )
 
 
@@ -341,7 +348,7 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
     )
     cluster = block = 0
     for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
-        params.range[i] = _Range(cluster, block, block + count, 0, start, end)
+        params.range[i] = Range(cluster, block, block + count, 0, start, end)
         cluster += -(-count // config.blocks)
         block += count
     return params, cluster * config.cluster

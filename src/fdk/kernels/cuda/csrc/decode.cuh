@@ -16,6 +16,10 @@
 
 namespace fdk {
 
+// Where no buffer is used twice, sums from other CTAs are counted as they arrive; the cluster's barrier would make every
+// thread wait until all its stores, those to global memory included, are seen by the whole GPU.
+constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
+
 __device__ __forceinline__ void write_output(const Params& p, const Range& range, int block, int end_block, int row, int token, float value) {
     const i64 n = range.first_row + i64(block - range.first_block) * 64 + row;
     if (block >= end_block || n >= range.end_row || token >= p.m) return;
@@ -43,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int first_unit = units * k_warp / K_WARPS;
     const bool mine = row_warp < blocks;
     const int end_unit = mine ? units * (k_warp + 1) / K_WARPS : first_unit;
+    const u32 sums_barrier = shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8 + 8;
     const Warp w = {p,
                     smem + Smem::ring(warp),
                     shared_address(smem) + Smem::BARRIERS + warp * STAGES * 8,
@@ -55,7 +60,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                     evict_first_policy()};
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
-        if (warp == 0) barrier_init(shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8);
+        if (warp == 0) {
+            barrier_init(shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8);
+            barrier_init(sums_barrier);
+            if constexpr (COUNTED_SUMS) barrier_expect(sums_barrier, (STEPS_PER_CTA == 1 ? 1 : steps) * ROW_WARPS * 64 * M * 4);
+        }
         barrier_init_fence();
     }
     __syncwarp();
@@ -65,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage);
     if constexpr (!FDK_LATE) let_next_kernel_start();
-    if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive();  // waited for before the first store to another CTA
+    // Waited for before the first store to another CTA.
+    if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
     const u16* table = p.table + (which << BITS);
     float low = -1.f, high = 0.f;
     if constexpr (BITS == 1 || DIGITS) {
@@ -113,7 +123,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
                 }
                 const float* to = receive + ((slots(step) + rw) * CLUSTER + rank) * SHARE + at % SHARE;
-                store_remote(shared_address(to), at / SHARE, sum);
+                if constexpr (COUNTED_SUMS)
+                    store_counted(shared_address(to), sums_barrier, at / SHARE, sum);
+                else
+                    store_remote(shared_address(to), at / SHARE, sum);
             }
         }
     };
@@ -159,22 +172,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         if constexpr (BATCH == 1) {
             __syncthreads();
             if constexpr (CLUSTER > 1) {
-                if constexpr (Smem::SINGLE) cluster_arrive();  // no CTA needs its activations any more
-                cluster_wait();
-                if (step > 0) finish(step - 1);
+                if constexpr (Smem::SINGLE) cluster_arrive_relaxed();  // no CTA needs its activations any more
+                if (!COUNTED_SUMS || step == 0) cluster_wait();
+                if (!COUNTED_SUMS && step > 0) finish(step - 1);
             }
             reduce(step);
-            if constexpr (CLUSTER > 1) cluster_arrive();
+            if constexpr (CLUSTER > 1 && !COUNTED_SUMS) cluster_arrive();
         }
     }
     if constexpr (BATCH > 1) {
         __syncthreads();
         if constexpr (CLUSTER > 1) cluster_wait();
         for (int step = 0; step < steps; ++step) reduce(step);
-        if constexpr (CLUSTER > 1) cluster_arrive();
     }
     if constexpr (CLUSTER > 1) {
-        cluster_wait();
+        if constexpr (COUNTED_SUMS)
+            barrier_wait(sums_barrier, 0);
+        else
+            cluster_wait();
         if constexpr (BATCH == 1) {
             if (steps > 0) finish(steps - 1);
         } else {

@@ -4,10 +4,7 @@
 
 namespace fdk {
 
-// Few tokens are stored so that a lane's 16 columns of a unit lie together: word 4i + t of a unit at 8t + i. More are left
-// as they lie in global memory.
-constexpr bool LANE_ORDER = M < 8;
-constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0 && !LANE_ORDER;
+constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0;
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
 // token, or by hand with zeros past K. Tokens past m repeat the last one.
@@ -45,37 +42,20 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* to, u32
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) {
                 const int i = base + a * THREADS, token = i / 16 / units;
-                if (i >= pieces) continue;
-                char* row = to + token * Smem::X_STRIDE;
-                if constexpr (LANE_ORDER) {
-                    // Words 2q and 2q+1 of a unit; neighbouring units store them in opposite order, in different banks.
-                    const int q = i % 16, odd = i / 16 % 2;
-                    u32* lane_order = reinterpret_cast<u32*>(row + i / 16 % units * 128) + q % 2 * 16 + q / 2;
-                    lane_order[odd * 8] = odd ? piece[a].y : piece[a].x;
-                    lane_order[8 - odd * 8] = odd ? piece[a].x : piece[a].y;
-                } else {
-                    *reinterpret_cast<u32x2*>(row + i % (16 * units) * 8) = piece[a];
-                }
+                if (i < pieces) *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + i % (16 * units) * 8) = piece[a];
             }
         }
         __syncthreads();
     }
 }
 
-// B operands of a unit for tokens 8*nt..8*nt+7: b[2s + i] of step s are columns 16s + 8i + 2t, +1.
+// B operands of a unit for tokens 8*nt..8*nt+7: b[2s + i] of step s are columns 16s + 8i + 2t, +1. Lane i names the unit of
+// column i % 8 of the operands, the same for all but a single token's sums.
 __device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int unit, int nt, int lane) {
-    if constexpr (LANE_ORDER) {
-        const char* from = x + min(lane / 4, M - 1) * Smem::X_STRIDE + unit * 128 + lane % 4 * 32;
+    const int token = M < 8 ? min(lane % 8, M - 1) : nt * 8 + lane % 8;
+    const u32 from = shared_address(x) + token * Smem::X_STRIDE + unit * 128 + lane / 8 * 16;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32x4 v = *reinterpret_cast<const u32x4*>(from + i * 16);
-            b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
-        }
-    } else {
-        const u32 from = shared_address(x) + (nt * 8 + lane % 8) * Smem::X_STRIDE + unit * 128 + lane / 8 * 16;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) load_matrices(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3], from + i * 64);
-    }
+    for (int i = 0; i < 2; ++i) load_matrices(b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3], from + i * 64);
 }
 
 // Per unit and scale change, sums[(unit * SUBS + sub) * SUM_KINDS + kind][SUM_COLUMNS]: sum(x), doubled for one bit whose
@@ -88,7 +68,7 @@ __device__ __forceinline__ void sum_activations(float* sums, const char* x, int 
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 b[8], offsets[4][4] = {};
-            load_activations(b, x, M == 1 ? min(first + lane / 4, units - 1) : first, nt, lane);
+            load_activations(b, x, M == 1 ? min(first + lane % 8, units - 1) : first, nt, lane);
             if constexpr (SPLIT_BIT) {
                 const u32 zero[4 * BITS] = {};
                 dequantise<BITS, BF16, SELECT>(offsets, zero, 0, lookup);

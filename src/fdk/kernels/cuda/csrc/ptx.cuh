@@ -58,6 +58,17 @@ __device__ __forceinline__ u16 round_half(float value) {
     return half;
 }
 
+// Two floats as a pair, the first in the low half.
+template <bool BF16>
+__device__ __forceinline__ u32 round_pair(float low, float high) {
+    u32 pair;
+    if constexpr (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // --- tensor cores ----------------------------------------------------------------------------------------------
 
 // d[16 x 8] += a[16 x 16] b[16 x 8]; lane 4g+t holds rows g, g+8 and columns 2t, 2t+1 of d.
@@ -79,6 +90,17 @@ __device__ __forceinline__ void load_matrices(u32& a, u32& b, u32& c, u32& d, u3
                  : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
                  : "r"(row)
                  : "memory");
+}
+
+// The A operand of m16n8k16 to 16 rows of 32 bytes, `stride` bytes apart.
+__device__ __forceinline__ void store_matrices(char* to, int stride, int lane, const u32 (&a)[4]) {
+#if FDK_HOPPER
+    const u32 row = shared_address(to) + lane % 16 * stride + lane / 16 * 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                 : "memory");
+#else
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<u32*>(to + (lane / 4 + i % 2 * 8) * stride + i / 2 * 16 + lane % 4 * 4) = a[i];
+#endif
 }
 
 // --- global memory ---------------------------------------------------------------------------------------------
@@ -219,9 +241,28 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// For CTAs that have nothing to show each other yet but initialised barriers: no wait for memory, unlike the above.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if FDK_HOPPER
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if FDK_HOPPER
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Store to the same shared-memory address in CTA `rank` of the cluster, counted by the barrier at that address there.
+__device__ __forceinline__ void store_counted(u32 address, u32 barrier, u32 rank, f32x4 v) {
+#if FDK_HOPPER
+    u32 to, counted;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(barrier), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w), "r"(counted)
+                 : "memory");
 #endif
 }
 

@@ -53,7 +53,7 @@ struct Smem {
     static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
 
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
-    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + 15) / 16 * 16;  // of the rings, and one for x
+    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 16 + 15) / 16 * 16;  // of the rings, for x, for sums
     static constexpr int CODE_BYTES = BITS * 512;
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
     static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + STAGE_GROUPS * 128;

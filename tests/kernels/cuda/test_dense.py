@@ -1,0 +1,61 @@
+"""Dequantised weights and products by way of them on a GPU; how a weight is cut into parts, anywhere."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fdk import reference, testing
+from fdk.formats import parse
+from fdk.kernels.cuda import dense
+
+SHAPES = [(200, 1152, 3), (64, 64, 1), (130, 4112, 2), (1, 240, 1), (777, 704, 4)]
+
+
+def weight_of(name: str, n: int, k: int, **more):
+    return testing.random_weight(parse(name), n, k, device="cuda:0", **more).to_layout("fragments")
+
+
+@pytest.mark.parametrize("total", [1, 5, 64, 1000])
+@pytest.mark.parametrize("most", [0, 1, 7, 64, 5000])
+def test_parts_are_adjacent_and_small(total: int, most: int) -> None:
+    parts = list(dense.parts_of((total - total // 2, total // 2), most))
+    assert parts[0][0] == 0 and parts[-1][1] == total
+    assert all(first[1] == second[0] for first, second in pairwise(parts))
+    assert all(0 < end - start <= max(1, most) for start, end in parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["g16", "g32", "g48", "g64", "g128", "chan"])
+@pytest.mark.parametrize("kind", ["lut", "int", "uint", "uint float"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_value_is_the_references(bits: int, kind: str, group: str) -> None:
+    size = 1 if group == "chan" else int(group[1:])
+    for dtype in (torch.bfloat16, torch.float16):
+        for n, k, tables in SHAPES:
+            if k % size == 0:
+                name = f"{kind.split()[0]}{bits}_{group}"
+                weight = weight_of(name, n, k, dtype=dtype, tables=tables, seed=n, float_zeros="float" in kind)
+                assert torch.equal(dense.Plan(weight).dense(), reference.dequantise(weight)), (n, k, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scratch", [dense.SCRATCH_BYTES, 200 * 1024, 1])
+def test_products_and_gradients_by_parts(scratch: int) -> None:
+    for name, n, k in (("lut4_g64", 777, 704), ("uint3_g16", 330, 4112), ("int8_chan", 65, 129)):
+        weight = weight_of(name, n, k, tables=3)
+        plan = dense.Plan(weight)
+        for m in (1, 3, 200):
+            generator = torch.Generator().manual_seed(m)
+            x, bias = (torch.randn(*size, generator=generator).bfloat16().cuda() for size in ((m, k), (n,)))
+            for b in (None, bias):
+                out = testing.poisoned(m, n, x.dtype, "cuda:0")
+                plan(x, b, out, scratch)
+                exact = testing.exact(x, weight, b)
+                bound = testing.error_bound(x, weight, exact, x.dtype, True)
+                assert testing.violation(out, exact, bound) is None, (name, m)
+            grad = torch.randn(m, n, generator=generator).bfloat16().cuda()
+            values = reference.dequantise(weight, torch.float64)
+            exact = grad.double() @ values
+            bound = testing.dense_bound(grad, values.T, exact, grad.dtype, True)
+            assert testing.violation(plan.grad(grad, scratch), exact, bound) is None, (name, m)
