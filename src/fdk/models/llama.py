@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fdk.errors import FormatError, UnsupportedError
 
@@ -198,6 +200,13 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
 
 
+def attention_backends(device: torch.device) -> AbstractContextManager:
+    """On a GPU all but cuDNN's, which plans anew, for 2 ms a layer, whenever the number of keys grows."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """Causal attention of q [b, h, t, d] at positions start.. on k, v [b, g, start + t, d]."""
     b, heads, t, d = q.shape
@@ -297,8 +306,9 @@ class Llama(nn.Module):
         else:
             cos, sin = cache.cos[start : start + t], cache.sin[start : start + t]
         x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, cache)
+        with attention_backends(self.device):
+            for layer in self.model.layers:
+                x = layer(x, cos, sin, cache)
         if cache is not None:
             cache.filled += t
         x = self.model.norm(x[:, -1:] if last_only else x)
