@@ -91,7 +91,9 @@ def _linear_grad(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
     geometry, _, _ = decode_spec(spec)
     flat = grad.reshape(-1, geometry.n)
     weight = from_spec(spec, parts)
-    return (flat @ dequantise(weight)).view(*grad.shape[:-1], geometry.k)
+    kernel = _dequantising_kernel(weight)
+    grad_x = flat @ dequantise(weight) if kernel is None else kernel.grad(flat, weight)
+    return grad_x.view(*grad.shape[:-1], geometry.k)
 
 
 def _linear_fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, kernel: str) -> Tensor:
@@ -155,7 +157,17 @@ def prepare(weight: QuantisedWeight, kernel: str = "auto") -> QuantisedWeight:
 
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """The dense weight [n, k], each value rounded once to `dtype` (default: the weight's)."""
-    return reference.dequantise(weight, dtype)
+    kernel = _dequantising_kernel(weight) if dtype in (None, weight.dtype) else None
+    return reference.dequantise(weight, dtype) if kernel is None else kernel.dequantise(weight)
+
+
+def _dequantising_kernel(weight: QuantisedWeight):
+    """The kernel that turns `weight` into a dense one where it lies, in the layout that it has; None if none does."""
+    if weight.device.type != "cuda" or 0 in weight.shape:
+        return None
+    candidate = kernel_named("cuda")
+    problem = Problem(1, weight.geometry, weight.device)
+    return candidate if weight.layout == candidate.layout and reason_against(candidate, problem) is None else None
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,8 @@ class Explanation:
             f"{weight} times {problem.m} rows on {problem.device}:",
             f"  {self.choice.kernel.name}  chosen, layout {self.choice.kernel.layout}",
         ]
+        if describe := getattr(self.choice.kernel, "describe", None):
+            lines.append(f"    {describe(problem)}")
         lines += [f"  {name}  passed over: {reason}" for name, reason in self.choice.rejected]
         lines += [f"  {name}  {reason}" for name, reason in self.others]
         return "\n".join(lines)

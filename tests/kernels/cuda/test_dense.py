@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import fdk
 from fdk import reference, testing
 from fdk.formats import parse
 from fdk.kernels.cuda import dense
@@ -37,6 +38,21 @@ def test_every_value_is_the_references(bits: int, kind: str, group: str) -> None
                 name = f"{kind.split()[0]}{bits}_{group}"
                 weight = weight_of(name, n, k, dtype=dtype, tables=tables, seed=n, float_zeros="float" in kind)
                 assert torch.equal(dense.Plan(weight).dense(), reference.dequantise(weight)), (n, k, dtype)
+
+
+@pytest.mark.gpu
+def test_dequantise_and_the_gradient_take_this_path(monkeypatch) -> None:
+    weight = testing.random_weight(parse("lut3_g64"), 300, 256, device="cuda:0")
+    expected = reference.dequantise(weight)
+    x = torch.randn(5, 256, device="cuda:0").bfloat16().requires_grad_()
+    out = fdk.linear(x, weight)
+    monkeypatch.setattr(reference, "dequantise", None)
+    assert weight.layout == "fragments" and torch.equal(fdk.dequantise(weight), expected)
+    grad = torch.randn(out.shape, device="cuda:0").bfloat16()
+    out.backward(grad)
+    exact = grad.double() @ expected.double()
+    bound = testing.dense_bound(grad, expected.double().T, exact, grad.dtype, True)
+    assert testing.violation(x.grad, exact, bound) is None
 
 
 @pytest.mark.gpu

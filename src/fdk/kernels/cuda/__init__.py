@@ -1,27 +1,32 @@
 """CUDA C++ kernels for NVIDIA GPUs from compute capability 8.0, tuned for 9.0, compiled at first use by NVRTC.
 
-decode.py   up to 64 tokens (csrc/decode.cuh): configuration, launch arithmetic, launcher
+routes.py   which of the three serves a product, by predicted time
+decode.py   few rows of x (csrc/decode.cuh): configuration, launch arithmetic, launcher
+prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
+dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
 stream.py   the streaming floor (csrc/stream.cuh), for the benchmark
 jit.py      NVRTC and the cubin cache;  driver.py  loading and launching
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from fdk.errors import UnsupportedError
 from fdk.kernels import Problem
-from fdk.kernels.cuda import decode, jit
+from fdk.kernels.cuda import decode, dense, jit, routes
 from fdk.kernels.cuda.stream import stream_floor
 from fdk.packing import fragments
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
 
 __all__ = ["KERNEL", "stream_floor", "warmup"]
+
+Call = Callable[[Tensor, Tensor | None, Tensor], None]
 
 
 @cache
@@ -31,17 +36,24 @@ def _device_facts(index: int) -> tuple[tuple[int, int], int]:
     return (facts.major, facts.minor), facts.multi_processor_count
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def _routes(geometry: Geometry, zeros: torch.dtype | None, m: int, device: torch.device) -> tuple[routes.Route, ...]:
+    capability, sms = _device_facts(torch.cuda.current_device() if device.index is None else device.index)
+    shape = decode.shape_of(geometry, zeros)
+    return routes.routes(shape, max(1, m), fragments.block_counts(geometry), sms, capability)
 
 
-def _config(shape: decode.Shape, m: int, blocks: int, device: torch.device) -> decode.Config | None:
-    capability, sms = _device_facts(_index(device))
-    return decode.choose_config(shape, m, blocks, sms, capability >= (9, 0))
+@cache
+def _warn_of_scratch(device: torch.device) -> None:
+    warnings.warn(
+        f"fdk: no memory is left on {device} to dequantise weights into, so products of many rows take the decode "
+        "kernel, 64 rows at a time, and are slower; free memory or use smaller batches",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 class CudaKernel:
-    """Tensor-core products with weights dequantised on the way; more than 64 rows of x are taken 64 at a time."""
+    """Tensor-core products with weights dequantised on the way, or in front where that is predicted to be faster."""
 
     name = "cuda"
     layout = fragments.FRAGMENTS.name
@@ -56,62 +68,124 @@ class CudaKernel:
             return "has nothing to multiply in an empty weight"
         if reason := jit.unavailable():
             return reason
-        capability, _ = _device_facts(_index(problem.device))
+        index = torch.cuda.current_device() if problem.device.index is None else problem.device.index
+        capability, _ = _device_facts(index)
         if capability < (8, 0):
             return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
-        shape = decode.shape_of(geometry, geometry.dtype if geometry.format.has_zeros else None)
-        if self._at_once(shape, max(1, problem.m), geometry, problem.device) == 0:
-            return f"has no room for {geometry.k} activations in shared memory"
         return None
 
-    def _at_once(self, shape: decode.Shape, m: int, geometry: Geometry, device: torch.device) -> int:
-        """Rows of x per launch: all m, or as many of 64, 32, ... as shared memory holds; 0 if not even one fits."""
-        blocks = sum(fragments.block_counts(geometry))
-        fitting = (
-            rows for rows in (min(m, 64), 32, 16, 8, 4, 2, 1) if rows <= m and _config(shape, rows, blocks, device)
-        )
-        return next(fitting, 0)
+    def _problem_routes(self, problem: Problem) -> list[tuple[routes.Route, ...]]:
+        """Routes for each dtype that zeros may have, which a problem does not tell."""
+        geometry = problem.geometry
+        kinds = (torch.uint8, geometry.dtype) if geometry.format.has_zeros else (None,)
+        return [_routes(geometry, zeros, problem.m, problem.device) for zeros in kinds]
 
     def rounds_weights(self, problem: Problem) -> bool:
-        return False
+        return any(found[0].name == "dense" for found in self._problem_routes(problem))
 
-    def plan(self, weight: QuantisedWeight, m: int) -> decode.Plan:
-        """The compiled kernel for m rows of x, bound to `weight` and remembered in its cache."""
-        key = ("cuda", decode.token_tile(m))
-        found = weight.cache.get(key)
+    def describe(self, problem: Problem) -> str:
+        """The path inside the kernel that serves the problem, and what the others were predicted to take."""
+        found = self._problem_routes(problem)[-1]
+        names = {
+            "decode": "dequantises on the way, mma.sync",
+            "prefill": "dequantises on the way, wgmma",
+            "dense": "dequantises to memory, cuBLAS",
+        }
+        first, *others = (f"{route.name} ({route.us:.3g} us predicted; {names[route.name]})" for route in found)
+        return first + "".join(f", rather than {other}" for other in others)
+
+    def call(self, weight: QuantisedWeight, m: int) -> Call:
+        """The product of m rows of x with `weight`, compiled, loaded and remembered in the weight's cache."""
+        found = weight.cache.get(("cuda", m))
         if found is None:
             zeros = weight.parts.get("zeros")
-            shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
-            config = _config(shape, m, sum(fragments.block_counts(weight.geometry)), weight.device)
-            if config is None:
-                raise UnsupportedError(f"cuda: {weight!r} does not fit shared memory with {m} rows of x")
-            found = weight.cache[key] = decode.Plan(weight, config)
+            zeros_dtype = None if zeros is None else zeros.dtype
+            possible = _routes(weight.geometry, zeros_dtype, m, weight.device)
+            found = weight.cache[("cuda", m)] = self._bind(weight, m, possible)
+        return found
+
+    def _bind(self, weight: QuantisedWeight, m: int, possible: tuple[routes.Route, ...]) -> Call:
+        route = possible[0]
+        if route.name == "dense":
+            others = next((i for i, other in enumerate(possible) if other.name != "dense"), None)
+            fallback = None if others is None else lambda: self._bind(weight, m, possible[others:])
+            return _Dense(self.dense_plan(weight), fallback)
+        plan = self._plan(weight, route)
+        if route.rows == m:
+            return plan
+        last = plan
+        if m % route.rows:
+            zeros = weight.parts.get("zeros")
+            rest = _routes(weight.geometry, None if zeros is None else zeros.dtype, m % route.rows, weight.device)
+            last = self._bind(weight, m % route.rows, tuple(other for other in rest if other.name == "decode"))
+        return _InParts(route.rows, plan, last)
+
+    def _plan(self, weight: QuantisedWeight, route: routes.Route) -> Call:
+        key = ("cuda", route.config)
+        found = weight.cache.get(key)
+        if found is None:
+            module = decode if route.name == "decode" else routes.prefill
+            found = weight.cache[key] = module.Plan(weight, route.config)
+        return found
+
+    def dense_plan(self, weight: QuantisedWeight) -> dense.Plan:
+        """What dequantises `weight`, which lies in the kernel's layout; remembered in its cache."""
+        found = weight.cache.get("cuda dense")
+        if found is None:
+            found = weight.cache["cuda dense"] = dense.Plan(weight)
         return found
 
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
-        m = x.shape[0]
         if x.data_ptr() % 16:
             x = x.clone()
-        rows = weight.cache.get(("cuda rows", m))
-        if rows is None:
-            zeros = weight.parts.get("zeros")
-            shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
-            rows = weight.cache[("cuda rows", m)] = self._at_once(shape, m, weight.geometry, weight.device)
-        if rows == m:
-            self.plan(weight, m)(x, bias, out)
-            return
-        for start in range(0, m, rows):
-            part = x[start : start + rows]
+        self.call(weight, x.shape[0])(x, bias, out)
+
+    def dequantise(self, weight: QuantisedWeight) -> Tensor:
+        """The dense weight [n, k], each value rounded once to the weight's dtype."""
+        return self.dense_plan(weight).dense()
+
+    def grad(self, grad: Tensor, weight: QuantisedWeight) -> Tensor:
+        """grad [m, n] @ W -> [m, k] with W rounded to its dtype: the gradient with respect to x."""
+        plan = self.dense_plan(weight)
+        return dense.within_memory(lambda scratch: plan.grad(grad, scratch))
+
+
+class _InParts:
+    """A product by one launch for every `rows` rows of x, and one for the rest."""
+
+    def __init__(self, rows: int, plan: Call, last: Call) -> None:
+        self.rows, self.plan, self.last = rows, plan, last
+
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        for start in range(0, x.shape[0], self.rows):
+            part = x[start : start + self.rows]
             # A row of x need not be a whole number of 16-byte pieces.
             part = part if part.data_ptr() % 16 == 0 else part.clone()
-            self.plan(weight, part.shape[0])(part, bias, out[start : start + rows])
+            plan = self.plan if part.shape[0] == self.rows else self.last
+            plan(part, bias, out[start : start + self.rows])
+
+
+class _Dense:
+    """A product by way of dense weights: with less scratch where memory is short, else by another route."""
+
+    def __init__(self, plan: dense.Plan, fallback: Callable[[], Call] | None) -> None:
+        self.plan, self.fallback = plan, fallback
+
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        try:
+            dense.within_memory(lambda scratch: self.plan(x, bias, out, scratch))
+        except torch.cuda.OutOfMemoryError:
+            if self.fallback is None:
+                raise
+            _warn_of_scratch(x.device)
+            self.fallback()(x, bias, out)
 
 
 KERNEL = CudaKernel()
 
 
 def warmup(weights: Iterable[QuantisedWeight], rows: Iterable[int] = (1,)) -> None:
-    """Compile and load what products of up to those rows of x with `weights` need, so that no call waits for it.
+    """Compile and load what products of those rows of x with `weights` need, so that no call waits for it.
 
     Needed before a CUDA graph is captured. The weights are brought into the kernels' layout, in place; those that
     the kernel does not serve are left alone.
@@ -120,6 +194,8 @@ def warmup(weights: Iterable[QuantisedWeight], rows: Iterable[int] = (1,)) -> No
     for weight in weights:
         if weight.device.type != "cuda":
             continue
+        n, k = weight.shape
         for m in rows:
             if KERNEL.supports(Problem(m, weight.geometry, weight.device)) is None:
-                KERNEL.plan(weight.relayout_(KERNEL.layout), m)
+                x = torch.zeros(m, k, dtype=weight.dtype, device=weight.device)
+                KERNEL.linear(x, weight.relayout_(KERNEL.layout), None, x.new_empty(m, n))

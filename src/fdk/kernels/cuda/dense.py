@@ -7,10 +7,11 @@ comes from torch's allocator at every call, which reuses it per stream and keeps
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from fdk.weight import QuantisedWeight
 
 SCRATCH_BYTES = 256 << 20
 """Dense weights held at a time; cuBLAS on whole weights was up to a tenth faster than on parts of 64 MB (H200)."""
+
+T = TypeVar("T")
 
 _WARPS, _BUFFER, _WINDOW = 8, 16 * 144, 1024
 
@@ -89,6 +92,16 @@ def load(variant: Variant, device: int) -> driver.Function:
     cubin = jit.cubin("dequantise_weights.cuh", variant.defines(hopper), jit.architecture(capability))
     shared = variant.shared_bytes(hopper)
     return driver.Function(cubin, "fdk_dequantise", _WARPS * 32, shared, 1, dependent=hopper)
+
+
+def within_memory(run: Callable[[int], T]) -> T:
+    """run(bytes of scratch), again with less where memory is short; torch.cuda.OutOfMemoryError if that fails too."""
+    for scratch in (SCRATCH_BYTES, SCRATCH_BYTES // 8):
+        try:
+            return run(scratch)
+        except torch.cuda.OutOfMemoryError:
+            continue
+    return run(SCRATCH_BYTES // 64)
 
 
 def parts_of(lengths: tuple[int, ...], most: int) -> Iterator[tuple[int, int]]:

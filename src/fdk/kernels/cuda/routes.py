@@ -1,0 +1,94 @@
+"""Which CUDA path serves a product: a pure function of its shape, from predicted times.
+
+decode   weights dequantised on the way into mma.sync, up to 64 rows of x per launch (decode.py)
+prefill  the same into wgmma, any number of rows, compute capability 9.0 (prefill.py)
+dense    weights dequantised to memory, then cuBLAS (dense.py); rounds scaled weights
+
+The constants are fits to graph replays with cold weights on an H200, 2026-11-21 (docs/findings.md): within 15 % at
+4096^2 to 14336 x 4096. Another device scales them by its multiprocessors, as if its memory were as much slower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fdk.kernels.cuda import decode
+
+try:
+    from fdk.kernels.cuda import prefill
+except ImportError:
+    prefill = None
+
+_SMS = 132
+
+# Decode: microseconds around the loop, and clocks at 1.83 GHz that one multiprocessor spends on a unit of 64 rows x 64
+# columns, at one token by width and on top of that by tokens.
+_DECODE_START, _DECODE_CLOCKS_PER_US = 2.5, 1830
+_UNIT_CLOCKS = (70, 94, 121, 130, 240, 245, 255, 261)
+_TOKEN_CLOCKS = {1: 0, 2: 5, 4: 13, 8: 25, 16: 70, 32: 230, 64: 510}
+
+# Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond and
+# its start. The two kernels' starts overlap with what runs before them.
+_DEQUANTISE_BYTES, _CUBLAS_BYTES, _CUBLAS_OPERATIONS, _CUBLAS_START = 3.35e6, 4.0e6, 740e6, 3.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to serve a product.
+
+    name    decode, prefill or dense
+    us      predicted time in microseconds
+    rows    rows of x per launch: all of them, but for decode
+    config  the configuration of decode or prefill at that many rows
+    """
+
+    name: str
+    us: float
+    rows: int
+    config: object = None
+
+
+def decode_us(shape: decode.Shape, m: int, rows: int, sms: int = _SMS) -> float:
+    """Predicted time of m rows of x by the decode kernel, `rows` of them per launch."""
+    units = -(-shape.n // 64) * shape.units / sms
+    total = 0.0
+    for part, launches in ((rows, m // rows), (m % rows, 1)):
+        if part and launches:
+            clocks = _UNIT_CLOCKS[shape.bits - 1] + _TOKEN_CLOCKS[decode.token_tile(part)]
+            total += launches * (_DECODE_START + units * clocks / _DECODE_CLOCKS_PER_US)
+    return total
+
+
+def dense_us(shape: decode.Shape, m: int, sms: int = _SMS) -> float:
+    """Predicted time of m rows of x by dequantised weights and cuBLAS."""
+    weights = shape.n * shape.k
+    moved = weights * (shape.bits / 8 + 2 / shape.group + 2) / _DEQUANTISE_BYTES
+    product = max((2 * weights + 2 * m * (shape.n + shape.k)) / _CUBLAS_BYTES, 2 * m * weights / _CUBLAS_OPERATIONS)
+    return (moved + product) * _SMS / sms + _CUBLAS_START
+
+
+def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, hopper: bool) -> int:
+    """Rows of x per launch of the decode kernel: all m, or as many of 64, 32, ... as fit; 0 if not even one does."""
+    fitting = (rows for rows in (min(m, 64), 32, 16, 8, 4, 2, 1) if rows <= m)
+    return next((rows for rows in fitting if decode.choose_config(shape, rows, blocks, sms, hopper)), 0)
+
+
+@lru_cache(maxsize=4096)
+def routes(
+    shape: decode.Shape, m: int, blocks: tuple[int, ...], sms: int, capability: tuple[int, int]
+) -> tuple[Route, ...]:
+    """Every route that can serve m rows of x, the fastest by prediction first; never empty.
+
+    blocks: blocks of 64 rows of each table's range of rows.
+    """
+    hopper = capability >= (9, 0)
+    found = [Route("dense", dense_us(shape, m, sms), m)]
+    if rows := rows_at_once(shape, m, sum(blocks), sms, hopper):
+        config = decode.choose_config(shape, rows, sum(blocks), sms, hopper)
+        found.append(Route("decode", decode_us(shape, m, rows, sms), rows, config))
+    if hasattr(prefill, "choose") and capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
+        us = prefill.predict_us(shape, m, blocks, sms)
+        if us is not None:
+            found.append(Route("prefill", us, m, config))
+    return tuple(sorted(found, key=lambda route: route.us))

@@ -1,0 +1,50 @@
+"""The choice between decoding, prefill and dense weights: pure arithmetic, anywhere."""
+
+import pytest
+
+from fdk.kernels.cuda import decode, routes
+from fdk.kernels.cuda.decode import Shape
+
+SHAPES = [(4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (5120, 5120), (28672, 8192), (1024, 1024)]
+DEVICES = [(9, 0), (8, 0), (10, 0)]
+
+
+def best(shape: Shape, m: int, capability: tuple[int, int] = (9, 0)) -> routes.Route:
+    return routes.routes(shape, m, (-(-shape.n // 64),), 132, capability)[0]
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("n,k", SHAPES)
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_no_cliff_between_neighbours(bits: int, n: int, k: int, capability: tuple[int, int]) -> None:
+    shape = Shape(n, k, bits, 64, True, decode.TABLE)
+    times = {m: best(shape, m, capability).us for m in {*range(1, 200), *(int(200 * 1.1**i) for i in range(40))}}
+    ordered = sorted(times)
+    for m in ordered:
+        assert times[m] <= 1.05 * min(times[other] for other in ordered if m <= other <= 1.1 * m + 1), m
+
+
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_one_token_decodes_and_everything_has_dense_weights_behind_it(n: int, k: int) -> None:
+    shape = Shape(n, k, 4, 64, True, decode.TABLE)
+    assert best(shape, 1).name == "decode"
+    for m in (1, 100, 8192):
+        assert "dense" in {route.name for route in routes.routes(shape, m, (-(-n // 64),), 132, (8, 0))}
+
+
+def test_wgmma_is_for_hopper_alone() -> None:
+    shape = Shape(4096, 4096, 4, 64, True, decode.TABLE)
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        assert "prefill" not in {route.name for route in routes.routes(shape, 1024, (64,), 132, capability)}
+
+
+def test_activations_too_long_for_shared_memory_go_the_dense_way() -> None:
+    shape = Shape(64, 1 << 21, 8, 1 << 21, True, decode.TABLE)
+    assert [route.name for route in routes.routes(shape, 1, (1,), 132, (8, 0))] == ["dense"]
+
+
+def test_rows_of_a_decode_launch_cover_m() -> None:
+    shape = Shape(4096, 4096, 4, 64, True, decode.TABLE)
+    for m in (1, 7, 64, 65, 130):
+        route = next(r for r in routes.routes(shape, m, (64,), 132, (9, 0)) if r.name == "decode")
+        assert route.rows == min(m, 64) and route.config.tokens >= route.rows
