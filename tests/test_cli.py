@@ -61,6 +61,51 @@ def test_quantise_info_and_load(capsys, tmp_path, source):
     assert "dense LlamaForCausalLM" in out
 
 
+@pytest.fixture
+def with_tokenizer(source):
+    """The dense Llama with a tokenizer of single characters."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra: transformers)")
+    letters = {chr(32 + i): i for i in range(95)} | {"[UNK]": 95}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(source / "tokenizer.json"))
+    return source
+
+
+def test_generate_streams_text_or_ids(capsys, tmp_path, with_tokenizer):
+    ids = ["--ids", *map(str, (33, 34, 35)), "--tokens", "6", "--device", "cpu"]
+    status, out, err = run(capsys, "generate", with_tokenizer, *ids)
+    assert status == 0 and re.fullmatch(r"3 tokens read and 1 found in [\d.]+ s, then [\d.]+ tokens/s\n", err)
+    tokens = [int(token) for token in out.split()]
+    assert len(tokens) == 6
+    text = ["--prompt", "ABC", "--tokens", "6", "--device", "cpu"]
+    status, out, _ = run(capsys, "generate", with_tokenizer, *text)
+    assert status == 0 and out == "".join("[UNK]" if i == 95 else chr(32 + i) for i in tokens) + "\n"
+    # The tokenizer goes along when the model is quantised, and a draw depends on the seed alone.
+    assert run(capsys, "quantise", with_tokenizer, "--output", tmp_path / "low")[0] == 0
+    drawn = [
+        run(capsys, "generate", tmp_path / "low", *text, "--temperature", "2", "--seed", seed)[1] for seed in "112"
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    config = json.loads((tmp_path / "low" / "config.json").read_text())
+    (tmp_path / "low" / "config.json").write_text(json.dumps({**config, "eos_token_id": list(range(96))}))
+    status, out, err = run(capsys, "generate", tmp_path / "low", *ids)
+    assert (status, len(out.split())) == (0, 1) and "tokens/s" not in err
+
+
+def test_generate_says_what_is_wrong(capsys, source):
+    for arguments, status, words in (
+        (["--prompt", "A"], 1, "has no tokenizer.json; copy the original model's there, or give token ids with --ids"),
+        (["--ids", "96", "--device", "cpu"], 1, "token 96 is not one of the model's 96"),
+        (["--ids", "1", "--tokens", "0"], 2, "--tokens 0: at least 1"),
+        (["--ids", "1", "--top-p", "0"], 2, "--top-p 0.0: at least 0, and above 0 up to 1"),
+        ([], 2, "one of the arguments --prompt --ids is required"),
+    ):
+        got, out, err = run(capsys, "generate", source, *arguments)
+        assert (got, out) == (status, "") and words in err and err.count("\n") == 1
+
+
 def test_overrides_format_and_overwrite(capsys, tmp_path, source):
     (tmp_path / "mixed.txt").write_text("model.layers.0.mlp.up_proj: 8\n")
     low = ["quantise", source, "--output", tmp_path / "low"]

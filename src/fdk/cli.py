@@ -1,4 +1,7 @@
-"""The fdk command: info, explain, quantise, bench, plot. Exit status 0, 1 if it failed, 2 for a wrong command line."""
+"""The fdk command: info, explain, quantise, generate, bench, plot.
+
+Exit status 0, 1 if it failed, 2 for a wrong command line.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,19 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (5)")
     quantise.add_argument("--overwrite", action="store_true", help="replace an output folder that fdk has written")
     quantise.set_defaults(run=run_quantise)
+
+    generate = commands.add_parser("generate", help="continue a prompt with a Llama, dense or quantised")
+    generate.add_argument("model", help="folder, or id of a model in the local Hugging Face cache")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text, read by the folder's tokenizer.json")
+    prompt.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids, where there is no tokenizer")
+    generate.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (128)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (0)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of that share (1)")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    generate.add_argument("--device", help="cpu or cuda (cuda if there is one)")
+    generate.add_argument("--step", choices=("auto", "fused", "plain"), default="auto", help="see python -m fdk.models")
+    generate.set_defaults(run=run_generate)
 
     commands.add_parser("bench", help="measure the kernels; the same as python -m fdk.bench", add_help=False)
     commands.add_parser("plot", help="draw figures from records; fdk plot --help", add_help=False)
@@ -330,6 +346,67 @@ def run_quantise(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_generate(args: argparse.Namespace) -> int:
+    """`fdk generate`: the continuation on standard output as it comes, its speed on standard error."""
+    import torch
+
+    from fdk.models.checkpoint import load
+    from fdk.models.folder import load_dense, resolve
+    from fdk.models.generate import generate
+    from fdk.models.llama import Llama
+    from fdk.models.skeleton import read_config
+
+    if args.tokens < 1:
+        raise UsageError(f"--tokens {args.tokens}: at least 1 is needed")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UsageError(f"--temperature {args.temperature} --top-p {args.top_p}: at least 0, and above 0 up to 1")
+    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = resolve(args.model)
+    config = read_config(folder)
+    tokenizer = _tokenizer(folder) if args.prompt is not None else None
+    ids = tokenizer.encode(args.prompt).ids if tokenizer else args.ids
+    quantised = "quantization_config" in config
+    model = load(folder, device) if quantised else load_dense(folder, device, torch.bfloat16)
+    if not isinstance(model, Llama):
+        raise FdkError(f"{type(model).__name__} is not decoded here, only Llama; use transformers' own generate")
+    stop = config.get("eos_token_id")
+    stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    found: list[int] = []
+    shown = ""
+    start = first = time.perf_counter()
+    for token in generate(model, ids, args.tokens, args.temperature, args.top_p, args.seed, stop, args.step):
+        found.append(token)
+        first = time.perf_counter() if len(found) == 1 else first
+        text = tokenizer.decode(found) if tokenizer else " ".join(map(str, found))
+        # A character may be spread over several tokens; until it is whole it decodes to a replacement character.
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    end = time.perf_counter()
+    speed = f", then {(len(found) - 1) / (end - first):.1f} tokens/s" if len(found) > 1 else ""
+    print(f"{len(ids)} tokens read and 1 found in {first - start:.2f} s{speed}", file=sys.stderr)
+    return 0
+
+
+def _tokenizer(folder):
+    """The tokenizer of a model folder; FdkError if it has none, or the package that reads it is missing."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise FdkError(f"{folder} has no tokenizer.json; copy the original model's there, or give token ids with --ids")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise FdkError(
+            "reading tokenizer.json needs the package tokenizers: pip install "
+            "'fused-dequantisation-kernels[transformers]', or give token ids with --ids"
+        ) from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise FdkError(f"{path} cannot be read ({error}); restore it from the original model, or use --ids") from None
+
+
 def _progress(stack: ExitStack):
     """A progress callback with a bar on standard error if that is a terminal, else None."""
     if not sys.stderr.isatty():
@@ -402,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    names = {"info", "explain", "quantise"}
+    names = {"info", "explain", "quantise", "generate"}
     command = f"fdk {arguments[0]}" if arguments and arguments[0] in names else "fdk"
     print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
     return status

@@ -100,7 +100,7 @@ class Step:
             stream.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=stream):
-                self._run()
+                self.graph_logits = self._run()
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         self.position.zero_()
 
@@ -108,8 +108,8 @@ class Step:
     def prefill(self, tokens: Tensor) -> Tensor:
         """Start again with tokens [b, t] by the model's own forward; the most likely next tokens [b, 1]."""
         self.cache.filled = 0
-        logits = self.model(tokens, self.cache, last_only=True)[:, -1]
-        self.tokens.copy_(logits.argmax(-1, keepdim=True))
+        self.logits = self.model(tokens, self.cache, last_only=True)[:, -1]
+        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
         self.position.fill_(self.cache.filled)
         return self.tokens
 
@@ -119,13 +119,15 @@ class Step:
         if self.cache.filled >= self.cache.length:
             raise ValueError(f"the cache holds {self.cache.length} positions, and all are taken; make a longer one")
         if self.graph is None:
-            self._run()
+            self.logits = self._run()
         else:
             self.graph.replay()
+            self.logits = self.graph_logits
         self.cache.filled += 1
         return self.tokens
 
-    def _run(self) -> None:
+    def _run(self) -> Tensor:
+        """Feed `tokens`; the logits, whose most likely tokens they then are."""
         x = F.embedding(self.tokens[:, 0], self.model.model.embed_tokens.weight)
         y = None
         for index, layer in enumerate(self.model.model.layers):
@@ -133,8 +135,9 @@ class Step:
             y = layer.self_attn.o_proj(self._attend(qkv, index))
             pair = self.gate_up[index](self._norm(x, y, layer.post_attention_layernorm))
             y = layer.mlp.down_proj(self._gate(pair))
-        self.logits = self.model.lm_head(self._norm(x, y, self.model.model.norm, count=True))
-        self._choose()
+        logits = self.model.lm_head(self._norm(x, y, self.model.model.norm, count=True))
+        self._choose(logits)
+        return logits
 
     def _norm(self, x: Tensor, y: Tensor | None, norm: RMSNorm, count: bool = False) -> Tensor:
         """The norm of x + y, which x becomes."""
@@ -194,14 +197,14 @@ class Step:
         )
         return out
 
-    def _choose(self) -> None:
+    def _choose(self, logits: Tensor) -> None:
         """The most likely tokens; torch.argmax takes ten times as long over a few rows."""
         from fdk.models.fused import best, best_of_blocks
 
-        size, pdl = self.logits.shape[1], {k: v for k, v in self.common.items() if k != "INTERPRETED"}
+        size, pdl = logits.shape[1], {k: v for k, v in self.common.items() if k != "INTERPRETED"}
         blocks = -(-size // _LOGITS)
-        value = torch.empty(self.batch, blocks, dtype=torch.float32, device=self.logits.device)
-        index = torch.empty(self.batch, blocks, dtype=torch.int32, device=self.logits.device)
-        best_of_blocks[(blocks, self.batch)](self.logits, value, index, size, BLOCK=_LOGITS, num_warps=4, **pdl)
+        value = torch.empty(self.batch, blocks, dtype=torch.float32, device=logits.device)
+        index = torch.empty(self.batch, blocks, dtype=torch.int32, device=logits.device)
+        best_of_blocks[(blocks, self.batch)](logits, value, index, size, BLOCK=_LOGITS, num_warps=4, **pdl)
         padded = 1 << (blocks - 1).bit_length()
         best[(self.batch,)](value, index, self.tokens, blocks, BLOCK=padded, num_warps=1, **pdl)
