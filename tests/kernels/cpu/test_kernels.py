@@ -68,6 +68,21 @@ def test_one_row_of_many_blocks(isa: str, bits: int) -> None:
         assert wrong is None, f"{isa} {fmt}: {wrong}"
 
 
+@pytest.mark.parametrize("m", [9, 12, 13, 20, 23, 33, 45, 100, 385, 513, 520])
+@pytest.mark.parametrize("name", ["lut4_g64", "lut3_g16", "uint4_g32", "lut7_g64", "int8_chan", "lut8_g64", "lut5_g48"])
+def test_every_cut_of_many_rows(isa: str, name: str, m: int) -> None:
+    """Tiles of several widths, several chunks of rows, several stretches of k, ranges that end inside a batch."""
+    if isa == "generic" and m > 385:
+        m = 130  # the same cuts in less time
+    k = {"lut5_g48": 240}.get(name, 192 if m > 45 else 2112)
+    weight = testing.random_weight(parse(name), 150, k, tables=3, seed=m).to_layout(KERNEL.layout)
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, k, generator=generator).bfloat16()
+    bias = torch.randn(150, generator=generator).bfloat16()
+    wrong = testing.check_product(KERNEL.linear, x, weight, bias, False)
+    assert wrong is None, f"{isa}: {wrong}"
+
+
 def random_case(seed: int) -> tuple[QuantisedWeight, torch.Tensor, torch.Tensor | None, str]:
     rng = random.Random(seed)
     kind = rng.choice(kinds())

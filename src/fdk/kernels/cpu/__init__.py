@@ -3,7 +3,8 @@
 build.py     sources, flags, compiler; for setup.py and for the build at run time
 library.py   finds or builds the library, hands it torch's OpenMP runtime, chooses the instruction set
 launch.py    tensors to pointers: the layout, the kernel
-csrc/        fdk_cpu.h (the interface and the bytes), kernels.h (all kernels), one unit per instruction set
+csrc/        fdk_cpu.h (the interface and the bytes), kernels.h (what every unit includes, one header for each idea),
+             one unit per instruction set
 """
 
 from fdk.kernels.cpu.launch import KERNEL, dequantise

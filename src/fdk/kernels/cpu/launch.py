@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 import weakref
 from array import array
 
@@ -144,44 +143,6 @@ def dequantise(weight: QuantisedWeight, out: Tensor | None = None) -> Tensor:
     return out
 
 
-# From this many rows of bf16 on, torch's product of a dequantised panel beats the direct kernels: speed over torch bf16
-# at m = 256, 384, 512, 768, 1024 is 0.89, 0.95, 0.95, 0.98, 0.98 by panels and 0.93, 0.95, 0.86, 0.88, 0.94 directly
-# (4 bits, 4096 x 4096, 2 cores of an AMD Zen 4, 2026-11-20).
-PANEL_ROWS_OF_X = 384
-PANEL_BYTES = 64 << 20
-_scratch = threading.local()
-
-
-def panel_buffer(size: int) -> Tensor:
-    """At least `size` bytes, kept for the thread's next call: fresh pages would cost as much as filling them."""
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or len(buffer) < size:
-        buffer = _scratch.buffer = aligned_bytes(size)
-    return buffer
-
-
-def linear_by_panels(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
-    """out [m, n] = x [m, k] @ W.T + bias by torch, on panels of rows that are dequantised to bf16."""
-    handle = handle_of(weight)
-    loaded, threads = library(), torch.get_num_threads()
-    step = max(1, PANEL_BYTES // max(1, 16 * handle.k * x.element_size()))
-    for block in range(0, handle.blocks, step):
-        end = min(block + step, handle.blocks)
-        first, last = loaded.block_row(handle.address, block), loaded.block_row(handle.address, end)
-        panel = panel_buffer((last - first) * handle.k * x.element_size())
-        loaded.dequantise(handle.address, panel.data_ptr(), block, end, threads)
-        rows = panel[: (last - first) * handle.k * x.element_size()].view(x.dtype).view(last - first, handle.k)
-        if bias is None:
-            torch.mm(x, rows.T, out=out[:, first:last])
-        else:
-            torch.addmm(bias[first:last], x, rows.T, out=out[:, first:last])
-
-
-def by_panels(m: int, dtype: torch.dtype) -> bool:
-    """Whether m rows of x go through torch's product; only where torch has the instruction that makes it fast."""
-    return m >= PANEL_ROWS_OF_X and dtype == torch.bfloat16 and library().isa == "avx512bf16"
-
-
 class CpuKernel:
     """The C++ kernels: exact activations, float32 accumulation, scales applied to the sums of each group."""
 
@@ -192,12 +153,9 @@ class CpuKernel:
         return why_not()
 
     def rounds_weights(self, problem: Problem) -> bool:
-        return by_panels(problem.m, problem.geometry.dtype)
+        return False
 
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
-        if by_panels(x.shape[0], x.dtype):
-            linear_by_panels(x, weight, bias, out)
-            return
         handle = weight.cache.get("cpu") or handle_of(weight)
         loaded = library()
         status = loaded.linear(

@@ -38,7 +38,6 @@ _SIGNATURES = {
     "fdk_dequantise": (None, c_void_p, c_void_p, c_int64, c_int64, c_int32),
     "fdk_read": (None, c_void_p, c_int64, c_int32),
     "fdk_multiply": (c_int64, c_int32, c_int64, c_int32),
-    "fdk_block_row": (c_int64, c_void_p, c_int64),
 }  # fmt: skip
 
 

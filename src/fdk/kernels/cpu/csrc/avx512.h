@@ -187,6 +187,12 @@ struct Avx512 {
 
 typedef FloatPath<Avx512> Avx512Path;
 
+// By width, as cut_unevenly(12) chooses them.
+#define FDK_PANEL_TILES(PATH)                                                                                        \
+    {{}, FDK_PANEL_TILE(PATH, 1), FDK_PANEL_TILE(PATH, 2), FDK_PANEL_TILE(PATH, 3), FDK_PANEL_TILE(PATH, 4),          \
+     FDK_PANEL_TILE(PATH, 5), FDK_PANEL_TILE(PATH, 6), FDK_PANEL_TILE(PATH, 7), FDK_PANEL_TILE(PATH, 8), {}, {}, {}, \
+     FDK_PANEL_TILE(PATH, 12)}
+
 // 1 bit, one row of x: four codes select one of 16 precomputed sums of four values times x, so one look-up and one
 // addition replace four multiply-adds. nibbles :: [ranges][k_padded / 32][8][16] float32; in a unit, entry half * 4 + j
 // serves bits 4j .. 4j + 3 of that half.
@@ -233,15 +239,12 @@ struct Nibbles {
         const fdk_weight& w = *job.w;
         prepare(w, (const uint8_t*)job.tiles[0].x, nibbles);
         const int64_t fit = TABLE_BYTES / (w.units * 512), step = fit < 1 ? 1 : fit;
-        Call calls[BATCH];
-        int64_t count = 0, left = block1 - block0;
-        for_blocks(job, block0, block1, [&](Call& call) {
-            set_tile(call, job, 0);
-            calls[count++] = call;
-            left--;
-            if (count < BATCH && left) return;
+        for_batches(job, block0, block1, BATCH, [&](Call* calls, int64_t count) {
             __m512 totals[BATCH];
-            for (int64_t b = 0; b < count; b++) totals[b] = _mm512_setzero_ps();
+            for (int64_t b = 0; b < count; b++) {
+                set_tile(calls[b], job, 0);
+                totals[b] = _mm512_setzero_ps();
+            }
             for (int64_t s = 0; s < w.supers; s += step) {
                 const int64_t end = s + step < w.supers ? s + step : w.supers;
                 for (int64_t b = 0; b < count; b++) {
@@ -254,7 +257,6 @@ struct Nibbles {
                 }
             }
             for (int64_t b = 0; b < count; b++) finish<Avx512, 1>(calls[b], &totals[b]);
-            count = 0;
         });
     }
 

@@ -10,7 +10,7 @@
 
 namespace {
 
-const int64_t MOST_TILES = 64;
+const int64_t MOST_TILES = FDK_CHUNK / 4 + 2;  // the narrowest tiles of many rows have 4
 const int64_t SHARE = 8;  // blocks taken at a time where threads share them out as they go
 
 #if defined(__x86_64__)
@@ -98,7 +98,7 @@ void pack_part(void* context, int64_t part, int64_t parts) {
     for (int64_t t = r.job.tiles_count * part / parts; t < r.job.tiles_count * (part + 1) / parts; t++) {
         const fdk_tile& tile = r.tiles[t];
         const uint8_t* x = r.x + (tile.row - r.tiles[0].row) * r.job.w->k * r.job.w->scale_bytes;
-        current->pack(r.job.w, &r.plan, x, tile.rows, (void*)tile.x, (float*)tile.sums);
+        current->pack(r.job.w, &r.plan, x, &tile);
     }
 }
 
@@ -143,6 +143,13 @@ void dequantise_part(void* context, int64_t part, int64_t parts) {
 }
 
 int64_t round_up(int64_t v) { return (v + 63) / 64 * 64; }
+
+// Tiles are often a power of two bytes long; one behind the other they would share a few sets of the caches.
+const int64_t STAGGER = 4096 + 64;
+
+int64_t x_size(const Run& r, const fdk_tile& tile, bool packed) {
+    return packed ? round_up(tile.width * r.job.w->k_padded * (r.plan.bf16_pairs ? 2 : 4)) : 0;
+}
 
 }  // namespace
 
@@ -192,39 +199,42 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
     for (int64_t row = 0; row < m; row += r.plan.rows) {
         current->plan(w, m - row, &r.plan);
         if (r.plan.rows > m - row) r.plan.rows = m - row;
-        const int64_t rows = r.plan.rows, width = r.plan.width;
+        const int64_t rows = r.plan.rows;
         r.job.w = w, r.job.plan = &r.plan, r.job.tiles = r.tiles, r.job.bias = bias, r.job.out = out;
-        r.job.tiles_count = (rows + width - 1) / width;
         r.x = (const uint8_t*)x + row * w->k * w->scale_bytes;
         // One row that already is what the kernel reads is used where it lies.
         const bool as_is = r.plan.bf16_pairs || w->dtype == FDK_FP32;
-        const bool packed = !(rows == 1 && width == 1 && as_is && w->k == w->k_padded) && r.plan.algorithm != FDK_NIBBLES;
-        const int64_t x_size = packed ? round_up(width * w->k_padded * (r.plan.bf16_pairs ? 2 : 4)) : 0;
-        const int64_t tile_size = x_size + round_up(width * sums_size);
+        const bool packed = !(rows == 1 && r.plan.width == 1 && as_is && w->k == w->k_padded) && r.plan.algorithm != FDK_NIBBLES;
+        int64_t size = 0;
+        r.job.tiles_count = 0;
+        for (int64_t at = 0; at < rows;) {
+            fdk_tile& t = r.tiles[r.job.tiles_count++];
+            t.width = r.job.tiles_count <= r.plan.wide_tiles ? r.plan.width : r.plan.rest_width;
+            t.row = row + at;
+            t.rows = (int32_t)(rows - at < t.width ? rows - at : t.width);
+            at += t.rows;
+            size += x_size(r, t, packed) + round_up(t.width * sums_size) + STAGGER;
+        }
         const int64_t workspace = round_up(r.plan.workspace);
-        uint8_t* memory = (uint8_t*)scratch_of(64 + r.job.tiles_count * tile_size + threads * workspace);
+        uint8_t* memory = (uint8_t*)scratch_of(64 + size + threads * workspace);
         if (!memory) return -1;
         r.plan.workspace = workspace;
         r.workspace = memory;
         memory += threads * workspace;
-        for (int64_t i = 0; i < r.job.tiles_count; i++, memory += tile_size) {
+        for (int64_t i = 0; i < r.job.tiles_count; i++) {
             fdk_tile& t = r.tiles[i];
-            t.row = row + i * width;
-            t.width = (int32_t)width;
-            t.rows = (int32_t)(rows - i * width < width ? rows - i * width : width);
             t.x = packed ? memory : nullptr;
-            t.sums = sums_size ? (const float*)(memory + x_size) : nullptr;
+            memory += x_size(r, t, packed);
+            t.sums = sums_size ? (float*)memory : nullptr;
+            memory += round_up(t.width * sums_size) + STAGGER;
         }
         if (packed || sums_size) fdk_parallel(pack_part, &r, rows * w->k < (1 << 16) ? 1 : threads);
-        if (!packed) r.tiles[0].x = r.x;
+        if (!packed) r.tiles[0].x = (void*)r.x;
         r.next = 0;
         fdk_parallel(rows > 8 ? linear_share : linear_part, &r, threads);
     }
     return 0;
 }
-
-// First row of a block; the row count for block == blocks.
-FDK_EXPORT int64_t fdk_block_row(const fdk_weight* w, int64_t block) { return row_of(w, block); }
 
 // out :: [rows of blocks block0 .. block1, k] of the weight's dtype.
 FDK_EXPORT void fdk_dequantise(const fdk_weight* w, void* out, int64_t block0, int64_t block1, int32_t threads) {

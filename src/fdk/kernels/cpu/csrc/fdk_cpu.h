@@ -28,6 +28,7 @@ enum fdk_family { FDK_TABLE = 0, FDK_INT = 1, FDK_UINT_U8 = 2, FDK_UINT_FLOAT = 
 enum fdk_isa { FDK_GENERIC = 0, FDK_AVX2 = 1, FDK_AVX512 = 2, FDK_AVX512BF16 = 3, FDK_ISAS = 4 };
 static const int64_t FDK_ROWS = 16, FDK_UNIT = 32;
 static const int64_t FDK_PANEL_WIDTH = 12;  // widest tile of any kernel
+static const int64_t FDK_CHUNK = 512;        // most rows of x that are packed at a time
 
 // A range of rows with one table. Values are expanded to 256 entries (repeated), so that an index whose bits above
 // the code are garbage still finds its value and kernels need no masks.
@@ -64,8 +65,8 @@ struct fdk_weight {
 // One tile of activations, packed for a kernel: `rows` rows of x, stored [k_padded / 2][width] bf16 pairs
 // (bf16 dot) or [k_padded][width] float32.
 struct fdk_tile {
-    const void* x;
-    const float* sums;  // [groups padded][width] sums of x over each group; null unless the weight has zeros
+    void* x;
+    float* sums;  // [groups padded][width] sums of x over each group; null unless the weight has zeros
     int64_t row;           // first row of x
     int32_t rows, width;
 };
@@ -87,9 +88,11 @@ enum fdk_algorithm {
 
 // How the rows of x are cut for one call.
 struct fdk_plan {
-    int64_t rows;       // rows of x packed at a time
+    int64_t rows;        // rows of x packed at a time
     int64_t workspace;   // bytes for each thread
-    int32_t width;       // of every tile
+    int64_t wide_tiles;  // how many tiles have `width` rows; those after them have `rest_width`
+    int32_t width;
+    int32_t rest_width;
     int32_t algorithm;   // enum fdk_algorithm
     int32_t bf16_pairs;  // activations are packed as bf16 pairs, else as float32
 };
@@ -97,8 +100,8 @@ struct fdk_plan {
 // What one instruction set provides.
 struct fdk_ops {
     void (*plan)(const struct fdk_weight*, int64_t m, struct fdk_plan*);
-    // Rows of x into a tile; dst and sums may be null.
-    void (*pack)(const struct fdk_weight*, const struct fdk_plan*, const void* x, int32_t rows, void* dst, float* sums);
+    // Rows of x into a tile's x and sums, either of which may be null.
+    void (*pack)(const struct fdk_weight*, const struct fdk_plan*, const void* x, const struct fdk_tile* tile);
     void (*linear)(const struct fdk_job*, int64_t block0, int64_t block1, void* workspace);
     // Rows of blocks [block0, block1) scaled and rounded to the weight's dtype; out points at row 0 of block0.
     void (*dequantise)(const struct fdk_weight*, void* out, int64_t block0, int64_t block1);

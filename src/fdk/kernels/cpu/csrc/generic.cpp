@@ -71,19 +71,19 @@ typedef FloatPath<Generic> Path;
 
 void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
     static const BlockFn one_row[2][9] = {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)};
-    static const Panels<Path>::Tile tiles[5] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3), FDK_PANEL_TILE(Path, 4)};
+    static const Panels<Path>::Tile tiles[5] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), {}, FDK_PANEL_TILE(Path, 4)};
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
-    const BlockFn fn = one_row[job->w->split][job->w->bits];
-    run_direct(*job, block0, block1, workspace, fn, write_totals<Generic, 1>);
+    const DirectFn direct[2] = {{}, {one_row[job->w->split][job->w->bits], tiles[1].write}};
+    run_direct(*job, block0, block1, workspace, direct);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
-    *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 0};
+    *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
     if (m > 1 || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 4, plan);
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
-    pack_floats<Generic>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
+void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* tile) {
+    pack_floats<Generic>(*w, (const uint8_t*)x, *tile, (float*)tile->x);
 }
 
 int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Path>(steps, sink); }

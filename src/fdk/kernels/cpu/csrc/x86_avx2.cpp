@@ -109,22 +109,21 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         {FDK_BY_BITS(Path, 4, false), {nullptr}},
     };
     static const Panels<Path>::Tile tiles[7] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3),
-                                                FDK_PANEL_TILE(Path, 4), FDK_PANEL_TILE(Path, 5), FDK_PANEL_TILE(Path, 6)};
+                                                FDK_PANEL_TILE(Path, 4), {}, FDK_PANEL_TILE(Path, 6)};
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
-    static const WriteFn write[] = {nullptr, write_totals<Avx2, 1>, write_totals<Avx2, 2>, nullptr,
-                                    write_totals<Avx2, 4>};
-    const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
-    run_direct(*job, block0, block1, workspace, fn, write[job->plan->width]);
+    DirectFn direct[5];
+    for (int i = 0; i < 5; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
+    run_direct(*job, block0, block1, workspace, direct);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
-    const int32_t m32 = (int32_t)(m < 8 ? m : 8);
-    *plan = fdk_plan{m32, 0, m32 == 3 ? 4 : m32, FDK_DIRECT, 0};
+    const int32_t rows = (int32_t)(m < 4 ? m : 4), width = rows == 3 ? 4 : rows;
+    *plan = fdk_plan{rows, 0, 1, width, width, FDK_DIRECT, 0};
     if (m > (w->split ? 1 : 4) || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 6, plan);
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
-    pack_floats<Avx2>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
+void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* tile) {
+    pack_floats<Avx2>(*w, (const uint8_t*)x, *tile, (float*)tile->x);
 }
 
 int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Path>(steps, sink); }

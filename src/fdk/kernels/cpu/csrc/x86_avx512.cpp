@@ -18,25 +18,25 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
-    static const WriteFn write[] = {nullptr, write_totals<Avx512, 1>, write_totals<Avx512, 2>, nullptr,
-                                    write_totals<Avx512, 4>, nullptr, write_totals<Avx512, 6>, nullptr,
-                                    write_totals<Avx512, 8>};
-    const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
-    run_direct(*job, block0, block1, workspace, fn, write[job->plan->width]);
+    DirectFn direct[9];
+    for (int i = 0; i < 9; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
+    run_direct(*job, block0, block1, workspace, direct);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     // As for bf16, except that up to 4 bits one register holds the table.
     const int64_t direct = Panels<Avx512Path>::subtracts(*w) ? 0 : w->split ? 1 : w->bits <= 4 ? m : 4;
-    *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 0};
+    *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
     if (m == 1 && direct && Nibbles::plan(*w, plan)) return;
     if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);
-    plan_direct(m, 8, plan);
+    plan->rows = rows_of_chunk(m, 32 * 8);
+    cut_evenly(8, plan);
     if (plan->width > 2) plan->width += plan->width % 2;
+    plan_direct(plan);
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
-    pack_floats<Avx512>(*w, (const uint8_t*)x, rows, plan->width, (float*)dst, sums);
+void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* tile) {
+    pack_floats<Avx512>(*w, (const uint8_t*)x, *tile, (float*)tile->x);
 }
 
 int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Avx512Path>(steps, sink); }

@@ -10,7 +10,7 @@ struct DotPath {
     static constexpr int words_per_pair = 1;
     // A look-up reads 5 bits of an index, with two registers 6: enough for several narrow codes. One table for each
     // place of a code among them saves the shifts, which compete with look-ups for the same ports.
-    template <int B>
+    template <int B, bool WIDE = (B > 6)>
     struct Values : Avx512::Words<B> {
         static constexpr int SHARE = B == 1 ? 5 : B <= 3 ? 2 : 1;
         static constexpr int REGISTERS = B == 3 ? 2 : 1;
@@ -31,6 +31,35 @@ struct DotPath {
             else return _mm512_permutex2var_epi16(placed[PLACE][0], codes, placed[PLACE][1]);
         }
     };
+    // 7 and 8 bits: the bytes of all four codes of a dword are looked up at once, upper and lower bytes of the values
+    // apart. The compiler shares this between the two pairs of a word.
+    template <int B>
+    struct Values<B, true> {
+        static constexpr int SHARE = 2, N = 1 << (B - 6);
+        __m512i upper[N], lower[N];
+        FDK_INLINE explicit Values(const fdk_range& r) {
+            uint8_t byte[2][64 * N];
+            for (int i = 0; i < 64 * N; i++) byte[0][i] = (uint8_t)r.value_bf16[i], byte[1][i] = (uint8_t)(r.value_bf16[i] >> 8);
+            for (int i = 0; i < N; i++) {
+                lower[i] = _mm512_loadu_si512(byte[0] + 64 * i);
+                upper[i] = _mm512_loadu_si512(byte[1] + 64 * i);
+            }
+        }
+        static FDK_INLINE __m512i bytes_at(const __m512i (&t)[N], __m512i index) {
+            const __m512i low = _mm512_permutex2var_epi8(t[0], index, t[1]);
+            if constexpr (B == 7) return low;
+            else return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, _mm512_permutex2var_epi8(t[2], index, t[3]));
+        }
+        template <int PLACE>
+        FDK_INLINE __m512i at(__m512i codes) const {
+            const __m512i low_bytes = _mm512_set1_epi16(0x00ff);
+            if constexpr (B == 7)  // the second code moves up to the second byte
+                codes = _mm512_ternarylogic_epi32(low_bytes, codes, _mm512_slli_epi16(codes, 1), 0xca);
+            const __m512i h = bytes_at(upper, codes), l = bytes_at(lower, codes);
+            if constexpr (PLACE == 0) return _mm512_ternarylogic_epi32(low_bytes, l, _mm512_slli_epi16(h, 8), 0xca);
+            else return _mm512_ternarylogic_epi32(low_bytes, _mm512_srli_epi16(l, 8), h, 0xca);
+        }
+    };
 
     template <int B, int M, int PLACE>
     static FDK_INLINE void step(const Values<B>& values, __m512i codes, const uint32_t* x, __m512* acc) {
@@ -44,9 +73,9 @@ struct DotPath {
         });
     }
 
-    template <int B>
+    template <int B, int PLACE>
     static FDK_INLINE void expand(const Values<B>& values, __m512i codes, uint32_t* panel) {
-        _mm512_storeu_si512(panel, values.get(codes));
+        _mm512_storeu_si512(panel, values.template at<PLACE>(codes));
     }
 
     template <int T, int M>
@@ -63,35 +92,37 @@ struct DotPath {
 
 void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
     if (!job->w->bf16_exact) return fdk_ops_avx512()->linear(job, block0, block1, workspace);
-    static const BlockFn by_width[9][2][9] = {
+    static const BlockFn by_width[13][2][9] = {
         {{nullptr}, {nullptr}},     {DOT(1, false), DOT(1, true)}, {DOT(2, false), {nullptr}},
         {DOT(3, false), {nullptr}}, {DOT(4, false), {nullptr}},    {DOT(5, false), {nullptr}},
         {DOT(6, false), {nullptr}}, {DOT(7, false), {nullptr}},    {DOT(8, false), {nullptr}},
+        {{nullptr}, {nullptr}},     {{nullptr}, {nullptr}},        {{nullptr}, {nullptr}},
+        {DOT(12, false), {nullptr}},
     };
     static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
-    static const WriteFn write[] = {nullptr, write_totals<Avx512, 1>, write_totals<Avx512, 2>,
-                                    write_totals<Avx512, 3>, write_totals<Avx512, 4>, write_totals<Avx512, 5>,
-                                    write_totals<Avx512, 6>, write_totals<Avx512, 7>, write_totals<Avx512, 8>};
-    const BlockFn fn = by_width[job->plan->width][job->w->split][job->w->bits];
-    run_direct(*job, block0, block1, workspace, fn, write[job->plan->width]);
+    DirectFn direct[13];
+    for (int i = 0; i < 13; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
+    run_direct(*job, block0, block1, workspace, direct);
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     if (!w->bf16_exact) return fdk_ops_avx512()->plan(w, m, plan);
     // Up to 6 bits (two table registers) decoding hides behind the multiplications of a tile; above that it pays to
-    // decode once into a panel. Measured on Zen 4 with m = 8, 16, 64, 256.
-    const int64_t direct = w->split ? 1 : w->bits <= 6 ? m : w->bits == 7 ? 40 : 8;
-    *plan = fdk_plan{1, 0, 1, FDK_DIRECT, 1};
+    // decode once into a panel. Measured on Zen 4 with m = 16, 32, 64, 256.
+    const int64_t direct = w->split ? 1 : w->bits <= 6 ? m : 32;
+    *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 1};
     if (m == 1 && Nibbles::plan(*w, plan)) return;
-    if (m > direct) plan_panels<DotPath>(*w, m, 12, plan);
-    else plan_direct(m, 8, plan);
+    if (m > direct) return plan_panels<DotPath>(*w, m, 12, plan);
+    plan->rows = rows_of_chunk(m, 32 * 12);
+    cut_unevenly(12, plan);
+    plan_direct(plan);
 }
 
-void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, int32_t rows, void* dst, float* sums) {
-    if (!plan->bf16_pairs || !dst) return fdk_ops_avx512()->pack(w, plan, x, rows, dst, sums);
-    pack_bf16_pairs<Avx512>(*w, (const uint16_t*)x, rows, plan->width, (uint32_t*)dst, sums);
+void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, const fdk_tile* tile) {
+    if (!plan->bf16_pairs || !tile->x) return fdk_ops_avx512()->pack(w, plan, x, tile);
+    pack_bf16_pairs<Avx512>(*w, (const uint16_t*)x, *tile);
 }
 
 int64_t multiply(int32_t dtype, int64_t steps, float* sink) {

@@ -1,0 +1,61 @@
+// The path of float32 multiply-adds.
+#pragma once
+#include "codes.h"
+
+namespace {
+
+// Float path: float32 activations x :: [k][M], one multiply-add per weight.
+template <class Traits>
+struct FloatPath {
+    typedef Traits I;
+    static constexpr int words_per_pair = 2;  // dwords of x per pair and row
+    template <int B>
+    struct Values : I::template Values<B> {
+        static constexpr int SHARE = 1;
+        FDK_INLINE explicit Values(const fdk_range& r) : I::template Values<B>(r) {}
+    };
+
+    template <int B, int M, int>
+    static FDK_INLINE void step(const Values<B>& values, typename I::vi codes, const uint32_t* x, typename I::vf* acc) {
+        typename I::vf even, odd;
+        values.pair(codes, even, odd);
+        unroll<0, M>([&](auto i) FDK_LAMBDA {
+            constexpr int c = decltype(i)::value;
+            acc[c] = I::fma(even, I::broadcast(x + c), acc[c]);
+        });
+        unroll<0, M>([&](auto i) FDK_LAMBDA {
+            constexpr int c = decltype(i)::value;
+            acc[c] = I::fma(odd, I::broadcast(x + M + c), acc[c]);
+        });
+    }
+
+    template <int B, int>
+    static FDK_INLINE void expand(const Values<B>& values, typename I::vi codes, uint32_t* panel) {
+        typename I::vf even, odd;
+        values.pair(codes, even, odd);
+        I::keep((float*)panel, even);
+        I::keep((float*)panel + FDK_ROWS, odd);
+    }
+
+    // acc :: [T][M]: T vectors of rows next to each other, M rows of x.
+    template <int T, int M>
+    static FDK_INLINE void multiply(const uint32_t* panel, const uint32_t* x, typename I::vf* acc) {
+        unroll<0, 2>([&](auto parity) FDK_LAMBDA {
+            constexpr int K = decltype(parity)::value;
+            typename I::vf value[T];
+            unroll<0, T>([&](auto t) FDK_LAMBDA {
+                value[decltype(t)::value] = I::kept((const float*)panel + K * FDK_ROWS + decltype(t)::value * I::W);
+            });
+            unroll<0, M>([&](auto i) FDK_LAMBDA {
+                constexpr int c = decltype(i)::value;
+                const typename I::vf xs = I::broadcast(x + K * M + c);
+                unroll<0, T>([&](auto t) FDK_LAMBDA {
+                    constexpr int at = decltype(t)::value * M + c;
+                    acc[at] = I::fma(value[decltype(t)::value], xs, acc[at]);
+                });
+            });
+        });
+    }
+};
+
+}  // namespace
