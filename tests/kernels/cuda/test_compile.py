@@ -11,14 +11,22 @@ ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100a"]
 REASON = jit.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
-# One shape that splits k evenly, one with tails in n and k; every kind, groups inside, beside and beyond a unit.
-SHAPES = [(4096, 4096, 64), (100, 960, 48), (70, 1000, 1000), (192, 512, 16), (64, 512, 32), (128, 1024, 128)]
+# Shapes for 8 and for 16 warps, one with tails in n and k; every kind, groups inside, beside and beyond a unit.
+SHAPES = [
+    (4096, 4096, 64),
+    (8192, 8192, 64),
+    (100, 960, 48),
+    (70, 1000, 1000),
+    (192, 512, 16),
+    (64, 512, 32),
+    (128, 1024, 128),
+]
 VARIANTS = [
     (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind), m)
     for bits in range(1, 9)
     for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT)
     for i, (n, k, group) in enumerate(SHAPES)
-    for m in ((1, 8, 16) if i == 0 else (1,) if (bits + kind + i) % 2 else (2,))
+    for m in ((1, 8, 16) if i == 0 else (1, 2) if i == 1 else (1,) if (bits + kind + i) % 2 else (2,))
 ]
 
 

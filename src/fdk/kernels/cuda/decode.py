@@ -63,6 +63,11 @@ class Shape:
         return 2 if self.group % 32 == 0 else 4
 
     @property
+    def lean(self) -> bool:
+        """Whether a unit has one scale per row and no zeros, so that 16 warps have registers enough for it."""
+        return self.subs == 1 and self.kind in (TABLE, INT)
+
+    @property
     def unit_groups(self) -> int:
         """Groups that a unit touches, at most."""
         if self.subs == 1:
@@ -148,7 +153,7 @@ class Config:
         ring = self.stages * shape.stage_bytes(self.stage_units)
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
-        head = self.tokens * (cta_units * 256 if self.digits else cta_units * 128 + 16)
+        head = self.tokens * (cta_units * 256 if self.digits else cta_units * 128 + (16 if self.tokens >= 8 else 32))
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
             head += -(-cta_units * self.tokens * 4 // 16) * 16 + -(-self.tokens * (self.warps + 1) * 4 // 16) * 16
@@ -213,15 +218,17 @@ def clusters_at_once(sms: int, cluster: int) -> int:
 
 
 # Preference among cluster sizes at equal balance: sums travel further in larger ones, activations less far.
-_CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.8, 8: 0.7}
-_CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.8, 8: 0.7}
+_CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
+_CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.6, 8: 0.5}
 
 
-def _warps(tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
+def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
     if tokens <= 4:
         row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
-        return min(4 if row_warps > 1 else 8, cta_units), row_warps
+        # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
+        warps = 16 if tokens == 1 and shape.bits >= 3 and shape.lean and cta_units * blocks > 32 else 8
+        return min(max(4, warps // row_warps), cta_units), row_warps
     row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
     return max(1, min(8 // row_warps, cta_units)), row_warps
 
@@ -237,12 +244,14 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
             return [(2, 2), (1, 4), (1, 2), (1, 1)]
-        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1)), (1, 1)]
+        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1), (1, 1)]
+    if config.warps > 8 and config.row_warps <= 2:
+        return [(1, 1)]
     if shape.bits == 1:
         return [(4, 1), (2, 1), (1, 2)] if config.tokens <= 4 else [(2, 1), (1, 2)]
     if shape.bits <= 4 and config.tokens <= 16:
         return [(2, 1), (1, 2), (1, 1)]
-    return [(1, 2), (1, 1)] if config.tokens <= 8 else [(1, 1)]
+    return [(1, 2), (1, 1)] if config.tokens <= 4 else [(1, 1)]
 
 
 def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
@@ -279,8 +288,8 @@ def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = Tr
         at_once = clusters_at_once(sms, cluster)
         per_cluster = max(1, -(-blocks // at_once))
         cta_units = -(-shape.units // cluster)
-        most, row_warps = _warps(tokens, per_cluster, cta_units)
-        for k_warps in sorted({most, *(w for w in (7, 4, 2, 1) if w < most)}, reverse=True):
+        most, row_warps = _warps(shape, tokens, per_cluster, cta_units)
+        for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
             config = Config(tokens, cluster, k_warps, row_warps, 1, 1, per_cluster, 1, 1)
             if tokens == 1 and shape.allows_digits:
                 large = shape.n * shape.k >= 1 << 25

@@ -25,7 +25,7 @@ _SMS = 132
 # Decode: microseconds around the loop, and clocks at 1.83 GHz that one multiprocessor spends on a unit of 64 rows x 64
 # columns, at one token by width and on top of that by tokens.
 _DECODE_START, _DECODE_CLOCKS_PER_US = 2.5, 1830
-_UNIT_CLOCKS = (70, 94, 121, 130, 240, 245, 255, 261)
+_UNIT_CLOCKS = (78, 94, 118, 128, 225, 233, 245, 250)
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 13, 8: 25, 16: 70, 32: 230, 64: 510}
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond and

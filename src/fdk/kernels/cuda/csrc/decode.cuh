@@ -158,9 +158,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
                         load_unit(loaded[i], w.ring + stage * Smem::STAGE, i, (cta_unit + phase * units + unit + i) * 64, lane);
-                    order_before_bulk_copies();
-                    __syncwarp();
-                    w.prefetch(ahead, stage);
+                    if (!FDK_HOPPER || w.more(ahead)) {
+                        order_before_bulk_copies();
+                        __syncwarp();
+                        w.prefetch(ahead, stage);
+                    }
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], smem, unit + i, lane, lookup);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
