@@ -244,7 +244,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
             return [(2, 2), (1, 4), (1, 2), (1, 1)]
-        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1), (1, 1)]
+        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1)), (1, 1)]
     if config.warps > 8 and config.row_warps <= 2:
         return [(1, 1)]
     if shape.bits == 1:
