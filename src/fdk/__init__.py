@@ -16,7 +16,7 @@ from fdk.weight import QuantisedWeight, concat
 
 if TYPE_CHECKING:
     from fdk import models
-    from fdk.models import load, save
+    from fdk.models import load, save, set_precision
     from fdk.nn.convert import from_linear, quantise_
     from fdk.nn.warmup import warmup
 
@@ -39,6 +39,7 @@ __all__ = [
     "parse",
     "quantise_",
     "save",
+    "set_precision",
     "warmup",
 ]
 
@@ -48,6 +49,7 @@ _LAZY = {
     "load": "fdk.models",
     "quantise_": "fdk.nn.convert",
     "save": "fdk.models",
+    "set_precision": "fdk.models",
     "warmup": "fdk.nn.warmup",
 }
 

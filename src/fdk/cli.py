@@ -263,7 +263,7 @@ def run_explain(args: argparse.Namespace) -> int:
     from fdk import ops
     from fdk.formats import parse
     from fdk.models.config import check_dtype
-    from fdk.packing.layouts import Geometry, canonical_shapes
+    from fdk.packing.layouts import Geometry, canonical_dtypes, canonical_shapes
     from fdk.weight import QuantisedWeight
 
     for flag, value, least in (("-m", args.m, 0), ("-n", args.n, 1), ("-k", args.k, 1)):
@@ -277,7 +277,7 @@ def run_explain(args: argparse.Namespace) -> int:
     device = _device(args.device)
     # Memory that is never written takes none.
     parts = {
-        name: torch.empty(shape, dtype=torch.uint8 if name in ("codes", "zeros") else geometry.dtype, device=device)
+        name: torch.empty(shape, dtype=canonical_dtypes(geometry)[name], device=device)
         for name, shape in shapes.items()
     }
     x = torch.empty(args.m, args.k, dtype=geometry.dtype, device=device)

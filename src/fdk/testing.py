@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fdk import reference
 from fdk.formats import Format
-from fdk.packing.bits import pack_codes
+from fdk.formats.spec import BLOCK, KEPT
+from fdk.packing.bits import pack_codes, pack_planes
+from fdk.packing.sparse import pack_mask, take_kept
 from fdk.weight import QuantisedWeight
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -39,9 +41,17 @@ def random_weight(
     generator = torch.Generator().manual_seed(seed)
     groups = format.groups(k)
     codes = torch.randint(0, 1 << format.bits, (n, k), generator=generator, dtype=torch.uint8)
+    if format.is_nested:
+        code_parts = {"planes": pack_planes(codes)}
+    elif format.sparse:
+        order = torch.rand(n, k // BLOCK, BLOCK, generator=generator).argsort(2)
+        keep = (order < KEPT).flatten(1)
+        code_parts = {"codes": pack_codes(take_kept(codes, keep), format.bits), "mask": pack_mask(keep)}
+    else:
+        code_parts = {"codes": pack_codes(codes, format.bits)}
     signs = torch.randint(0, 2, (n, groups), generator=generator) * 2 - 1
     parts = {
-        "codes": pack_codes(codes, format.bits),
+        **code_parts,
         "scales": ((torch.rand(n, groups, generator=generator) + 0.5) * signs).to(dtype),
     }
     row_ends = [n]

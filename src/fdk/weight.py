@@ -10,7 +10,10 @@ from torch import Tensor
 
 from fdk.errors import FormatError
 from fdk.formats import Format, parse
-from fdk.packing.layouts import CANONICAL, Geometry, Parts, check_canonical, layout
+from fdk.formats.registry import INT, LUT
+from fdk.packing.bits import pack_codes, unpack_planes
+from fdk.packing.layouts import CANONICAL, Geometry, Parts, check_canonical, code_parts, layout
+from fdk.packing.sparse import check_keep, unpack_mask
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
@@ -56,11 +59,12 @@ class QuantisedWeight:
         fmt = parse(format)
         try:
             parts = {key: value.contiguous() for key, value in parts.items()}
-            if missing := {"codes", "scales"} - parts.keys():
-                raise FormatError(f"{fmt} stores codes and scales, but {', '.join(sorted(missing))} is missing")
+            needed = (*code_parts(fmt), "scales")
+            if missing := [part for part in needed if part not in parts]:
+                raise FormatError(f"{fmt} stores {' and '.join(needed)}, but {', '.join(missing)} is missing")
             if fmt.is_table and "table" in parts:
                 parts["table"] = widen_table(parts["table"], fmt.bits)
-            n = parts["codes"].shape[0]
+            n = parts["scales"].shape[0]
             ends = (n,) if row_ends is None else tuple(int(end) for end in row_ends)
             geometry = Geometry(fmt, n, k, parts["scales"].dtype, ends)
             check_canonical(geometry, parts)
@@ -120,6 +124,36 @@ class QuantisedWeight:
         self.parts, self.layout, self.cache = other.parts, other.layout, {}
         return self
 
+    def at(self, bits: int) -> QuantisedWeight:
+        """A nested weight served at another width, 2 to 8 bits: the same tensors, so nothing is copied or repacked.
+
+        Both weights stay valid; layouts of nested formats do not depend on the width. A later change of layout is each
+        weight's own, so ask for widths once the weight has the layout of its kernel, as the first `fdk.linear` and
+        `fdk.nn.Linear` bring about. FormatError if the format is not nested or has no such slice.
+        """
+        geometry = self.geometry
+        served = Geometry(geometry.format.at(bits), geometry.n, geometry.k, geometry.dtype, geometry.row_ends)
+        return QuantisedWeight(served, self.parts, self.layout)
+
+    def export(self, bits: int | None = None) -> QuantisedWeight:
+        """The slice of `bits` bits (default: the width served) as a plain weight of exactly that many bits a code.
+
+        It has the same values bit for bit: an int weight for rounded slices, a lut weight for cut ones, with scales
+        2^(8 - bits) times as large. FormatError if the format is not nested, or float16 cannot hold such a scale.
+        """
+        weight = self.at(self.format.served if bits is None else bits).canonical()
+        fmt, (_, k) = weight.format, weight.shape
+        values = torch.tensor(fmt.slice_values(), dtype=torch.float64, device=weight.device)
+        step = float(1 << (fmt.bits - fmt.served))
+        # A rounded slice has fewer codes than leading bits: one for every distinct value.
+        codes = torch.round(values / step - values[0] / step).to(torch.uint8)
+        sliced = codes[unpack_planes(weight.parts["planes"], k, fmt.read_bits).int()]
+        parts = {"codes": pack_codes(sliced, fmt.served), "scales": weight.parts["scales"] * step}
+        if fmt.kind.cuts:
+            parts["table"] = (values / step).to(weight.dtype)
+        plain = Format(LUT if fmt.kind.cuts else INT, fmt.served, fmt.group)
+        return QuantisedWeight.from_parts(plain, k, parts)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantisedWeight:
         """The same weight on another device, or with scales and table rounded to another dtype (canonical layout).
 
@@ -148,7 +182,7 @@ def widen_table(table: Tensor, bits: int) -> Tensor:
 
 
 def check_values(geometry: Geometry, parts: Parts) -> None:
-    """FormatError if a scale, table entry or zero is NaN or infinite, or a fixed table was altered."""
+    """FormatError if a scale, table entry or zero is not finite, a fixed table was altered, or a mask is not 16:32."""
     for name in ("scales", "table", "zeros"):
         part = parts.get(name)
         if part is None or part.is_meta or not part.is_floating_point():
@@ -160,6 +194,8 @@ def check_values(geometry: Geometry, parts: Parts) -> None:
                 f"{name}[{row}, {column}] = {part[row, column].item()} is not finite in "
                 f"{str(part.dtype).removeprefix('torch.')}; quantise again from finite weights, or use a wider dtype"
             )
+    if geometry.format.sparse and not parts["mask"].is_meta:
+        check_keep(unpack_mask(parts["mask"], geometry.k))
     kind = geometry.format.kind
     if kind.table == "fixed" and not parts["table"].is_meta:
         expected = torch.tensor(kind.values, dtype=torch.float64).to(parts["table"])

@@ -13,6 +13,8 @@ CASES = (
     ("lut4_g64", torch.bfloat16, 1, 40, 192, 3, False),
     ("lut3_g16", torch.float16, 5, 40, 192, 1, True),
     ("uint4_chan", torch.float32, 3, 17, 101, 1, True),
+    ("nest8s4_g64", torch.bfloat16, 1, 17, 192, 1, False),
+    ("trunc8s3_chan", torch.float16, 4, 17, 101, 1, True),
 )
 
 

@@ -55,6 +55,7 @@ def test_layout_has_an_exact_inverse(layout_name: str, fmt, device: str) -> None
 @pytest.mark.parametrize("layout_name", [entry.name for entry in layouts()])
 def test_layout_holds_odd_k(layout_name: str, fmt) -> None:
     for n, k in ((1, 1), (5, 7), (33, 101), (16, 0)):
+        k *= fmt.k_multiple
         weight = testing.random_weight(fmt, n, k, seed=k)
         if reason := layout(layout_name).supports(weight.geometry):
             pytest.skip(reason)
@@ -99,6 +100,7 @@ def test_one_hot_probe_is_exact(name: str, fmt, dtype: torch.dtype, device: str)
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_product_is_within_the_bound_and_repeatable(name: str, fmt, dtype: torch.dtype, device: str) -> None:
     for m, n, k, with_bias in ((1, 33, 320, False), (3, 64, 320, True), (8, 17, 320, True), (70, 48, 128, False)):
+        k = -(-k // fmt.k_multiple) * fmt.k_multiple
         weight = testing.random_weight(fmt, n, k, dtype, seed=m, device=device, tables=2)
         kernel, problem = supported(name, weight, m)
         x = inputs(m, k, dtype, device)

@@ -8,7 +8,7 @@ from fdk.packing.bits import row_bytes, unpack_codes
 from fdk.quantise import fixed_table, quantise, rtn, sqnr_db, uniform_table
 from fdk.quantise.scales import base_scales, round_scales
 
-FORMATS = [str(f) for f in all_formats((16, 64, None))]
+FORMATS = [str(f) for f in all_formats((16, 64, None)) if f.storage == "plain"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

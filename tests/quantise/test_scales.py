@@ -7,7 +7,7 @@ from fdk.formats import all_formats, parse
 from fdk.quantise import base_scales, quantise
 from fdk.quantise.scales import round_scales
 
-FORMATS = [str(f) for f in all_formats((32, None))]
+FORMATS = [str(f) for f in all_formats((32, None)) if f.storage == "plain"]
 
 
 def scales_of(values, name, method="auto"):

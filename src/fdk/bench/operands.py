@@ -27,6 +27,11 @@ def drawn_on_device(
 
     A product of normal activations is normal again, so the layers of a chain neither overflow nor vanish.
     """
+    if format.storage != "plain":
+        weight = random_weight(format, n, k, dtype, seed, device)
+        norm = reference.dequantise(weight, torch.float32, slice(0, 64)).norm(dim=1).square().mean().sqrt()
+        weight.parts["scales"].div_(norm)
+        return weight
     generator = torch.Generator(device).manual_seed(seed)
     groups, entries = format.groups(k), 1 << format.bits
     width = format.code_bytes(1, k)

@@ -55,7 +55,7 @@ def operations(m: int, k: int, n: int) -> int:
 
 
 def weight_bytes(format: str, n: int, k: int, dtype: str) -> int:
-    """Bytes of a weight that one product reads: codes, scales and zeros, or the dense matrix.
+    """Bytes of a weight that one product reads: codes (the planes of a slice), scales and zeros, or the dense matrix.
 
     A table is not counted, as in the source project: it is a few entries, which stay in the cache.
     """
@@ -63,8 +63,7 @@ def weight_bytes(format: str, n: int, k: int, dtype: str) -> int:
     if format in DTYPES:
         return n * k * DTYPES[format].itemsize
     fmt = parse(format)
-    table = (size << fmt.bits) if fmt.is_table else 0
-    return fmt.nbytes(n, k, size, zero_size=1) - table
+    return fmt.bytes_read(n, k, size, zero_size=1)
 
 
 def activation_bytes(m: int, n: int, k: int, dtype: str) -> int:

@@ -1,6 +1,7 @@
 """Format names: `parse(str(f)) == f`.
 
-name  = kind bits "_" group            lut4_g64  int3_g128  uint4_g32  nf4_g64  lut2_chan
+name  = kind bits ["s" served] "_" group ["_sp16of32"]
+        lut4_g64  int3_g128  uint4_g32  nf4_g64  lut2_chan  nest8_g128  nest8s3_g128  int4_g128_sp16of32
 group = "g" positive-multiple-of-16 | "chan"
 """
 
@@ -11,9 +12,12 @@ from functools import cache
 
 from fdk.errors import FormatError
 from fdk.formats import registry
-from fdk.formats.spec import Format
+from fdk.formats.spec import BLOCK, KEPT, Format
 
-_NAME = re.compile(r"(?P<kind>[a-z]+)(?P<bits>[1-9]\d?)_(?:g(?P<group>[1-9]\d*)|(?P<chan>chan))")
+_NAME = re.compile(
+    r"(?P<kind>[a-z]+)(?P<bits>[1-9]\d?)(?:s(?P<served>[1-9]\d?))?_(?:g(?P<group>[1-9]\d*)|(?P<chan>chan))"
+    r"(?P<sparse>_sp(?P<kept>\d+)of(?P<of>\d+))?"
+)
 
 
 @cache
@@ -28,4 +32,7 @@ def parse(name: str | Format) -> Format:
             f"such as lut4_g64, int4_g128 or lut3_chan (kinds: {', '.join(k.name for k in registry.kinds())})"
         )
     group = None if match["chan"] else int(match["group"])
-    return Format(registry.kind(match["kind"]), int(match["bits"]), group)
+    served = None if match["served"] is None else int(match["served"])
+    if match["sparse"] and (int(match["kept"]), int(match["of"])) != (KEPT, BLOCK):
+        raise FormatError(f"{name!r} keeps {match['kept']} of {match['of']} weights; fdk keeps {KEPT} of {BLOCK}")
+    return Format(registry.kind(match["kind"]), int(match["bits"]), group, served, match["sparse"] is not None)

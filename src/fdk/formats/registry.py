@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fdk.errors import FormatError
-from fdk.formats.spec import Format, Kind
+from fdk.formats.spec import BLOCK, MASTER_BITS, Format, Kind
 
 ALL_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+SLICES = ALL_BITS[1:]
 
 # QLoRA (Dettmers et al., 2023), appendix E: quantiles of a standard normal, normalised to [-1, 1].
 NF4_VALUES = (
@@ -57,12 +58,29 @@ def kinds() -> tuple[Kind, ...]:
 
 
 def all_formats(groups: tuple[int | None, ...] = (64,)) -> tuple[Format, ...]:
-    """Every registered format (kind x width) with the given groups; what parametrised tests iterate over."""
-    return tuple(Format(k, b, g) for k in _kinds.values() for b in k.bits for g in groups)
+    """Every registered format (kind, width, slice, sparse or not) with the given groups, as far as it has them.
+
+    What parametrised tests iterate over.
+    """
+    every = []
+    for entry in _kinds.values():
+        for bits in entry.bits:
+            for group in groups:
+                every += [Format(entry, bits, group, served) for served in entry.slices or (None,)]
+                if bits in entry.sparse and (group is None or group % BLOCK == 0):
+                    every.append(Format(entry, bits, group, sparse=True))
+    return tuple(every)
 
 
-LUT = register(Kind("lut", ALL_BITS, "any table of 2^bits values, stored with the weight", table="stored"))
-INT = register(Kind("int", ALL_BITS, "code - 2^(bits-1)"))
-UINT = register(Kind("uint", ALL_BITS, "code - zero, one stored zero per group", zeros=True))
-NF4 = register(Kind("nf", (4,), "normal-float table of QLoRA", table="fixed", values=NF4_VALUES))
-FP4 = register(Kind("fp", (4,), "e2m1 float of the OCP microscaling formats", table="fixed", values=FP4_VALUES))
+LUT = register(Kind("lut", ALL_BITS, "any table of 2^bits values, stored with the weight", table="stored", sparse=(4,)))
+INT = register(Kind("int", ALL_BITS, "code - 2^(bits-1)", sparse=(4,)))
+UINT = register(Kind("uint", ALL_BITS, "code - zero, one stored zero per group", zeros=True, sparse=(4,)))
+NF4 = register(Kind("nf", (4,), "normal-float table of QLoRA", table="fixed", values=NF4_VALUES, sparse=(4,)))
+FP4 = register(
+    Kind("fp", (4,), "e2m1 float of the OCP microscaling formats", table="fixed", values=FP4_VALUES, sparse=(4,))
+)
+# MatGPTQ: the slice of r bits is the master code rounded half up to r bits, saturating.
+NEST = register(Kind("nest", (MASTER_BITS,), "8-bit master, slices of 2 to 8 bits by rounding", slices=SLICES))
+TRUNC = register(
+    Kind("trunc", (MASTER_BITS,), "8-bit master, slices of 2 to 8 bits by dropping bits", slices=SLICES, cuts=True)
+)

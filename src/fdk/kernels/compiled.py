@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdk.formats import Format
 from fdk.kernels import Problem
-from fdk.packing.layouts import Geometry
+from fdk.packing.layouts import Geometry, code_parts
 from fdk.weight import QuantisedWeight
 
 
@@ -37,13 +37,29 @@ def unpack(stream: Tensor, bits: int, k: int) -> Tensor:
     return torch.stack(codes, 2).view(-1, octets * 8)[:, :k]
 
 
+def unpack_leading(planes: Tensor, count: int, k: int) -> Tensor:
+    """The `count` leading bits of nested codes from planes uint8 [n, 8, bytes], as int32 [n, k]."""
+    places = torch.arange(8, dtype=torch.int32, device=planes.device)
+    bits = (planes[:, :count, :, None].int() >> places) & 1
+    weights = 1 << torch.arange(count - 1, -1, -1, dtype=torch.int32, device=planes.device)
+    return (bits.flatten(2) * weights[:, None]).sum(1, dtype=torch.int32)[:, :k]
+
+
+def slice_table(format: Format, device: torch.device) -> Tensor:
+    """[1, 2^read_bits] float32: the values of a nested format's leading bits."""
+    return torch.tensor([format.slice_values()], device=device)
+
+
 def fused_linear(
     x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, zeros: Tensor | None, bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """x [m, k] @ W.T + bias in x's dtype; the body that is compiled, the same arithmetic as `fdk.reference`."""
     fmt: Format = geometry.format
-    values = unpack(codes, fmt.bits, geometry.k)
+    if fmt.is_nested:
+        values, table = unpack_leading(codes, fmt.read_bits, geometry.k), slice_table(fmt, x.device)
+    else:
+        values = unpack(codes, fmt.bits, geometry.k)
     if table is not None:
         first = torch.zeros(geometry.n, dtype=torch.int32, device=x.device)
         for end in geometry.row_ends[:-1]:
@@ -76,6 +92,8 @@ class CompiledKernel:
     layout = "canonical"
 
     def supports(self, problem: Problem) -> str | None:
+        if problem.geometry.format.sparse:
+            return "does not fuse the spreading of kept weights; the reference computes the same"
         if problem.device.type == "cuda" and find_spec("triton") is None:
             return "torch.compile needs the triton package on a GPU"
         if problem.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and sys.platform != "win32":
@@ -90,7 +108,13 @@ class CompiledKernel:
         # Each combination of format and shape is a graph of its own; dynamo's limit is made for far fewer.
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096):
             y = _compiled()(
-                x, parts["codes"], parts["scales"], parts.get("table"), parts.get("zeros"), bias, weight.geometry
+                x,
+                parts[code_parts(weight.format)[0]],
+                parts["scales"],
+                parts.get("table"),
+                parts.get("zeros"),
+                bias,
+                weight.geometry,
             )
         out.copy_(y)
 

@@ -22,7 +22,7 @@ from fdk.models.llama import Llama
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
 from fdk.nn import Linear
-from fdk.packing.layouts import Geometry, canonical_shapes, check_canonical
+from fdk.packing.layouts import Geometry, canonical_dtypes, canonical_shapes, check_canonical
 from fdk.weight import QuantisedWeight, check_values
 
 VERSION = 1
@@ -47,13 +47,12 @@ def layer_entry(weight: QuantisedWeight, bias: bool, sqnr_db: float | None) -> d
 def part_specs(weight: QuantisedWeight) -> dict[str, Spec]:
     """dtype and shape of the canonical parts, in any layout of the weight and without converting it."""
     geometry = weight.geometry
-    specs = {name: (geometry.dtype, shape) for name, shape in canonical_shapes(geometry).items()}
-    specs["codes"] = (torch.uint8, specs["codes"][1])
-    if "zeros" in specs:
-        zeros = weight.parts.get("zeros")
-        dtype = zeros.dtype if zeros is not None else weight.canonical().parts["zeros"].dtype
-        specs["zeros"] = (dtype, specs["zeros"][1])
-    return specs
+    zeros = torch.uint8
+    if geometry.format.has_zeros:
+        stored = weight.parts.get("zeros")
+        zeros = stored.dtype if stored is not None else weight.canonical().parts["zeros"].dtype
+    dtypes = canonical_dtypes(geometry, zeros)
+    return {name: (dtypes[name], shape) for name, shape in canonical_shapes(geometry).items()}
 
 
 def describe(layers: dict[str, dict], tied: dict[str, str]) -> dict:
@@ -384,7 +383,7 @@ def _read_layer(files: TensorFiles, name: str, spec: LayerSpec, device: torch.de
         check_canonical(geometry, parts)
         check_values(geometry, parts)
     except FormatError as error:
-        where = files.where(joined(name, "codes")).removesuffix(".codes")
+        where = files.where(joined(name, "scales")).removesuffix(".scales")
         raise FormatError(f"{where}: {error}; copy the folder again") from None
     weight = QuantisedWeight(geometry, parts)
     bias = None

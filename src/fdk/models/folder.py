@@ -18,7 +18,7 @@ from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_c
 from fdk.models.tensors import INDEX, PICKLED, SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
 from fdk.nn.convert import Job, Plan, as_plan, plan_jobs, quantise_weight
 from fdk.nn.report import LayerReport, Report, measure
-from fdk.packing.layouts import Geometry, canonical_shapes
+from fdk.packing.layouts import Geometry, canonical_dtypes, canonical_shapes
 
 # Files that are not carried along: weights in any form, and what describes the original.
 _LEFT = (".safetensors", *PICKLED, ".h5", ".msgpack", ".onnx", ".gguf", ".py", ".md")
@@ -189,8 +189,9 @@ def _announce(source: Source, jobs: list[Job], dtype: torch.dtype) -> tuple[dict
     for job in jobs:
         first = next(iter(job.layers.values()))
         geometry = Geometry(job.recipe.format, first.out_features, first.in_features, dtype, (first.out_features,))
+        dtypes = canonical_dtypes(geometry)
         for part, shape in canonical_shapes(geometry).items():
-            specs[joined(job.name, part)] = (torch.uint8 if part in ("codes", "zeros") else geometry.dtype, shape)
+            specs[joined(job.name, part)] = (dtypes[part], shape)
         quantised.update(joined(name, "weight") for name in job.layers)
     dense, tied, first_of = [], {}, {}
     for name, _, _, tensor in persistent(source.model):

@@ -283,6 +283,12 @@ class Llama(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
+    def set_precision(self, precision) -> dict[str, int]:
+        """Serve nested layers at other widths; see `fdk.set_precision`."""
+        from fdk.models.precision import set_precision
+
+        return set_precision(self, precision)
+
     @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device

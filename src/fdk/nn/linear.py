@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from fdk import ops
 from fdk.errors import FormatError
-from fdk.packing.layouts import canonical_shapes
+from fdk.packing.layouts import canonical_dtypes, canonical_shapes
 from fdk.weight import QuantisedWeight, check_values, encode_spec
 
-BUFFERS = ("codes", "scales", "table", "zeros")
+BUFFERS = ("codes", "planes", "mask", "scales", "table", "zeros")
 
 
 class Linear(nn.Module):
@@ -31,9 +31,9 @@ class Linear(nn.Module):
     @classmethod
     def empty(cls, geometry, bias: bool, kernel: str = "auto", zeros_dtype: torch.dtype = torch.uint8) -> Linear:
         """A module on the meta device, to be filled by `load_state_dict(..., assign=True)`."""
-        dtypes = {"codes": torch.uint8, "zeros": zeros_dtype}
+        dtypes = canonical_dtypes(geometry, zeros_dtype)
         parts = {
-            name: torch.empty(shape, dtype=dtypes.get(name, geometry.dtype), device="meta")
+            name: torch.empty(shape, dtype=dtypes[name], device="meta")
             for name, shape in canonical_shapes(geometry).items()
         }
         filler = torch.empty(geometry.n, dtype=geometry.dtype, device="meta") if bias else None
@@ -48,11 +48,23 @@ class Linear(nn.Module):
         self._part_names = tuple(weight.parts)
         self._spec = encode_spec(weight)
         self._weight = weight
+        self._served = {}
 
     @property
     def weight(self) -> QuantisedWeight:
         """The weight, in the layout that the kernels read."""
         return self._weight
+
+    def set_precision(self, bits: int) -> None:
+        """Serve a nested weight at another width from now on; its tensors stay where they are.
+
+        Takes microseconds. What a CUDA graph captured keeps the width it was captured with. FormatError if the weight
+        is not nested or has no such slice.
+        """
+        if bits not in self._served:
+            weight = self._weight.at(bits)
+            self._served[bits] = weight, encode_spec(weight)
+        self._weight, self._spec = self._served[bits]
 
     @property
     def in_features(self) -> int:

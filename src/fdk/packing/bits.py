@@ -52,6 +52,39 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return stream.reshape(n, octets * bits)[:, : row_bytes(k, bits)].contiguous()
 
 
+def _transpose_octets(words: Tensor) -> Tensor:
+    """int64 words as 8 x 8 bits, byte i bit j to byte j bit i; its own inverse. Hacker's Delight, 7-3."""
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        moved = (words ^ (words >> shift)) & mask
+        words = words ^ moved ^ (moved << shift)
+    return words
+
+
+def pack_planes(codes: Tensor) -> Tensor:
+    """Bit planes uint8 [n, 8, ceil(k/8)] of codes uint8 [n, k], the most significant first; spare bits are zero.
+
+    Plane p holds bit 7 - p of every code: that of code j is bit j % 8 of byte j // 8.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise FormatError(f"codes must be uint8 [n, k], not {codes.dtype} {list(codes.shape)}")
+    n, k = codes.shape
+    words = pad(codes, (0, -k % 8)).reshape(-1).view(torch.int64)
+    planes = _transpose_octets(words).view(torch.uint8).view(n, -(-k // 8), 8)
+    return planes.flip(2).transpose(1, 2).contiguous()
+
+
+def unpack_planes(planes: Tensor, k: int, count: int = 8) -> Tensor:
+    """The `count` leading bits of every code, uint8 [n, k] below 2^count, from planes uint8 [n, 8, ceil(k/8)]."""
+    if planes.dtype != torch.uint8 or planes.dim() != 3 or planes.shape[1:] != (8, row_bytes(k, 1)):
+        raise FormatError(
+            f"bit planes with k = {k} must be uint8 [n, 8, {row_bytes(k, 1)}], not {planes.dtype} {list(planes.shape)}"
+        )
+    n, _, octets = planes.shape
+    leading = pad(planes[:, :count].transpose(1, 2).flip(2), (8 - count, 0)).contiguous()
+    codes = _transpose_octets(leading.view(-1).view(torch.int64)).view(torch.uint8).view(n, octets * 8)
+    return (codes[:, :k] >> (8 - count)).contiguous()
+
+
 def unpack_codes(stream: Tensor, bits: int, k: int) -> Tensor:
     """Inverse of `pack_codes`: stream uint8 [n, ceil(k*bits/8)] to codes uint8 [n, k]."""
     if stream.dtype != torch.uint8 or stream.dim() != 2 or stream.shape[1] != row_bytes(k, bits):

@@ -5,6 +5,8 @@ canonical parts once, on load, and converted back on save.
 
 Canonical parts of an [n, k] weight:
     codes   uint8 [n, ceil(k*bits/8)]   dense little-endian stream along k, see packing.bits
+    mask    uint8 [n, k/8]              sparse formats: bit of every weight along k, 1 if kept; codes hold the kept ones
+    planes  uint8 [n, 8, ceil(k/8)]     nested formats, in place of codes: bit planes, most significant first
     scales  [n, groups]                 bfloat16, float16 or float32: the weight's dtype
     table   [tables, 2^bits]            table formats; one table for each range of rows
     zeros   [n, groups]                 zero-point formats; uint8, or the weight's dtype for fractional zeros
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format
+from fdk.formats.spec import BLOCK, KEPT
 from fdk.packing.bits import row_bytes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,10 +70,13 @@ class Layout(ABC):
     name: str
     devices: tuple[str, ...] = ("cpu", "cuda", "meta")
     """Types of device on which its tensors may lie."""
+    storages: tuple[str, ...] = ("plain",)
+    """What it holds of `Format.storage`. A nested weight's tensors may not depend on the width it is served at."""
 
     def supports(self, geometry: Geometry) -> str | None:
         """None if the layout can hold such a weight, else the reason why not."""
-        return None
+        storage = geometry.format.storage
+        return None if storage in self.storages else f"its layout {self.name} holds no {storage} codes"
 
     @abstractmethod
     def pack(self, geometry: Geometry, parts: Parts) -> Parts:
@@ -85,6 +91,7 @@ class Canonical(Layout):
     """Row-major dense streams with scales (zeros, tables) beside them; what checkpoints hold."""
 
     name = "canonical"
+    storages = ("plain", "nested", "sparse")
 
     def pack(self, geometry: Geometry, parts: Parts) -> Parts:
         check_canonical(geometry, parts)
@@ -95,15 +102,32 @@ class Canonical(Layout):
         return parts
 
 
-def canonical_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+def code_parts(format: Format) -> tuple[str, ...]:
+    """Names of the canonical parts that hold the codes."""
+    return {"plain": ("codes",), "nested": ("planes",), "sparse": ("codes", "mask")}[format.storage]
+
+
+def canonical_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Name and shape of every canonical part that the format stores."""
-    fmt, n, groups = geometry.format, geometry.n, geometry.groups
-    shapes = {"codes": (n, row_bytes(geometry.k, fmt.bits)), "scales": (n, groups)}
+    fmt, n, k, groups = geometry.format, geometry.n, geometry.k, geometry.groups
+    if fmt.storage == "nested":
+        shapes = {"planes": (n, fmt.bits, row_bytes(k, 1))}
+    elif fmt.storage == "sparse":
+        shapes = {"codes": (n, row_bytes(k * KEPT // BLOCK, fmt.bits)), "mask": (n, row_bytes(k, 1))}
+    else:
+        shapes = {"codes": (n, row_bytes(k, fmt.bits))}
+    shapes["scales"] = (n, groups)
     if fmt.is_table:
         shapes["table"] = (len(geometry.row_ends), 1 << fmt.bits)
     if fmt.has_zeros:
         shapes["zeros"] = (n, groups)
     return shapes
+
+
+def canonical_dtypes(geometry: Geometry, zeros: torch.dtype = torch.uint8) -> dict[str, torch.dtype]:
+    """Name and dtype of every canonical part; `zeros` is that of the zeros, uint8 or the weight's."""
+    dtypes = {**dict.fromkeys(code_parts(geometry.format), torch.uint8), "zeros": zeros}
+    return {name: dtypes.get(name, geometry.dtype) for name in canonical_shapes(geometry)}
 
 
 def check_canonical(geometry: Geometry, parts: Parts) -> None:
@@ -116,7 +140,7 @@ def check_canonical(geometry: Geometry, parts: Parts) -> None:
         raise FormatError(f"the parts of one weight lie on several devices ({', '.join(map(str, devices))}); move them")
     for name, shape in shapes.items():
         tensor = parts[name]
-        allowed = {"codes": (torch.uint8,), "zeros": (torch.uint8, geometry.dtype)}.get(name, (geometry.dtype,))
+        allowed = (torch.uint8, geometry.dtype) if name == "zeros" else (canonical_dtypes(geometry)[name],)
         if tuple(tensor.shape) != shape or tensor.dtype not in allowed:
             raise FormatError(
                 f"{name} of a {geometry.format} weight [{geometry.n}, {geometry.k}] must be "

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdk.packing.bits import pack_codes, unpack_codes
-from fdk.packing.layouts import Geometry, Layout, Parts, check_canonical
+from fdk.formats import Format
+from fdk.packing.bits import pack_codes, pack_planes, unpack_codes, unpack_planes
+from fdk.packing.layouts import Geometry, Layout, Parts, canonical_dtypes, canonical_shapes, check_canonical
 
 ROWS = 16
 UNIT = 32
@@ -34,14 +35,23 @@ class Sizes:
     scale_bytes: int
     zero_bytes: int
     bits: int
+    lines: int
+    """Lines of 16 dwords of a unit."""
+    apart: bool
+    """Nested: scales and planes of a block stand apart, so that a superblock is its scales."""
 
     @property
     def super_bytes(self) -> int:
-        return self.groups_per_super * ROWS * (self.scale_bytes + self.zero_bytes) + self.units * 64 * self.bits
+        scales = self.groups_per_super * ROWS * (self.scale_bytes + self.zero_bytes)
+        return scales + (0 if self.apart else self.units * 64 * self.lines)
+
+    @property
+    def planes_at(self) -> int:
+        return -(-self.supers * self.super_bytes // 64) * 64
 
     @property
     def block_bytes(self) -> int:
-        return -(-self.supers * self.super_bytes // 64) * 64
+        return self.planes_at + (self.supers * self.units * 64 * self.lines if self.apart else 0)
 
     @property
     def k_padded(self) -> int:
@@ -61,6 +71,8 @@ def sizes(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Sizes:
         scale_bytes=geometry.dtype.itemsize,
         zero_bytes=zeros_dtype.itemsize if zeros_dtype else 0,
         bits=fmt.bits,
+        lines=1 + fmt.bits // 2 if fmt.sparse else fmt.bits,
+        apart=fmt.is_nested,
     )
 
 
@@ -76,6 +88,21 @@ def _places(bits: int) -> list[list[tuple[int, int, int, int]]]:
             stream = [(pair - direct) * bits + i for i in range(bits)]
             places.append([(i, 1, at // rest, direct + at % rest) for i, at in enumerate(stream)])
     return places
+
+
+def _plane_places(pair: int) -> list[tuple[int, int]]:
+    """(line, bit in the 16-bit half) of bit 7, 6, ... 0 of the master codes of a pair, see fdk_cpu.h."""
+    half, f = divmod(pair, 8)
+    places = [(half, 2 * f), (half, 2 * f + 1)]
+    places += [(line, 4 * (f // 2) + 2 * half + f % 2) for line in (2, 3)]
+    return places + [(line, 8 * (f // 4) + 4 * half + 2 * (f % 2) + f // 2 % 2) for line in (4, 5, 6, 7)]
+
+
+def _code_pieces(format: Format) -> list[list[tuple[int, int, int, int]]]:
+    """`_places` of a format."""
+    if format.is_nested:
+        return [[(7 - t, 1, *place) for t, place in enumerate(_plane_places(pair))] for pair in range(16)]
+    return _places(format.bits)
 
 
 def _block_rows(geometry: Geometry, device: torch.device) -> Tensor:
@@ -96,20 +123,48 @@ def pack(geometry: Geometry, parts: Parts) -> Tensor:
     """The `data` bytes of canonical parts."""
     zeros = parts.get("zeros")
     cut = sizes(geometry, None if zeros is None else zeros.dtype)
-    device = parts["codes"].device
-    if device.type == "meta":
+    fmt, device = geometry.format, parts["scales"].device
+    if device.type == "meta" or not cut.blocks:
         return torch.empty(cut.blocks * cut.block_bytes, dtype=torch.uint8, device=device)
     rows = _block_rows(geometry, device)
-    codes = _gather_rows(unpack_codes(parts["codes"], cut.bits, geometry.k), rows)
+    if fmt.sparse:
+        units = _sparse_units(cut, _gather_rows(parts["mask"], rows), _gather_rows(parts["codes"], rows))
+        return _assemble(geometry, parts, cut, rows, units)
+    if fmt.is_nested:
+        stored = unpack_planes(parts["planes"], geometry.k)
+    else:
+        stored = unpack_codes(parts["codes"], cut.bits, geometry.k)
+    codes = _gather_rows(stored, rows)
     codes = torch.nn.functional.pad(codes, (0, cut.k_padded - geometry.k))
     pairs = codes.view(cut.blocks, ROWS, cut.supers, cut.units, 16, 2).to(torch.int64)
-    halves = pairs.new_zeros(cut.blocks, cut.supers, cut.units, cut.bits, ROWS, 2)
-    for pair, pieces in enumerate(_places(cut.bits)):
+    halves = pairs.new_zeros(cut.blocks, cut.supers, cut.units, cut.lines, ROWS, 2)
+    for pair, pieces in enumerate(_code_pieces(fmt)):
         source = pairs[:, :, :, :, pair].permute(0, 2, 3, 1, 4)
         for first, width, line, bit in pieces:
             halves[:, :, :, line] |= (source >> first & (1 << width) - 1) << bit
     dwords = (halves[..., 0] | halves[..., 1] << 16).to(torch.int32).contiguous()
-    pieces = [dwords.view(torch.uint8).reshape(cut.blocks, cut.supers, cut.units * 64 * cut.bits)]
+    units = dwords.view(torch.uint8).reshape(cut.blocks, cut.supers * cut.units, 64 * cut.lines)
+    return _assemble(geometry, parts, cut, rows, units)
+
+
+def _sparse_sizes(cut: Sizes) -> tuple[int, int]:
+    """Bytes of mask and of kept codes of a row of a unit."""
+    return UNIT // 8, UNIT // 2 * cut.bits // 8
+
+
+def _sparse_units(cut: Sizes, mask: Tensor, codes: Tensor) -> Tensor:
+    """Units uint8 [blocks, units of a row, bytes] of the masks and kept codes of all block rows."""
+    pieces = [
+        part.view(cut.blocks, ROWS, cut.supers * cut.units, size).transpose(1, 2).flatten(2)
+        for part, size in zip((mask, codes), _sparse_sizes(cut), strict=True)
+    ]
+    return torch.cat(pieces, 2)
+
+
+def _assemble(geometry: Geometry, parts: Parts, cut: Sizes, rows: Tensor, units: Tensor) -> Tensor:
+    """The `data` bytes of units uint8 [blocks, units of a row, bytes] with the scales and zeros of `parts`."""
+    zeros = parts.get("zeros")
+    pieces = [] if cut.apart else [units.reshape(cut.blocks, cut.supers, cut.units * 64 * cut.lines)]
     for tensor in (zeros, parts["scales"]):
         if tensor is None:
             continue
@@ -119,23 +174,24 @@ def pack(geometry: Geometry, parts: Parts) -> Tensor:
         size = cut.groups_per_super * ROWS * tensor.element_size()
         pieces.insert(0, lines.reshape(cut.blocks, cut.supers, size))
     blocks = torch.cat(pieces, 2).view(cut.blocks, cut.supers * cut.super_bytes)
-    return torch.nn.functional.pad(blocks, (0, cut.block_bytes - blocks.shape[1])).reshape(-1)
+    blocks = torch.nn.functional.pad(blocks, (0, cut.planes_at - blocks.shape[1]))
+    if cut.apart:
+        planes = units.view(cut.blocks, -1, cut.lines, 64).transpose(1, 2)
+        blocks = torch.cat([blocks, planes.reshape(cut.blocks, -1)], 1)
+    return blocks.reshape(-1)
 
 
 def unpack(geometry: Geometry, data: Tensor, zeros_dtype: torch.dtype | None) -> Parts:
     """Codes, scales and zeros of the canonical parts, bit for bit those that `pack` was given."""
     cut = sizes(geometry, zeros_dtype)
     device = data.device
-    if device.type == "meta":
-        row = geometry.format.code_bytes(1, geometry.k)
-        parts = {"codes": torch.empty(geometry.n, row, dtype=torch.uint8, device=device)}
-        parts["scales"] = torch.empty(geometry.n, geometry.groups, dtype=geometry.dtype, device=device)
-        if zeros_dtype:
-            parts["zeros"] = torch.empty(geometry.n, geometry.groups, dtype=zeros_dtype, device=device)
-        return parts
+    if device.type == "meta" or not cut.blocks:
+        dtypes = canonical_dtypes(geometry, zeros_dtype or torch.uint8)
+        shapes = {name: shape for name, shape in canonical_shapes(geometry).items() if name != "table"}
+        return {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
     keep = _block_rows(geometry, device) < geometry.n
-    blocks = data.view(cut.blocks, cut.block_bytes)[:, : cut.supers * cut.super_bytes]
-    supers = blocks.reshape(cut.blocks, cut.supers, cut.super_bytes)
+    whole = data.view(cut.blocks, cut.block_bytes)
+    supers = whole[:, : cut.supers * cut.super_bytes].reshape(cut.blocks, cut.supers, cut.super_bytes)
     parts, at = {}, 0
     for name, dtype in (("scales", geometry.dtype), ("zeros", zeros_dtype)):
         if dtype is None:
@@ -146,16 +202,32 @@ def unpack(geometry: Geometry, data: Tensor, zeros_dtype: torch.dtype | None) ->
         padded = by_row.reshape(cut.blocks * ROWS, cut.supers * cut.groups_per_super)
         parts[name] = padded[keep][:, : geometry.groups].contiguous()
         at += size
-    dwords = supers[:, :, at:].contiguous().view(torch.int32)
-    dwords = dwords.view(cut.blocks, cut.supers, cut.units, cut.bits, ROWS).to(torch.int64) & 0xFFFFFFFF
+    if geometry.format.sparse:
+        count, (mask, codes) = cut.supers * cut.units, _sparse_sizes(cut)
+        units = supers[:, :, at:].reshape(cut.blocks, count, ROWS * (mask + codes))
+        pieces = units.split((ROWS * mask, ROWS * codes), 2)
+        for name, size, piece in zip(("mask", "codes"), (mask, codes), pieces, strict=True):
+            by_row = piece.unflatten(2, (ROWS, size)).transpose(1, 2).reshape(cut.blocks * ROWS, count * size)
+            parts[name] = by_row[keep].contiguous()
+        return parts
+    if cut.apart:
+        planes = whole[:, cut.planes_at :].contiguous().view(torch.int32)
+        dwords = planes.view(cut.blocks, cut.lines, cut.supers * cut.units, ROWS).transpose(1, 2)
+    else:
+        dwords = supers[:, :, at:].contiguous().view(torch.int32)
+    dwords = dwords.reshape(cut.blocks, cut.supers, cut.units, cut.lines, ROWS).to(torch.int64) & 0xFFFFFFFF
     codes = dwords.new_zeros(cut.blocks, ROWS, cut.supers, cut.units, 16, 2)
-    for pair, pieces in enumerate(_places(cut.bits)):
+    for pair, pieces in enumerate(_code_pieces(geometry.format)):
         for first, width, line, bit in pieces:
             for parity in range(2):
                 field = dwords[:, :, :, line] >> (bit + 16 * parity) & (1 << width) - 1
                 codes[:, :, :, :, pair, parity] |= (field << first).permute(0, 3, 1, 2)
     flat = codes.view(cut.blocks * ROWS, cut.k_padded)[keep][:, : geometry.k]
-    parts["codes"] = pack_codes(flat.to(torch.uint8).contiguous(), cut.bits)
+    flat = flat.to(torch.uint8).contiguous()
+    if geometry.format.is_nested:
+        parts["planes"] = pack_planes(flat)
+    else:
+        parts["codes"] = pack_codes(flat, cut.bits)
     return parts
 
 
@@ -163,6 +235,7 @@ class Rows16(Layout):
     """Blocks of 16 rows as one stream each; see kernels/cpu/csrc/fdk_cpu.h for the bytes."""
 
     name = "rows16"
+    storages = ("plain", "nested", "sparse")
     devices = ("cpu", "meta")
 
     def pack(self, geometry: Geometry, parts: Parts) -> Parts:
@@ -179,7 +252,7 @@ class Rows16(Layout):
         found = self.unpack_data(geometry, parts["data"], zeros_dtype)
         if "table" in parts:
             found["table"] = parts["table"]
-        return {name: found[name] for name in ("codes", "scales", "table", "zeros") if name in found}
+        return {name: found[name] for name in canonical_shapes(geometry)}
 
     def pack_data(self, geometry: Geometry, parts: Parts) -> Tensor:
         """The `data` part; a subclass may make it another way, byte for byte the same."""

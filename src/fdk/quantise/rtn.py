@@ -9,12 +9,15 @@ from torch import Tensor
 
 from fdk.errors import FormatError
 from fdk.formats import Format, parse
+from fdk.formats.spec import BLOCK, KEPT
 from fdk.packing.bits import pack_codes, row_bytes
 from fdk.quantise.checks import check_finite, check_weight, storage_dtype
 from fdk.quantise.codebooks import fixed_table, stored_table, uniform_table
 from fdk.quantise.kmeans import fit_table
 from fdk.quantise.nearest import Nearest
+from fdk.quantise.nested import quantise_nested
 from fdk.quantise.scales import METHODS, base_scales, round_scales, search_scales
+from fdk.quantise.sparsity import compact
 
 # Weights per chunk: 1 MiB of float32 stays in a core's L2 cache; an accelerator wants enough to fill it.
 CHUNK_CPU = 1 << 18
@@ -31,9 +34,13 @@ def quantise(
     codebook: str | Tensor = "uniform",
     scale: str = "auto",
     arithmetic: str = "exact",
+    keep: Tensor | None = None,
     name: str = "weight",
 ) -> dict[str, Tensor]:
     """Canonical parts of `weight` in `format`: {codes, scales, table (table formats), zeros (uint formats)}.
+
+    Nested formats: {planes, scales}, by `fdk.quantise.quantise_nested` with its default widths. Sparse formats also
+    {mask}, and codes of the kept weights only; dropped ones do not enter scales, zeros or tables.
 
     weight      [n, k] bfloat16, float16, float32 or float64, any strides, any device; not changed.
     dtype       of scales and table; default: the weight's own (float32 for float64).
@@ -44,6 +51,7 @@ def quantise(
     arithmetic  "exact": the nearest entry of the stored table to w / stored scale in float32, ties to the lower
                 index. "source": the source project's codes bit for bit (lut formats): the quotient and the
                 midpoints between entries are rounded to `dtype` first.
+    keep        sparse formats: bool [n, k] with 16 of every 32 set; default: the largest (`keep_largest`).
     name        what error messages call the weight.
 
     Integer formats round w / scale half to even. Returned: codes uint8 [n, ceil(k*bits/8)], scales [n, groups],
@@ -51,8 +59,18 @@ def quantise(
     FormatError or UnsupportedError (naming `name`, the value, its place and the remedy) for input it refuses.
     """
     format = parse(format)
+    if format.is_nested:
+        _check_options(format, codebook, scale, arithmetic, name)
+        return quantise_nested(weight, format, dtype=dtype, scale=scale, name=name).parts
     _check_options(format, codebook, scale, arithmetic, name)
     check_weight(weight, format, name)
+    if format.sparse:
+        kept, plain, mask = compact(weight.detach(), format, keep, name)
+        options = {"dtype": dtype, "codebook": codebook, "scale": scale, "arithmetic": arithmetic, "name": name}
+        parts = quantise(kept, plain, **options)
+        return {"codes": parts.pop("codes"), "mask": mask, **parts}
+    if keep is not None:
+        raise FormatError(f"{name}: {format} keeps every weight; use {format}_sp{KEPT}of{BLOCK} or leave keep out")
     dtype = storage_dtype(weight, dtype, name)
     weight = weight.detach()
     table = _given_table(format, codebook, dtype, name)

@@ -25,7 +25,7 @@ def weights():
         if fmt.has_zeros:
             yield testing.random_weight(fmt, 20, 192, torch.float32, seed=1, float_zeros=True)
         if fmt.group is None:
-            yield testing.random_weight(fmt, 33, 101, torch.float16, seed=2, tables=2)
+            yield testing.random_weight(fmt, 33, 101 * fmt.k_multiple, torch.float16, seed=2, tables=2)
 
 
 def test_library_and_twin_agree_byte_for_byte() -> None:

@@ -39,6 +39,22 @@ CASES = (
     ("lut4_g32", BF16, 1, 5, 5120, 1, False, True),
     ("uint3_chan", FP16, 1, 3, 4133, 1, False, False),
     ("fp4_g16", FP16, 70, 20, 64, 1, False, False),
+    ("nest8s2_g16", BF16, 1, 17, 96, 1, False, True),
+    ("nest8s3_chan", FP16, 3, 40, 101, 1, False, False),
+    ("nest8s4_g64", BF16, 5, 33, 192, 1, False, True),
+    ("nest8s5_chan", BF16, 1, 20, 33, 1, False, False),
+    ("nest8s7_g48", FP32, 2, 20, 144, 1, False, False),
+    ("nest8_g128", FP16, 20, 20, 256, 1, False, False),
+    ("trunc8s2_g32", FP32, 1, 20, 64, 1, False, False),
+    ("trunc8s4_g64", BF16, 1, 33, 1152, 1, False, True),
+    ("trunc8_g16", BF16, 4, 40, 48, 1, False, False),
+    ("lut4_g64_sp16of32", BF16, 1, 40, 192, 3, False, True),
+    ("lut4_chan_sp16of32", FP16, 5, 33, 96, 2, False, False),
+    ("int4_g128_sp16of32", BF16, 20, 33, 256, 1, False, True),
+    ("int4_g32_sp16of32", FP32, 1, 5, 1184, 1, False, False),
+    ("uint4_g64_sp16of32", FP16, 1, 33, 128, 1, False, False),
+    ("uint4_g96_sp16of32", BF16, 3, 17, 192, 1, True, True),
+    ("nf4_g64_sp16of32", BF16, 1, 17, 64, 1, False, False),
 )
 
 

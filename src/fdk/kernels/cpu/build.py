@@ -40,7 +40,7 @@ UNITS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...] = (
     (
         "x86_avx512bf16.cpp",
         X86,
-        ("-O2", *AVX512, "-mavx512vbmi", "-mavx512bf16"),
+        ("-O2", *AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"),
     ),
 )
 

@@ -6,10 +6,12 @@ import ctypes
 import mmap
 import weakref
 from array import array
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from fdk.formats import Format
 from fdk.kernels import Problem
 from fdk.kernels.cpu.library import Library, library, why_not
 from fdk.packing.layouts import Geometry, Parts, register_layout
@@ -18,7 +20,18 @@ from fdk.weight import QuantisedWeight
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _TABLE, _INT, _UINT_U8, _UINT_FLOAT = range(4)
+_STORAGES = ("plain", "nested", "sparse")
 _HUGE = 2 << 20
+
+
+@cache
+def plane_table(format: Format, dtype: torch.dtype) -> Tensor:
+    """[2^read_bits] values of a nested format in the library's order: bit t of an index is plane t."""
+    bits = format.read_bits
+    values = torch.tensor(format.slice_values(), dtype=torch.float64)
+    index = torch.arange(1 << bits)
+    leading = sum((index >> t & 1) << (bits - 1 - t) for t in range(bits))
+    return values[leading].to(dtype)
 
 
 class Handle:
@@ -35,7 +48,9 @@ class Handle:
         table: Tensor | None,
     ) -> None:
         fmt = geometry.format
-        if fmt.is_table:
+        if fmt.is_nested:
+            table = plane_table(fmt, geometry.dtype)
+        if table is not None:
             family = _TABLE
         elif zeros_dtype is None:
             family = _INT
@@ -45,9 +60,9 @@ class Handle:
         self._memory = ctypes.create_string_buffer(loaded.weight_size(len(ends)) + 64)
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
         status = loaded.weight_init(
-            self.address, data.data_ptr(), geometry.n, geometry.k, fmt.bits, fmt.group or 0,
+            self.address, data.data_ptr(), geometry.n, geometry.k, fmt.read_bits, fmt.group or 0,
             _DTYPES[geometry.dtype], family, ends.buffer_info()[0], len(ends),
-            table.data_ptr() if table is not None else None,
+            table.data_ptr() if table is not None else None, _STORAGES.index(fmt.storage),
         )  # fmt: skip
         if status:
             raise AssertionError(f"the CPU library refused {geometry}")
@@ -74,9 +89,12 @@ class NativeRows16(Rows16):
     """rows16 packed by the library where there is one, by torch where there is none."""
 
     def pack_data(self, geometry: Geometry, parts: Parts) -> Tensor:
-        loaded = library() if parts["codes"].device.type == "cpu" else None
+        loaded = library() if parts["scales"].device.type == "cpu" else None
         if loaded is None:
             return super().pack_data(geometry, parts)
+        if geometry.format.storage != "plain":
+            packed = super().pack_data(geometry, parts)
+            return aligned_bytes(packed.numel()).copy_(packed)
         zeros = parts.get("zeros")
         zeros_dtype = None if zeros is None else zeros.dtype
         cut = sizes(geometry, zeros_dtype)
@@ -90,7 +108,7 @@ class NativeRows16(Rows16):
 
     def unpack_data(self, geometry: Geometry, data: Tensor, zeros_dtype: torch.dtype | None) -> Parts:
         loaded = library() if data.device.type == "cpu" else None
-        if loaded is None:
+        if loaded is None or geometry.format.storage != "plain":
             return super().unpack_data(geometry, data, zeros_dtype)
         parts = {
             "codes": torch.empty(geometry.n, geometry.format.code_bytes(1, geometry.k), dtype=torch.uint8),
@@ -112,7 +130,7 @@ class NativeRows16(Rows16):
 LAYOUT = register_layout(NativeRows16())
 
 # Handles of weights that are rebuilt around the same tensors on every call, as the op under torch.compile does.
-_handles: dict[int, tuple[weakref.ref, Handle]] = {}
+_handles: dict[tuple[int, Format], tuple[weakref.ref, Handle]] = {}
 
 
 def handle_of(weight: QuantisedWeight) -> Handle:
@@ -121,14 +139,14 @@ def handle_of(weight: QuantisedWeight) -> Handle:
     if handle is not None:
         return handle
     data = weight.parts["data"]
-    known = _handles.get(id(data))
+    key = id(data), weight.format
+    known = _handles.get(key)
     if known is not None and known[0]() is data:
         handle = known[1]
     else:
         zeros = weight.parts.get("zeros")
         zeros_dtype = None if zeros is None else zeros.dtype
         handle = Handle(library(), weight.geometry, data, zeros_dtype, weight.parts.get("table"))
-        key = id(data)
         _handles[key] = (weakref.ref(data, lambda _: _handles.pop(key, None)), handle)
     weight.cache["cpu"] = handle
     return handle

@@ -17,7 +17,7 @@ import torch
 from fdk.errors import UnsupportedError
 from fdk.kernels.cpu import build
 
-ABI = 1
+ABI = 2
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 """Instruction sets in ascending order of preference; the position is the number the library knows them by."""
 
@@ -31,6 +31,7 @@ _SIGNATURES = {
     "fdk_weight_size": (c_int64, c_int64),
     "fdk_weight_init": (
         c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int64, c_int32, c_int32, c_void_p, c_int64, c_void_p,
+        c_int32,
     ),
     "fdk_pack": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
     "fdk_unpack": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),

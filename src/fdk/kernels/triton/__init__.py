@@ -1,13 +1,13 @@
 """Portable GPU kernel in Triton: every format and shape, from the canonical layout.
 
-vector.py has the algorithm for one token, source.py that for several.
+vector.py has the algorithm for one token, source.py that for several, nested.py and sparse.py both
+for nested and 16:32 sparse weights.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fdk.kernels import Problem
 from fdk.kernels.triton.config import Config, VectorConfig, choose, choose_vector
+from fdk.kernels.triton.launch_nested import launch_nested
+from fdk.kernels.triton.launch_sparse import launch_sparse
+from fdk.kernels.triton.tiles import row_tiles
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
 
@@ -34,17 +37,6 @@ def word_bits(geometry: Geometry, address: int = 0) -> int:
         return 8
     apart = address | -(-geometry.k * bits // 8)
     return next(width for width in (32, 16, 8) if apart % (width // 8) == 0 and group % (width // bits) == 0)
-
-
-@lru_cache(maxsize=1024)
-def row_tiles(geometry: Geometry, rows: int, device: torch.device) -> Tensor:
-    """[tiles, 3] int32: first row, end and table of tiles of at most `rows` rows that each use one table."""
-    tiles = [
-        (start, min(start + rows, end), table)
-        for table, (first, end) in enumerate(geometry.ranges)
-        for start in range(first, end, rows)
-    ]
-    return torch.tensor(tiles, dtype=torch.int32).to(device)
 
 
 class TritonKernel:
@@ -68,6 +60,12 @@ class TritonKernel:
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
         fmt = weight.format
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            if fmt.is_nested:
+                launch_nested(x, weight, bias, out, interpreted())
+                return
+            if fmt.sparse:
+                launch_sparse(x, weight, bias, out, interpreted())
+                return
             if x.shape[0] == 1:
                 most = fmt.group or 32
                 launch_vector(x, weight, bias, out, choose_vector(*weight.shape, fmt.bits, most, x.element_size()))

@@ -17,6 +17,11 @@ struct Avx512 {
         if constexpr (S == 0) return v;
         else return _mm512_srli_epi32(v, S);
     }
+    template <int S>
+    static FDK_INLINE vi shl(vi v) { return _mm512_slli_epi32(v, S); }
+    static FDK_INLINE vi pick(vi a, vi b, uint32_t m) {
+        return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32((int)m), 0xd8);
+    }
     static FDK_INLINE vi zero_words() { return _mm512_setzero_si512(); }
     static FDK_INLINE vi and_mask(vi v, uint32_t m) { return _mm512_and_si512(v, _mm512_set1_epi32((int)m)); }
     static FDK_INLINE vi or_and(vi a, vi b, uint32_t m) {
@@ -199,7 +204,7 @@ typedef FloatPath<Avx512> Avx512Path;
 struct Nibbles {
     static bool plan(const fdk_weight& w, fdk_plan* plan) {
         // A thread's tables take it about as long as four blocks; each range of rows needs its own.
-        if (w.bits != 1 || w.split || w.blocks < 16 * w.ranges_count) return false;
+        if (w.bits != 1 || w.storage != FDK_PLAIN || w.split || w.blocks < 16 * w.ranges_count) return false;
         plan->algorithm = FDK_NIBBLES;
         plan->workspace = w.ranges_count * w.k_padded * 4 * (int64_t)sizeof(float);
         return true;

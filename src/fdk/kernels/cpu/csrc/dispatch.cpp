@@ -22,7 +22,7 @@ bool has(int isa) {
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     const bool avx2 = b & (1u << 5), f = b & (1u << 16), dq = b & (1u << 17), bw = b & (1u << 30), vl = b & (1u << 31);
-    const bool vbmi = c & (1u << 1);
+    const bool vbmi = (c & (1u << 1)) && (c & (1u << 6));  // and VBMI2
     const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;  // registers the operating system saves
     if (isa == FDK_AVX2) return ymm && avx && fma && f16c && avx2;
     const bool avx512 = zmm && avx2 && fma && f16c && f && dq && bw && vl;
@@ -204,7 +204,8 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
         r.x = (const uint8_t*)x + row * w->k * w->scale_bytes;
         // One row that already is what the kernel reads is used where it lies.
         const bool as_is = r.plan.bf16_pairs || w->dtype == FDK_FP32;
-        const bool packed = !(rows == 1 && r.plan.width == 1 && as_is && w->k == w->k_padded) && r.plan.algorithm != FDK_NIBBLES;
+        const bool packed = !(rows == 1 && r.plan.width == 1 && as_is && w->k == w->k_padded) &&
+                            r.plan.algorithm != FDK_NIBBLES && r.plan.algorithm != FDK_SPARSE_ROWS;
         int64_t size = 0;
         r.job.tiles_count = 0;
         for (int64_t at = 0; at < rows;) {

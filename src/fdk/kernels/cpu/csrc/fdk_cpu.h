@@ -10,6 +10,17 @@
 // With q = 16 / bits, pairs p < bits * q sit in line p / q at bit bits * (p % q). The 16 % bits bits left over at the
 // top of each half, concatenated over the lines, are one more little-endian stream that holds the remaining pairs.
 // So every width from 1 to 8 takes exactly `bits` bits, and the bytes are the same for every instruction set.
+//
+// A block of a nested weight is all its scales, padded to a line, then 8 planes of one line per unit: plane t is bit
+// 7 - t of the master, for the same halves and pairs. Stretches of 8 KiB at k = 4096 matter: with the planes of 1 to 32
+// units next to each other, gaps between what is read halve the memory's rate. In a half, pair p = 8l + f has
+//     planes 0 and 1   line l, bits 2f and 2f + 1
+//     planes 2 and 3   bit 4(f / 2) + 2l + f % 2
+//     planes 4 to 7    bit 8(f / 4) + 4l + 2(f % 2) + f / 2 % 2
+// which puts planes next to each other with one shift and one selection for several pairs at once.
+//
+// A unit of a 16:32 sparse weight is a line of masks, a dword per row, bit c for column c, and two lines of codes, 8 bytes
+// per row: its 16 kept codes of 4 bits in order.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -22,11 +33,13 @@
 #define FDK_INLINE inline
 #endif
 
-enum { FDK_ABI = 1 };
+enum { FDK_ABI = 2 };
 enum fdk_dtype { FDK_BF16 = 0, FDK_FP16 = 1, FDK_FP32 = 2 };
 enum fdk_family { FDK_TABLE = 0, FDK_INT = 1, FDK_UINT_U8 = 2, FDK_UINT_FLOAT = 3 };
+enum fdk_storage { FDK_PLAIN = 0, FDK_NESTED_PLANES = 1, FDK_SPARSE = 2 };
 enum fdk_isa { FDK_GENERIC = 0, FDK_AVX2 = 1, FDK_AVX512 = 2, FDK_AVX512BF16 = 3, FDK_ISAS = 4 };
 static const int64_t FDK_ROWS = 16, FDK_UNIT = 32;
+static const int64_t FDK_PLANES = 8;  // of nested weights
 static const int64_t FDK_PANEL_WIDTH = 12;  // widest tile of any kernel
 static const int64_t FDK_CHUNK = 512;        // most rows of x that are packed at a time
 
@@ -51,6 +64,7 @@ struct fdk_weight {
     int64_t supers;       // superblocks per block
     int64_t units;        // units per superblock
     int64_t super_bytes, block_bytes;
+    int64_t planes_at, plane_bytes;  // nested: offset of plane 0 in a block; super_bytes counts scales only
     int64_t blocks;
     int64_t ranges_count;
     int32_t bits, dtype, family;
@@ -58,7 +72,7 @@ struct fdk_weight {
     int32_t scale_bytes;  // of one scale
     int32_t zero_bytes;   // of one zero, 0 without zeros
     int32_t bf16_exact;   // every table value survives the bf16 dot instruction (bf16 weight, no subnormal value)
-    int32_t reserved;
+    int32_t storage;      // enum fdk_storage; nested: `bits` is what a product reads of the 8 that are stored
     struct fdk_range ranges[1];
 };
 
@@ -84,6 +98,7 @@ enum fdk_algorithm {
     FDK_DIRECT = 0,   // every tile decodes
     FDK_PANELS = 1,   // decoded once into a panel in the workspace
     FDK_NIBBLES = 2,  // 1 bit, one row: sums of four values in the workspace; x is read as it lies
+    FDK_SPARSE_ROWS = 3,  // 16:32 sparse, bf16: the vector is a row of W; x is read as it lies
 };
 
 // How the rows of x are cut for one call.

@@ -15,6 +15,9 @@ struct Generic {
     }
     template <int S>
     static FDK_INLINE vi shr(vi v) { return v >> S; }
+    template <int S>
+    static FDK_INLINE vi shl(vi v) { return v << S; }
+    static FDK_INLINE vi pick(vi a, vi b, uint32_t m) { return (a & ~m) | (b & m); }
     static FDK_INLINE vi zero_words() { return vi{0, 0, 0, 0}; }
     static FDK_INLINE vi and_mask(vi v, uint32_t m) { return v & m; }
     static FDK_INLINE vi or_and(vi a, vi b, uint32_t m) { return a | (b & m); }
@@ -72,6 +75,8 @@ typedef FloatPath<Generic> Path;
 void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
     static const BlockFn one_row[2][9] = {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)};
     static const Panels<Path>::Tile tiles[5] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), {}, FDK_PANEL_TILE(Path, 4)};
+    if (job->w->storage == FDK_SPARSE) return sparse_linear<Path>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     const DirectFn direct[2] = {{}, {one_row[job->w->split][job->w->bits], tiles[1].write}};
     run_direct(*job, block0, block1, workspace, direct);
@@ -79,7 +84,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
-    if (m > 1 || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 4, plan);
+    if (m > 1 || w->storage == FDK_SPARSE || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 4, plan);
 }
 
 void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* tile) {
@@ -88,7 +93,7 @@ void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* t
 
 int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Path>(steps, sink); }
 
-const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Generic>, read_lines<Generic>, multiply};
+const fdk_ops ops = {plan, pack, linear, dequantise_any<Generic>, read_lines<Generic>, multiply};
 
 }  // namespace
 

@@ -4,7 +4,7 @@
 // Traits I (see generic.cpp for the plainest example):
 //   W                          dword lanes of a vector: 4, 8 or 16
 //   vf, vi                     W float32, W uint32
-//   load, shr<S>, and_mask, or_and(a, b, mask) = a | (b & mask)
+//   load, shr<S>, shl<S>, and_mask, or_and(a, b, mask) = a | (b & mask), pick(a, b, mask) = (a & ~mask) | (b & mask)
 //   Values<B>                  values of a table: pair(codes, even, odd) looks up the low B bits of both halves
 //   zero, add, sub, mul, fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b, broadcast(float*)
 //   floats(p, dtype), bytes(p) W values of a dtype or uint8, as float32
@@ -14,5 +14,7 @@
 #include "dequantise.h"
 #include "direct.h"
 #include "float_path.h"
+#include "nested.h"
 #include "panels.h"
 #include "probes.h"
+#include "sparse.h"

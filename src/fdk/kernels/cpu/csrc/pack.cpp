@@ -135,6 +135,11 @@ void convert_part(void* context, int64_t part, int64_t parts) {
     by_bits[p.w->bits](p, p.w->blocks * part / parts, p.w->blocks * (part + 1) / parts);
 }
 
+// What a unit adds to a superblock.
+int64_t unit_bytes(int32_t storage, int32_t bits) {
+    return storage == FDK_NESTED_PLANES ? 0 : storage == FDK_SPARSE ? 64 + 32 * bits : 64 * bits;
+}
+
 }  // namespace
 
 FDK_EXPORT int64_t fdk_weight_size(int64_t ranges) {
@@ -142,16 +147,19 @@ FDK_EXPORT int64_t fdk_weight_size(int64_t ranges) {
 }
 
 // Fills `w` (fdk_weight_size bytes). group 0 means one scale per row; tables :: [ranges][2^bits] of dtype, or null for
-// affine families. Returns 0, or -1 if an argument is out of range.
+// affine families. A nested weight has one table, indexed by its leading `bits` planes, plane t being bit t. Returns 0, or -1 if an argument is out of range.
 FDK_EXPORT int32_t fdk_weight_init(fdk_weight* w, const void* data, int64_t n, int64_t k, int32_t bits, int64_t group,
                                    int32_t dtype, int32_t family, const int64_t* row_ends, int64_t ranges,
-                                   const void* tables) {
+                                   const void* tables, int32_t storage) {
+    if (storage < 0 || storage > FDK_SPARSE || (storage == FDK_NESTED_PLANES && (bits < 2 || family != FDK_TABLE))) return -1;
+    if (storage == FDK_SPARSE && (bits != 4 || k % FDK_UNIT || group % FDK_UNIT)) return -1;
     if (bits < 1 || bits > 8 || dtype < 0 || dtype > 2 || family < 0 || family > 3 || ranges < 1) return -1;
     if (group && (group % 16 || k % group)) return -1;
     if (family == FDK_TABLE && !tables) return -1;
     memset(w, 0, sizeof(*w));
     w->data = (const uint8_t*)data;
     w->n = n, w->k = k, w->bits = bits, w->dtype = dtype, w->family = family;
+    w->storage = storage;
     w->scale_bytes = dtype == FDK_FP32 ? 4 : 2;
     w->zero_bytes = family == FDK_UINT_U8 ? 1 : family == FDK_UINT_FLOAT ? w->scale_bytes : 0;
     w->group = group ? group : k;
@@ -161,10 +169,15 @@ FDK_EXPORT int32_t fdk_weight_init(fdk_weight* w, const void* data, int64_t n, i
     w->units = group ? S * group / FDK_UNIT : (k + FDK_UNIT - 1) / FDK_UNIT;
     w->supers = (w->groups + S - 1) / S;
     w->k_padded = w->supers * w->units * FDK_UNIT;
-    w->super_bytes = S * FDK_ROWS * (w->scale_bytes + w->zero_bytes) + w->units * 64 * bits;
+    w->super_bytes = S * FDK_ROWS * (w->scale_bytes + w->zero_bytes) + w->units * unit_bytes(storage, bits);
     w->block_bytes = (w->supers * w->super_bytes + 63) / 64 * 64;
+    if (storage == FDK_NESTED_PLANES) {
+        w->planes_at = w->block_bytes;
+        w->plane_bytes = w->supers * w->units * 64;
+        w->block_bytes += FDK_PLANES * w->plane_bytes;
+    }
     w->ranges_count = ranges;
-    w->bf16_exact = dtype == FDK_BF16;
+    w->bf16_exact = dtype == FDK_BF16 && !(storage == FDK_SPARSE && family == FDK_UINT_FLOAT);
     int64_t row = 0, block = 0;
     const int entries = 1 << bits;
     for (int64_t t = 0; t < ranges; t++) {

@@ -31,7 +31,10 @@ struct Panels {
 
     // Float32 products of codes round, so that taking zero * (sum of x) off their sum would leave a residue where code
     // and zero are equal; there the zeros are taken off the values. Products of 16-bit activations are exact.
-    static bool subtracts(const fdk_weight& w) { return WORDS == 2 && w.zero_bytes && w.dtype == FDK_FP32; }
+    // Sparse weights take them off before anything is scattered, because dropped weights have none.
+    static bool subtracts(const fdk_weight& w) {
+        return w.zero_bytes && (w.storage == FDK_SPARSE || (WORDS == 2 && w.dtype == FDK_FP32));
+    }
 
     static void subtract_zeros(const fdk_weight& w, const uint8_t* super, int64_t supers, float* panel) {
         const int S = w.split ? 2 : 1;
@@ -115,12 +118,14 @@ struct Panels {
 // Through panels: a stretch of k of all rows of x serves a batch of blocks before it is left, so that it is not read
 // from memory for every block. workspace :: a panel for each block, then totals [block][row of x][16].
 template <class Path>
-void run_panels(const fdk_job& job, int64_t block0, int64_t block1, void* workspace, const typename Panels<Path>::Tile* tiles) {
+void run_panels(const fdk_job& job, int64_t block0, int64_t block1, void* workspace, const typename Panels<Path>::Tile* tiles,
+                const typename Panels<Path>::ExpandFn* expand = nullptr) {
     typedef Panels<Path> P;
-    static const typename P::ExpandFn expand[9] = {
+    static const typename P::ExpandFn plain[9] = {
         nullptr,
         P::template expand<1>, P::template expand<2>, P::template expand<3>, P::template expand<4>,
         P::template expand<5>, P::template expand<6>, P::template expand<7>, P::template expand<8>};
+    if (!expand) expand = plain;
     const fdk_weight& w = *job.w;
     const fdk_tile &first = job.tiles[0], &last = job.tiles[job.tiles_count - 1];
     const int64_t step = P::supers_at_once(w), groups = w.split ? 2 : 1, panel_words = P::panel_size(w) / 4;
@@ -135,7 +140,7 @@ void run_panels(const fdk_job& job, int64_t block0, int64_t block1, void* worksp
                 const uint8_t* super = calls[b].block + s * w.super_bytes;
                 uint32_t* panel = panels + b * panel_words;
                 expand[w.bits](w, *calls[b].range, super, supers, panel);
-                if (P::subtracts(w)) P::subtract_zeros(w, super, supers, (float*)panel);
+                if (P::subtracts(w) && w.storage != FDK_SPARSE) P::subtract_zeros(w, super, supers, (float*)panel);
             }
             for (int64_t b = 0; b < count; b++)
                 for (int64_t t = 0; t < job.tiles_count; t++) {

@@ -16,6 +16,12 @@ struct Avx2 {
         if constexpr (S == 0) return v;
         else return _mm256_srli_epi32(v, S);
     }
+    template <int S>
+    static FDK_INLINE vi shl(vi v) { return _mm256_slli_epi32(v, S); }
+    static FDK_INLINE vi pick(vi a, vi b, uint32_t m) {
+        const vi mask = _mm256_set1_epi32((int)m);
+        return _mm256_or_si256(_mm256_andnot_si256(mask, a), _mm256_and_si256(mask, b));
+    }
     static FDK_INLINE vi zero_words() { return _mm256_setzero_si256(); }
     static FDK_INLINE vi and_mask(vi v, uint32_t m) { return _mm256_and_si256(v, _mm256_set1_epi32((int)m)); }
     static FDK_INLINE vi or_and(vi a, vi b, uint32_t m) { return _mm256_or_si256(a, and_mask(b, m)); }
@@ -110,6 +116,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     };
     static const Panels<Path>::Tile tiles[7] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3),
                                                 FDK_PANEL_TILE(Path, 4), {}, FDK_PANEL_TILE(Path, 6)};
+    if (job->w->storage == FDK_SPARSE) return sparse_linear<Path>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     DirectFn direct[5];
     for (int i = 0; i < 5; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
@@ -119,7 +127,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     const int32_t rows = (int32_t)(m < 4 ? m : 4), width = rows == 3 ? 4 : rows;
     *plan = fdk_plan{rows, 0, 1, width, width, FDK_DIRECT, 0};
-    if (m > (w->split ? 1 : 4) || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 6, plan);
+    if (m > (w->split || w->storage != FDK_PLAIN ? 1 : 4) || w->storage == FDK_SPARSE || Panels<Path>::subtracts(*w)) plan_panels<Path>(*w, m, 6, plan);
 }
 
 void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* tile) {
@@ -128,7 +136,7 @@ void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* t
 
 int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Path>(steps, sink); }
 
-const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Avx2>, read_lines<Avx2>, multiply};
+const fdk_ops ops = {plan, pack, linear, dequantise_any<Avx2>, read_lines<Avx2>, multiply};
 
 }  // namespace
 

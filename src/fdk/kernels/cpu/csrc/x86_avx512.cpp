@@ -16,6 +16,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         {FDK_BY_BITS(Avx512Path, 8, false), {nullptr}},
     };
     static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
+    if (job->w->storage == FDK_SPARSE) return sparse_linear<Avx512Path>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
     DirectFn direct[9];
@@ -25,7 +27,9 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     // As for bf16, except that up to 4 bits one register holds the table.
-    const int64_t direct = Panels<Avx512Path>::subtracts(*w) ? 0 : w->split ? 1 : w->bits <= 4 ? m : 4;
+    const bool never = w->storage == FDK_SPARSE || Panels<Avx512Path>::subtracts(*w);
+    const bool one = w->split || w->storage == FDK_NESTED_PLANES;
+    const int64_t direct = never ? 0 : one ? 1 : w->bits <= 4 ? m : 4;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
     if (m == 1 && direct && Nibbles::plan(*w, plan)) return;
     if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);
@@ -41,7 +45,7 @@ void pack(const fdk_weight* w, const fdk_plan*, const void* x, const fdk_tile* t
 
 int64_t multiply(int32_t, int64_t steps, float* sink) { return multiply_chains<Avx512Path>(steps, sink); }
 
-const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Avx512>, read_lines<Avx512>, multiply};
+const fdk_ops ops = {plan, pack, linear, dequantise_any<Avx512>, read_lines<Avx512>, multiply};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // AVX-512 with BF16: bf16 activations are multiplied as they are, in pairs, by vdpbf16ps.
 #include "avx512.h"
+#include "sparse_rows.h"
 
 namespace {
 
@@ -50,13 +51,14 @@ struct DotPath {
             if constexpr (B == 7) return low;
             else return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, _mm512_permutex2var_epi8(t[2], index, t[3]));
         }
+        // PLACE: 0 and 1 the codes of a word of plain weights, + 2 where each has a byte of its own.
         template <int PLACE>
         FDK_INLINE __m512i at(__m512i codes) const {
             const __m512i low_bytes = _mm512_set1_epi16(0x00ff);
-            if constexpr (B == 7)  // the second code moves up to the second byte
+            if constexpr (B == 7 && PLACE < 2)  // the second code moves up to the second byte
                 codes = _mm512_ternarylogic_epi32(low_bytes, codes, _mm512_slli_epi16(codes, 1), 0xca);
             const __m512i h = bytes_at(upper, codes), l = bytes_at(lower, codes);
-            if constexpr (PLACE == 0) return _mm512_ternarylogic_epi32(low_bytes, l, _mm512_slli_epi16(h, 8), 0xca);
+            if constexpr (PLACE % 2 == 0) return _mm512_ternarylogic_epi32(low_bytes, l, _mm512_slli_epi16(h, 8), 0xca);
             else return _mm512_ternarylogic_epi32(low_bytes, _mm512_srli_epi16(l, 8), h, 0xca);
         }
     };
@@ -100,6 +102,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         {DOT(12, false), {nullptr}},
     };
     static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
+    if (job->w->storage == FDK_SPARSE) return SparseRows::linear<DotPath>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<DotPath>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
     DirectFn direct[13];
@@ -111,7 +115,8 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     if (!w->bf16_exact) return fdk_ops_avx512()->plan(w, m, plan);
     // Up to 6 bits (two table registers) decoding hides behind the multiplications of a tile; above that it pays to
     // decode once into a panel. Measured on Zen 4 with m = 16, 32, 64, 256.
-    const int64_t direct = w->split ? 1 : w->bits <= 6 ? m : 32;
+    if (w->storage == FDK_SPARSE && m <= SparseRows::FEW) return SparseRows::plan(m, plan);
+    const int64_t direct = w->split || w->storage != FDK_PLAIN ? 1 : w->bits <= 6 ? m : 32;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 1};
     if (m == 1 && Nibbles::plan(*w, plan)) return;
     if (m > direct) return plan_panels<DotPath>(*w, m, 12, plan);
@@ -125,11 +130,16 @@ void pack(const fdk_weight* w, const fdk_plan* plan, const void* x, const fdk_ti
     pack_bf16_pairs<Avx512>(*w, (const uint16_t*)x, *tile);
 }
 
+void dequantise(const fdk_weight* w, void* out, int64_t block0, int64_t block1) {
+    if (SparseRows::serves(*w)) return SparseRows::dequantise(*w, out, block0, block1);
+    dequantise_any<Avx512>(w, out, block0, block1);
+}
+
 int64_t multiply(int32_t dtype, int64_t steps, float* sink) {
     return dtype == FDK_BF16 ? multiply_chains<DotPath>(steps, sink) : multiply_chains<Avx512Path>(steps, sink);
 }
 
-const fdk_ops ops = {plan, pack, linear, dequantise_blocks<Avx512>, read_lines<Avx512>, multiply};
+const fdk_ops ops = {plan, pack, linear, dequantise, read_lines<Avx512>, multiply};
 
 }  // namespace
 

@@ -1,0 +1,254 @@
+// Nested weights: superblocks of bit planes of an 8-bit master, of which a product reads the `bits` leading ones.
+// The bytes are described in fdk_cpu.h.
+//
+// Codes arrive as indices whose bit t is plane t, so the most significant bit of the master is bit 0; the tables of a
+// nested weight are in that order.
+#pragma once
+#include "dequantise.h"
+#include "direct.h"
+#include "panels.h"
+
+namespace {
+
+// Lines of one unit: that of plane t at first + t * stride.
+struct Lines {
+    const uint8_t* first;
+    int64_t stride;
+};
+
+FDK_INLINE Lines lines_of(const fdk_weight& w, const uint8_t* block, int64_t unit) {
+    return {block + w.planes_at + 64 * unit, w.plane_bytes};
+}
+
+// Fetches the B leading lines eight units further on, which may lie in the next block.
+template <class I, int B>
+FDK_INLINE void fetch_ahead(const fdk_weight& w, const uint8_t* block, int64_t unit) {
+    const int64_t at = 64 * (unit + 8), over = at - w.plane_bytes;
+    const uint8_t* first = block + w.planes_at + (over < 0 ? at : w.block_bytes + over);
+    unroll<0, B>([&](auto t) FDK_LAMBDA { I::prefetch(first + decltype(t)::value * w.plane_bytes); });
+}
+
+template <class I, int FROM, int TO>
+FDK_INLINE typename I::vi moved(typename I::vi v) {
+    if constexpr (FROM >= TO) return I::template shr<FROM - TO>(v);
+    else return I::template shl<TO - FROM>(v);
+}
+
+// The codes of a unit in words of equal fields: B bits of every field are a code, the others garbage.
+template <class I, int B>
+struct Fields {
+    typedef typename I::vi vi;
+    static constexpr int WIDTH = B <= 2 ? 2 : B <= 4 ? 4 : 8;
+    vi word[WIDTH];
+
+    FDK_INLINE Fields(const Lines& lines, int offset) {
+        auto line = [&](int t) FDK_LAMBDA { return I::load(lines.first + t * lines.stride + offset); };
+        if constexpr (WIDTH == 2) {
+            for (int i = 0; i < 2; i++) word[i] = line(i);
+        } else {
+            const vi pairs[2] = {line(0), line(1)}, third = line(2);
+            vi fourth = third;
+            if constexpr (B > 3) fourth = line(3);
+            vi nibbles[4];
+            unroll<0, 4>([&](auto i) FDK_LAMBDA {
+                constexpr int J = decltype(i)::value;
+                vi v = I::pick(I::template shr<2 * (J % 2)>(pairs[J / 2]), moved<I, J, 2>(third), 0x44444444u);
+                if constexpr (B > 3) v = I::pick(v, moved<I, J, 3>(fourth), 0x88888888u);
+                nibbles[J] = v;
+            });
+            if constexpr (WIDTH == 4) {
+                for (int i = 0; i < 4; i++) word[i] = nibbles[i];
+            } else {
+                unroll<0, 8>([&](auto i) FDK_LAMBDA {
+                    constexpr int J = decltype(i)::value;
+                    word[J] = I::template shr<4 * (J % 2)>(nibbles[J / 2]);
+                });
+                unroll<4, B>([&](auto t) FDK_LAMBDA {
+                    constexpr int T = decltype(t)::value;
+                    const vi plane = line(T);
+                    unroll<0, 8>([&](auto i) FDK_LAMBDA {
+                        constexpr int J = decltype(i)::value;
+                        word[J] = I::pick(word[J], moved<I, J, T>(plane), 0x01010101u << T);
+                    });
+                });
+            }
+        }
+    }
+
+    // The code of pair P at bit 0, or with BYTES in byte `place`.
+    template <int P, bool BYTES = false>
+    FDK_INLINE vi codes() const {
+        constexpr int half = P / 8, f = P % 8;
+        if constexpr (BYTES) return word[4 * half + 2 * (f % 2) + f / 2 % 2];
+        if constexpr (WIDTH == 2) return I::template shr<2 * f>(word[half]);
+        else if constexpr (WIDTH == 4) return I::template shr<4 * (f / 2)>(word[2 * half + f % 2]);
+        else return I::template shr<8 * (f / 4)>(word[4 * half + 2 * (f % 2) + f / 2 % 2]);
+    }
+};
+
+// Where look-ups serve all bytes of a word at once, both codes of a word share them: PLACE 2 and 3 of Values.
+template <class Path, int B>
+constexpr bool by_bytes() {
+    return B > 6 && Path::template Values<B>::SHARE == 2;
+}
+template <class Path, int B, int P>
+constexpr int byte_place() {
+    return by_bytes<Path, B>() ? 2 + P % 8 / 4 : 0;
+}
+
+// Like Block of direct.h, for one row of x.
+template <class Path, int B, bool SPLIT>
+struct NestedBlock {
+    typedef typename Path::I I;
+    typedef typename I::vf vf;
+    static constexpr int W = I::W, H = (int)FDK_ROWS / W, SETS = 4, PAIR = Path::words_per_pair;
+    typedef typename Path::template Values<B> Values;
+
+    template <int P0, int P1>
+    static FDK_INLINE void pairs(const Values& values, const Fields<I, B>& fields, const uint32_t* x, vf (&acc)[SETS]) {
+        unroll<P0, P1>([&](auto p) FDK_LAMBDA {
+            constexpr int P = decltype(p)::value;
+            Path::template step<B, 1, byte_place<Path, B, P>()>(values, fields.template codes<P, by_bytes<Path, B>()>(),
+                                                                x + P * PAIR, acc + P % SETS);
+        });
+    }
+
+    static FDK_INLINE void flush(const fdk_weight& w, const uint8_t* scales, int h, vf (&acc)[SETS], vf& total) {
+        acc[0] = I::add(I::add(acc[0], acc[1]), I::add(acc[2], acc[3]));
+        apply_scale<I, 1>(w, scales, nullptr, nullptr, h, acc, &total);
+        for (int i = 0; i < SETS; i++) acc[i] = I::zero();
+    }
+
+    static void run(const Call& call, int64_t begin, int64_t end, float* totals) {
+        const fdk_weight& w = *call.w;
+        constexpr int S = SPLIT ? 2 : 1;
+        const Values values(*call.range);
+        vf total[H];
+        for (int h = 0; h < H; h++) total[h] = I::kept(totals + h * W);
+        const uint8_t* scales = call.block + begin * w.super_bytes;
+        const uint32_t* x = (const uint32_t*)call.tile->x + begin * w.units * 16 * PAIR;
+        const int64_t scales_size = FDK_ROWS * w.scale_bytes;
+        int64_t unit = begin * w.units;
+        for (int64_t s = begin; s < end; s++, scales += w.super_bytes) {
+            I::prefetch(scales + w.block_bytes);
+            for (int h = 0; h < H; h++) {
+                vf acc[SETS];
+                for (int i = 0; i < SETS; i++) acc[i] = I::zero();
+                for (int64_t u = 0; u < w.units; u++) {
+                    fetch_ahead<I, B>(w, call.block, unit + u);
+                    const Fields<I, B> fields(lines_of(w, call.block, unit + u), 4 * W * h);
+                    const uint32_t* xu = x + u * 16 * PAIR;
+                    pairs<0, 8>(values, fields, xu, acc);
+                    if (SPLIT && u == w.units / 2) flush(w, scales, h, acc, total[h]);
+                    pairs<8, 16>(values, fields, xu, acc);
+                }
+                flush(w, scales + (S - 1) * scales_size, h, acc, total[h]);
+            }
+            unit += w.units, x += w.units * 16 * PAIR;
+        }
+        for (int h = 0; h < H; h++) I::keep(totals + h * W, total[h]);
+    }
+};
+
+// As Panels::expand; `super` are the scales of the first superblock.
+template <class Path, int B>
+void expand_nested(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* panel) {
+    typedef typename Path::I I;
+    constexpr int W = I::W, H = (int)FDK_ROWS / W, WORDS = Path::words_per_pair;
+    const typename Path::template Values<B> values(range);
+    const uint8_t* block = w.data + (super - w.data) / w.block_bytes * w.block_bytes;
+    const int64_t first = (super - block) / w.super_bytes * w.units;
+    for (int64_t u = first; u < first + supers * w.units; u++, panel += 16 * WORDS * FDK_ROWS) {
+        fetch_ahead<I, B>(w, block, u);
+        for (int h = 0; h < H; h++) {
+            const Fields<I, B> fields(lines_of(w, block, u), 4 * W * h);
+            unroll<0, 16>([&](auto p) FDK_LAMBDA {
+                constexpr int P = decltype(p)::value;
+                Path::template expand<B, byte_place<Path, B, P>()>(values, fields.template codes<P, by_bytes<Path, B>()>(),
+                                                                   panel + P * WORDS * FDK_ROWS + h * W);
+            });
+        }
+    }
+}
+
+// As Dequantise of dequantise.h.
+template <class I, int B>
+struct DequantiseNested {
+    static constexpr int W = I::W, H = (int)FDK_ROWS / W;
+
+    static void run(const fdk_weight& w, uint8_t* out, int64_t block0, int64_t block1) {
+        for (int64_t b = block0; b < block1; b++) {
+            const fdk_range* range = range_of(w, b);
+            const int64_t left = range->row1 - range->row0 - (b - range->block0) * FDK_ROWS;
+            const int rows = left < FDK_ROWS ? (int)left : (int)FDK_ROWS;
+            block(w, *range, w.data + b * w.block_bytes, out, rows);
+            out += rows * w.k * w.scale_bytes;
+        }
+    }
+
+    static void block(const fdk_weight& w, const fdk_range& range, const uint8_t* data, uint8_t* out, int rows) {
+        const typename I::template Values<B> values(range);
+        const int64_t scales_size = FDK_ROWS * w.scale_bytes, S = w.split ? 2 : 1, group = w.units * FDK_UNIT / S;
+        int64_t k = 0, unit = 0;
+        for (int64_t s = 0; s < w.supers; s++) {
+            const uint8_t* super = data + s * w.super_bytes;
+            for (int64_t u = 0; u < w.units && k < w.k; u++, unit++, k += FDK_UNIT) {
+                const Lines lines = lines_of(w, data, unit);
+                typename I::Panel panel;
+                for (int h = 0; h < H; h++) {
+                    const Fields<I, B> fields(lines, 4 * W * h);
+                    unroll<0, 2>([&](auto half) FDK_LAMBDA {
+                        constexpr int P0 = decltype(half)::value * 8;
+                        const int64_t g = (u * FDK_UNIT + 2 * P0) / group;
+                        const typename I::vf scale = I::floats(super + g * scales_size + h * W * w.scale_bytes, w.dtype);
+                        unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
+                            typename I::vf even, odd;
+                            values.pair(fields.template codes<decltype(p)::value>(), even, odd);
+                            panel.put(decltype(p)::value, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
+                        });
+                    });
+                }
+                panel.write(out + k * w.scale_bytes, w.k * w.scale_bytes, w.dtype, rows,
+                            (int)(w.k - k < FDK_UNIT ? w.k - k : FDK_UNIT));
+            }
+        }
+    }
+};
+
+#define FDK_NESTED(T, ...)                                                                                  \
+    {nullptr, nullptr, T<__VA_ARGS__, 2>, T<__VA_ARGS__, 3>, T<__VA_ARGS__, 4>, T<__VA_ARGS__, 5>,            \
+     T<__VA_ARGS__, 6>, T<__VA_ARGS__, 7>, T<__VA_ARGS__, 8>}
+
+template <class Path, int B>
+void nested_whole(const Call& call, int64_t begin, int64_t end, float* totals) {
+    NestedBlock<Path, B, false>::run(call, begin, end, totals);
+}
+
+template <class Path, int B>
+void nested_split(const Call& call, int64_t begin, int64_t end, float* totals) {
+    NestedBlock<Path, B, true>::run(call, begin, end, totals);
+}
+
+template <class I, int B>
+void nested_rows(const fdk_weight& w, uint8_t* out, int64_t block0, int64_t block1) {
+    DequantiseNested<I, B>::run(w, out, block0, block1);
+}
+
+// One row decodes for itself, more go through panels; `tiles` are those of plain weights.
+template <class Path>
+void nested_linear(const fdk_job& job, int64_t block0, int64_t block1, void* workspace,
+                   const typename Panels<Path>::Tile* tiles) {
+    static const BlockFn one_row[2][9] = {FDK_NESTED(nested_whole, Path), FDK_NESTED(nested_split, Path)};
+    static const typename Panels<Path>::ExpandFn expand[9] = FDK_NESTED(expand_nested, Path);
+    if (job.plan->algorithm == FDK_PANELS) return run_panels<Path>(job, block0, block1, workspace, tiles, expand);
+    const DirectFn direct[2] = {{}, {one_row[job.w->split][job.w->bits], write_totals<typename Path::I, 1>}};
+    run_direct(job, block0, block1, workspace, direct);
+}
+
+template <class I>
+void dequantise_nested(const fdk_weight& w, uint8_t* out, int64_t block0, int64_t block1) {
+    static void (*const by_bits[9])(const fdk_weight&, uint8_t*, int64_t, int64_t) = FDK_NESTED(nested_rows, I);
+    by_bits[w.bits](w, out, block0, block1);
+}
+
+}  // namespace

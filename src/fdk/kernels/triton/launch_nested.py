@@ -1,0 +1,54 @@
+"""Launches nested.py: tile shapes and arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdk.weight import QuantisedWeight
+
+# (BM, BN, BK, warps) for one token, few and many; not tuned on any GPU yet.
+_ONE, _FEW, _MANY, _FLOAT32 = (1, 4, 1024, 4), (16, 64, 64, 4), (64, 64, 64, 4), (16, 32, 32, 4)
+
+
+def launch_nested(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, interpreted: bool) -> None:
+    """out [m, n] = x [m, k] W^T + bias for a nested weight in the canonical layout."""
+    from fdk.kernels.triton.nested import nested_product
+
+    geometry, parts, fmt = weight.geometry, weight.parts, weight.format
+    (m, k), n = x.shape, geometry.n
+    assert out.shape == (m, n) and out.is_contiguous() and x.is_contiguous()
+    if k == 0:
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    dot = m > 1
+    bm, bn, bk, warps = _ONE if not dot else _FLOAT32 if x.element_size() == 4 else _FEW if m <= 16 else _MANY
+    bk = min(bk, max(32, 1 << (k - 1).bit_length()))
+    planes = parts["planes"]
+    whole = planes.shape[2] % 4 == 0 and planes.data_ptr() % 4 == 0
+    words = planes.view(torch.uint32) if whole else planes
+    nested_product[(-(-n // bn), -(-m // bm) if dot else 1)](
+        x,
+        words,
+        parts["scales"],
+        x if bias is None else bias,
+        out,
+        m,
+        n,
+        k,
+        words.shape[2],
+        geometry.groups,
+        PLANES=fmt.read_bits,
+        SERVED=fmt.served,
+        CUTS=fmt.kind.cuts,
+        GROUP=fmt.group or 0,
+        BIAS=bias is not None,
+        DOT=dot,
+        OCTETS=4 if whole else 1,
+        BN=bn,
+        BM=bm,
+        BK=bk,
+        STEPS=-(-k // bk),
+        INTERPRETED=interpreted,
+        num_warps=warps,
+    )

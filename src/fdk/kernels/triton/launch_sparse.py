@@ -1,0 +1,57 @@
+"""Launches sparse.py: tile shapes and arguments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fdk.kernels.triton.tiles import row_tiles
+from fdk.weight import QuantisedWeight
+
+# (BM, BN, BK, warps) for one token, few and many; not tuned on any GPU yet.
+_ONE, _FEW, _MANY, _FLOAT32 = (1, 4, 512, 4), (16, 64, 64, 4), (64, 64, 64, 4), (16, 32, 32, 4)
+
+
+def launch_sparse(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, interpreted: bool) -> None:
+    """out [m, n] = x [m, k] W^T + bias for a 16:32 sparse weight in the canonical layout."""
+    from fdk.kernels.triton.sparse import sparse_product
+
+    geometry, parts, fmt = weight.geometry, weight.parts, weight.format
+    (m, k), n = x.shape, geometry.n
+    assert out.shape == (m, n) and out.is_contiguous() and x.is_contiguous()
+    if k == 0:
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    dot = m > 1
+    bm, bn, bk, warps = _ONE if not dot else _FLOAT32 if x.element_size() == 4 else _FEW if m <= 16 else _MANY
+    bk = min(bk, max(32, 1 << (k - 1).bit_length()))
+    several = fmt.is_table and len(geometry.row_ends) > 1
+    tiles = row_tiles(geometry, bn, x.device) if several else parts["codes"]
+    sparse_product[(tiles.shape[0] if several else -(-n // bn), -(-m // bm) if dot else 1)](
+        x,
+        parts["codes"],
+        parts["mask"],
+        parts["scales"],
+        parts.get("zeros", parts["codes"]),
+        parts.get("table", x),
+        x if bias is None else bias,
+        tiles,
+        out,
+        m,
+        n,
+        k,
+        geometry.groups,
+        BITS=fmt.bits,
+        GROUP=fmt.group or 0,
+        OFFSET=0 if fmt.is_table or fmt.has_zeros else fmt.offset,
+        STORED=fmt.is_table,
+        ZEROS=fmt.has_zeros,
+        BIAS=bias is not None,
+        TILES=several,
+        DOT=dot,
+        BN=bn,
+        BM=bm,
+        BK=bk,
+        STEPS=-(-k // bk),
+        INTERPRETED=interpreted,
+        num_warps=warps,
+    )
