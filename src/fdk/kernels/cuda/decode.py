@@ -219,7 +219,7 @@ def clusters_at_once(sms: int, cluster: int) -> int:
 
 # Preference among cluster sizes at equal balance: sums travel further in larger ones, activations less far.
 _CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
-_CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.6, 8: 0.5}
+_CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
 
 
 def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
@@ -240,13 +240,13 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         return [(1, 2), (1, 1)]
     if config.digits:
         return [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
+    if config.warps > 8 and config.row_warps <= 2:
+        return [(1, 1)]
     if config.tokens <= 4 and per_warp <= 4:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
             return [(2, 2), (1, 4), (1, 2), (1, 1)]
         return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1)), (1, 1)]
-    if config.warps > 8 and config.row_warps <= 2:
-        return [(1, 1)]
     if shape.bits == 1:
         return [(4, 1), (2, 1), (1, 2)] if config.tokens <= 4 else [(2, 1), (1, 2)]
     if shape.bits <= 4 and config.tokens <= 16:
@@ -301,7 +301,7 @@ def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = Tr
             score = blocks / (per_cluster * at_once) * cta_units / k_warps / -(-cta_units // k_warps)
             score *= (_CLUSTER_WORTH_FEW if tokens <= 4 else _CLUSTER_WORTH_MANY)[cluster]
             # A CTA that goes through its activations more than once waits for them each time.
-            score *= 0.9 ** (filled.phases - 1) * (0.4 + 0.075 * min(8, filled.warps))
+            score *= 0.9 ** (filled.phases - 1) * (0.25 + 0.09375 * min(8, filled.warps))
             if best is None or score > best[0]:
                 best = (score, filled)
     return best[1] if best else None
