@@ -61,6 +61,7 @@ struct Avx512 {
     // for both k of a pair at once, which takes half the registers.
     template <int B, bool SMALL = B <= 5>
     struct Values {
+        static constexpr int SHARE = 1;
         vf t[B <= 4 ? 1 : 2];
         FDK_INLINE explicit Values(const fdk_range& r) {
             for (int i = 0; i < (B <= 4 ? 1 : 2); i++) t[i] = _mm512_loadu_ps(r.value + 16 * i);
@@ -69,6 +70,7 @@ struct Avx512 {
             if constexpr (B <= 4) return _mm512_permutexvar_ps(index, t[0]);
             else return _mm512_permutex2var_ps(t[0], index, t[1]);
         }
+        template <int>
         FDK_INLINE void pair(vi codes, vf& even, vf& odd) const {
             even = get(codes);
             odd = get(shr<16>(codes));
@@ -76,8 +78,10 @@ struct Avx512 {
     };
     template <int B>
     struct Values<B, false> {
+        static constexpr int SHARE = 1;
         Words<B> high, low;
         FDK_INLINE explicit Values(const fdk_range& r) : high(r.value_high), low(r.value_low) {}
+        template <int>
         FDK_INLINE void pair(vi codes, vf& even, vf& odd) const {
             const vi h = high.get(codes), l = low.get(codes);
             even = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, l, _mm512_slli_epi32(h, 16)));

@@ -40,9 +40,9 @@ struct Dequantise {
                         vf scale = I::floats(super + g * scales_size + h * W * w.scale_bytes, w.dtype);
                         const vf zero = zeros_size ? zeros_of<I>(w, zeros + g * zeros_size, h) : I::zero();
                         unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
-                            typename I::vi codes = pair_codes<I, B, decltype(p)::value>(unit + 4 * W * h);
+                            constexpr int P = decltype(p)::value, SHARE = I::template Values<B>::SHARE;
                             vf even, odd;
-                            values.pair(codes, even, odd);
+                            values.template pair<place<B, P, SHARE>()>(pair_codes<I, B, P, SHARE>(unit + 4 * W * h), even, odd);
                             if (w.zero_bytes) even = I::sub(even, zero), odd = I::sub(odd, zero);
                             panel.put(decltype(p)::value, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
                         });

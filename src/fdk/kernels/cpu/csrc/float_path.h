@@ -10,15 +10,12 @@ struct FloatPath {
     typedef Traits I;
     static constexpr int words_per_pair = 2;  // dwords of x per pair and row
     template <int B>
-    struct Values : I::template Values<B> {
-        static constexpr int SHARE = 1;
-        FDK_INLINE explicit Values(const fdk_range& r) : I::template Values<B>(r) {}
-    };
+    using Values = typename I::template Values<B>;
 
-    template <int B, int M, int>
+    template <int B, int M, int PLACE>
     static FDK_INLINE void step(const Values<B>& values, typename I::vi codes, const uint32_t* x, typename I::vf* acc) {
         typename I::vf even, odd;
-        values.pair(codes, even, odd);
+        values.template pair<PLACE>(codes, even, odd);
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
             acc[c] = I::fma(even, I::broadcast(x + c), acc[c]);
@@ -29,10 +26,10 @@ struct FloatPath {
         });
     }
 
-    template <int B, int>
+    template <int B, int PLACE>
     static FDK_INLINE void expand(const Values<B>& values, typename I::vi codes, uint32_t* panel) {
         typename I::vf even, odd;
-        values.pair(codes, even, odd);
+        values.template pair<PLACE>(codes, even, odd);
         I::keep((float*)panel, even);
         I::keep((float*)panel + FDK_ROWS, odd);
     }

@@ -24,8 +24,10 @@ struct Generic {
 
     template <int B>
     struct Values {
+        static constexpr int SHARE = 1;
         const float* table;
         FDK_INLINE Values(const fdk_range& r) : table(r.value) {}
+        template <int>
         FDK_INLINE void pair(vi codes, vf& even, vf& odd) const {
             even = get(codes & ((1u << B) - 1));
             odd = get(codes >> 16 & ((1u << B) - 1));

@@ -203,7 +203,7 @@ struct DequantiseNested {
                         const typename I::vf scale = I::floats(super + g * scales_size + h * W * w.scale_bytes, w.dtype);
                         unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
                             typename I::vf even, odd;
-                            values.pair(fields.template codes<decltype(p)::value>(), even, odd);
+                            values.template pair<0>(fields.template codes<decltype(p)::value>(), even, odd);
                             panel.put(decltype(p)::value, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
                         });
                     });

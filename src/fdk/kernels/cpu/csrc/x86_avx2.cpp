@@ -29,6 +29,7 @@ struct Avx2 {
     // Up to 3 bits one register, 4 bits two of them chosen between by bit 3; above that the table is read from memory.
     template <int B>
     struct Values {
+        static constexpr int SHARE = 1;
         vf t[2];
         const float* table;
         FDK_INLINE explicit Values(const fdk_range& r) : table(r.value) {
@@ -48,6 +49,7 @@ struct Avx2 {
                 return _mm256_i32gather_ps(table, and_mask(index, (1u << B) - 1), 4);
             }
         }
+        template <int>
         FDK_INLINE void pair(vi codes, vf& even, vf& odd) const {
             even = get<0>(codes);
             odd = get<16>(codes);
@@ -104,6 +106,37 @@ struct Avx2 {
     typedef PlainPanel<Avx2> Panel;
 };
 
+// 4 bits whose values are bf16 numbers: bytes are looked up, the upper and the lower one of a value apart, so that one
+// look-up serves all codes at even or at odd places of a line. The compiler shares it between the pairs of the line.
+struct Avx2Bytes : Avx2 {
+    template <int B>
+    struct Values : Avx2::Values<B> {
+        using Avx2::Values<B>::Values;
+    };
+};
+template <>
+struct Avx2Bytes::Values<4> {
+    static constexpr int SHARE = 4;
+    vi upper, lower;
+    FDK_INLINE explicit Values(const fdk_range& r) {
+        uint8_t byte[2][16];
+        for (int i = 0; i < 16; i++) byte[0][i] = (uint8_t)r.value_bf16[i], byte[1][i] = (uint8_t)(r.value_bf16[i] >> 8);
+        lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)byte[0]));
+        upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)byte[1]));
+    }
+    template <int PLACE>
+    FDK_INLINE void pair(vi codes, vf& even, vf& odd) const {
+        const vi index = and_mask(shr<PLACE % 2 * 4>(codes), 0x0f0f0f0f);
+        const vi h = _mm256_shuffle_epi8(upper, index), l = _mm256_shuffle_epi8(lower, index);
+        const vi halves = _mm256_set1_epi16((short)0xff00);
+        const vi both = PLACE < 2 ? _mm256_blendv_epi8(l, _mm256_slli_epi16(h, 8), halves)
+                                  : _mm256_blendv_epi8(_mm256_srli_epi16(l, 8), h, halves);
+        even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        odd = _mm256_castsi256_ps(and_mask(both, 0xffff0000));
+    }
+};
+
+typedef FloatPath<Avx2Bytes> BytesPath;
 typedef FloatPath<Avx2> Path;
 
 void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
@@ -120,7 +153,18 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     DirectFn direct[5];
-    for (int i = 0; i < 5; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
+    static const BlockFn bytes[5][2] = {
+        {nullptr},
+        {Block<BytesPath, 4, 1, false>::run, Block<BytesPath, 4, 1, true>::run},
+        {Block<BytesPath, 4, 2, false>::run},
+        {nullptr},
+        {Block<BytesPath, 4, 4, false>::run},
+    };
+    const fdk_weight& w = *job->w;
+    for (int i = 0; i < 5; i++) {
+        const BlockFn run = w.bits == 4 && w.bf16_exact ? bytes[i][w.split] : by_width[i][w.split][w.bits];
+        direct[i] = DirectFn{run, tiles[i].write};
+    }
     run_direct(*job, block0, block1, workspace, direct);
 }
 
