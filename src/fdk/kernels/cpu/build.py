@@ -27,7 +27,10 @@ FLAGS = (
 LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-pthread")
 X86 = ("x86_64", "AMD64")
 # GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+AVX512 = (
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c",
+    "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+)  # fmt: skip
 
 # (source, architectures that compile it or None for all, flags): one unit per instruction set, each with its own
 # flags, because target attributes inside one unit fail with some compilers.
