@@ -27,6 +27,7 @@ LAYERS = (
     ("models",),
     ("testing",),
     ("importers",),
+    ("compat",),
     ("integrations",),
     ("bench",),
     ("cli",),
