@@ -51,12 +51,10 @@ def test_every_route_serves_any_number_of_rows(m: int) -> None:
     assert {"decode", "dense"} <= {route.name for route in possible}
     for route in possible:
         call = KERNEL._bind(weight, m, (route,))
-        wrong = testing.check_product(
-            lambda x, _, b, out, call=call: call(x, b, out), x, weight, bias, route.name == "dense"
-        )
+        wrong = testing.check_product(lambda x, _, b, out, call=call: call(x, b, out), x, weight, bias, route.rounds)
         assert wrong is None, (route, wrong)
     rounds = KERNEL.rounds_weights(Problem(m, weight.geometry, weight.device))
-    assert rounds == (possible[0].name == "dense")
+    assert rounds == possible[0].rounds
     assert testing.check_product(KERNEL.linear, x, weight, bias, rounds) is None
 
 

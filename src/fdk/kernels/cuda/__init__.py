@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fdk.kernels import Problem
+from fdk.kernels import Problem, reason_against
 from fdk.kernels.cuda import decode, dense, jit, routes
 from fdk.kernels.cuda.stream import stream_floor
 from fdk.packing import fragments
@@ -81,7 +81,7 @@ class CudaKernel:
         return [_routes(geometry, zeros, problem.m, problem.device) for zeros in kinds]
 
     def rounds_weights(self, problem: Problem) -> bool:
-        return any(found[0].name == "dense" for found in self._problem_routes(problem))
+        return any(found[0].rounds for found in self._problem_routes(problem))
 
     def describe(self, problem: Problem) -> str:
         """The path inside the kernel that serves the problem, and what the others were predicted to take."""
@@ -91,7 +91,10 @@ class CudaKernel:
             "prefill": "dequantises on the way, wgmma",
             "dense": "dequantises to memory, cuBLAS",
         }
-        first, *others = (f"{route.name} ({route.us:.3g} us predicted; {names[route.name]})" for route in found)
+        first, *others = (
+            f"{route.name} ({route.us:.3g} us predicted; {names[route.name]}{', rounds weights' * route.rounds})"
+            for route in found
+        )
         return first + "".join(f", rather than {other}" for other in others)
 
     def call(self, weight: QuantisedWeight, m: int) -> Call:
@@ -196,6 +199,6 @@ def warmup(weights: Iterable[QuantisedWeight], rows: Iterable[int] = (1,)) -> No
             continue
         n, k = weight.shape
         for m in rows:
-            if KERNEL.supports(Problem(m, weight.geometry, weight.device)) is None:
+            if reason_against(KERNEL, Problem(m, weight.geometry, weight.device)) is None:
                 x = torch.zeros(m, k, dtype=weight.dtype, device=weight.device)
                 KERNEL.linear(x, weight.relayout_(KERNEL.layout), None, x.new_empty(m, n))

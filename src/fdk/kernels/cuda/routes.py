@@ -48,6 +48,11 @@ class Route:
     rows: int
     config: object = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether scaled weights are rounded to 16 bits before they are multiplied."""
+        return self.name == "dense" or getattr(self.config, "rounds", False)
+
 
 def decode_us(shape: decode.Shape, m: int, rows: int, sms: int = _SMS) -> float:
     """Predicted time of m rows of x by the decode kernel, `rows` of them per launch."""
