@@ -1,0 +1,108 @@
+"""Costs on the host: what a module's call adds to the kernel, and how fast weights are quantised.
+
+`python -m fdk.bench.host` prints both and appends records to `out/bench-host-<device>-<date>-<process>.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fdk
+from fdk.bench import records, timing
+from fdk.bench.command import rebind
+from fdk.bench.report import significant
+from fdk.quantise import quantise
+
+CALLS, ROUNDS = 2000, 41
+SMALL = 64
+"""Rows and columns of the weight whose kernel takes as little time as a kernel can."""
+
+QUANTISED = (
+    ("lut4_g64", "uniform"), ("lut8_g64", "uniform"), ("lut2_g64", "uniform"), ("lut1_g64", "uniform"),
+    ("int4_g64", "uniform"), ("uint4_g64", "uniform"), ("nf4_g64", "uniform"), ("fp4_g64", "uniform"),
+    ("lut2_g64", "kmeans"), ("lut4_g64", "kmeans"), ("lut8_g64", "kmeans"),
+)  # fmt: skip
+
+
+def overhead() -> records.Record:
+    """Seconds of a call of a module with a 4-bit weight [64, 64] and one row of bf16, and beside it, in rounds that
+    take turns, of the C function alone: what the module adds is the median of the differences."""
+    from fdk.kernels.cpu.launch import handle_of
+    from fdk.kernels.cpu.library import library, why_not
+
+    loaded = library()
+    if loaded is None:
+        return {"test": "overhead", "status": "skipped", "reason": why_not()}
+    config = fdk.models.QuantisationConfig(bits=4, block_size=SMALL)
+    dense = torch.nn.Linear(SMALL, SMALL, bias=False)
+    module = fdk.models.quantise(dense, config, device="cpu", dtype=torch.bfloat16)
+    x, out = torch.randn(1, SMALL).bfloat16(), torch.empty(1, SMALL, dtype=torch.bfloat16)
+    module(x)
+    handle, threads = handle_of(module.weight), torch.get_num_threads()
+    kernel, arguments = loaded.linear, (handle.address, x.data_ptr(), None, out.data_ptr(), 1, threads)
+    blocks = {
+        "module": timing.CpuBlock(lambda _: module(x), CALLS),
+        "kernel": timing.CpuBlock(lambda _: kernel(*arguments), CALLS),
+    }
+    times = timing.rounds(blocks, dict.fromkeys(blocks, ROUNDS))
+    added = [a - b for a, b in zip(times["module"], times["kernel"], strict=True)]
+    entry = {"test": "overhead", "status": "ok", "format": str(config.format), "n": SMALL, "k": SMALL, "m": 1}
+    entry |= {f"added_p{q}": timing.percentile(added, q) for q in (20, 50, 80)}
+    return entry | {f"{name}_p50": timing.median(values) for name, values in times.items()}
+
+
+def quantisation(weight: Tensor, format: str, codebook: str, rounds: int) -> records.Record:
+    """Seconds of a whole quantise call: checks, scales, table, codes, packing."""
+    n, k = weight.shape
+    block = timing.CpuBlock(lambda _: quantise(weight, format, codebook=codebook))
+    block()
+    found = timing.Times.of([block() for _ in range(rounds)])
+    entry = {"test": "quantise", "status": "ok", "format": format, "codebook": codebook, "n": n, "k": k}
+    times = {"time_p20": found.p20, "time_p50": found.p50, "time_p80": found.p80}
+    return entry | times | {"weights_per_second": n * k / found.p50}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, record; returns 0, or 2 if the folder cannot be written."""
+    p = argparse.ArgumentParser(prog="python -m fdk.bench.host", description=__doc__)
+    p.add_argument("-n", type=int, default=4096, help="output features of the quantised weight (4096)")
+    p.add_argument("-k", type=int, default=4096, help="input features (4096)")
+    p.add_argument("--rounds", type=int, default=7, help="quantisations of each format (7)")
+    p.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for the records (out)")
+    args = p.parse_args(argv)
+    if warning := rebind(argv, on_cpu=True):
+        print(f"warning: {warning}", file=sys.stderr)
+    environment = records.environment(torch.device("cpu")) | {"threads": torch.get_num_threads()}
+    try:
+        writer = records.Writer(args.output_dir, f"host-{environment['id']}")
+    except OSError as error:
+        where = f"cannot write {args.output_dir} ({error.strerror})"
+        print(f"fdk.bench.host: {where}; name another --output-dir", file=sys.stderr)
+        return 2
+    with writer, torch.inference_mode():
+        print(f"{environment['device']}, {environment['isa']}, {environment['threads']} threads")
+        entry = overhead()
+        writer.write({**entry, **environment})
+        if entry["status"] == "ok":
+            added, low, high = (significant(entry[f"added_p{q}"] * 1e6) for q in (50, 20, 80))
+            kernel = significant(entry["kernel_p50"] * 1e6)
+            print(f"a module's call adds {added} us ({low}-{high}) to the {kernel} us of its kernel [{SMALL}, {SMALL}]")
+        else:
+            print(f"no overhead: {entry['reason']}")
+        weight = torch.randn(args.n, args.k, generator=torch.Generator().manual_seed(0)).bfloat16()
+        for format, codebook in QUANTISED:
+            entry = quantisation(weight, format, codebook, args.rounds)
+            writer.write({**entry, **environment})
+            rate, low, high = (significant(weight.numel() / entry[f"time_p{q}"] / 1e6) for q in (50, 80, 20))
+            print(f"quantise {format} {codebook}: {rate} M weights/s ({low}-{high})", flush=True)
+        print(f"{writer.count} records in {writer.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
