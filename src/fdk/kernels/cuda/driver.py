@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import byref, c_char, c_int, c_uint, c_void_p
 from functools import cache
 
@@ -11,6 +12,7 @@ import torch
 from fdk.errors import UnsupportedError
 
 _MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT, _NON_PORTABLE_CLUSTER = 8, 9, 14
+_INVALID_CONTEXT = 201
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALISATION = 4, 6
 
 
@@ -70,6 +72,9 @@ class Function:
         self._module, self._function = c_void_p(), c_void_p()
         _check(cuda.cuModuleLoadData(byref(self._module), cubin), f"loading {name}")
         _check(cuda.cuModuleGetFunction(byref(self._function), self._module, name.encode()), f"finding {name}")
+        self._context = c_void_p()
+        _check(cuda.cuCtxGetCurrent(byref(self._context)), f"finding the context of {name}")
+        self._lock = threading.Lock()
         settings = [(_MAX_DYNAMIC_SHARED, shared), (_SHARED_CARVEOUT, 100)]
         if cluster > 8:
             settings.append((_NON_PORTABLE_CLUSTER, 1))
@@ -91,9 +96,14 @@ class Function:
 
     def __call__(self, grid: int, stream: int, params: ctypes.Structure) -> None:
         """Launch `grid` CTAs on a stream with one by-value struct as the argument, which is copied before returning."""
-        self._config.grid[0] = grid
-        self._config.stream = stream
         arguments = (c_void_p * 1)(ctypes.addressof(params))
-        status = self._launch(byref(self._config), self._function, arguments, None)
+        with self._lock:
+            self._config.grid[0] = grid
+            self._config.stream = stream
+            status = self._launch(byref(self._config), self._function, arguments, None)
+            if status == _INVALID_CONTEXT:
+                # A thread that has called nothing of the runtime yet, such as one of autograd's.
+                _check(_library().cuCtxSetCurrent(self._context), f"entering the context of {self._name}")
+                status = self._launch(byref(self._config), self._function, arguments, None)
         if status:
             _check(status, f"launching {self._name}")
