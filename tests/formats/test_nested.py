@@ -101,9 +101,10 @@ def test_export_refuses_scales_that_overflow() -> None:
         weight.export(2)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("k", [1024, 4096, 8192])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_integer_grid_of_the_source_is_exact(k: int, dtype: torch.dtype) -> None:
+def test_the_integer_grid_of_the_source_is_exact(k: int, dtype: torch.dtype, device: str) -> None:
     """MatGPTQ's own test: integers whose sums float32 holds, so every order of summation gives torch's result."""
     generator = torch.Generator().manual_seed(k)
     master = torch.randint(0, 256, (24, k), generator=generator, dtype=torch.uint8)
@@ -111,8 +112,9 @@ def test_the_integer_grid_of_the_source_is_exact(k: int, dtype: torch.dtype) -> 
     for group in (None, 32, 128):
         name = "nest8_chan" if group is None else f"nest8_g{group}"
         parts = {"planes": pack_planes(master), "scales": torch.ones(24, 1 if group is None else k // group).to(dtype)}
+        parts = {part: tensor.to(device) for part, tensor in parts.items()}
         weight = QuantisedWeight.from_parts(name, k, parts)
-        x = torch.randint(-1, 2, (20, k), generator=generator).to(dtype)
+        x = torch.randint(-1, 2, (20, k), generator=generator).to(dtype).to(device)
         for bits in (2, 3, 4, 6, 8):
             served = weight.at(bits)
             expected = (x.double() @ reference.dequantise(served, torch.float64).T).to(dtype)
@@ -122,7 +124,7 @@ def test_the_integer_grid_of_the_source_is_exact(k: int, dtype: torch.dtype) -> 
                     continue
                 laid_out = served.to_layout(kernel.layout)
                 for m in range(1, 21):
-                    out = testing.poisoned(m, 24, dtype, "cpu")
+                    out = testing.poisoned(m, 24, dtype, device)
                     kernel.linear(x[:m], laid_out, None, out)
                     assert torch.equal(out, expected[:m]), (kernel_name, name, bits, m)
 

@@ -154,6 +154,31 @@ def test_integers_multiply_exactly(name: str, device: str) -> None:
             assert torch.equal(out.double(), testing.exact(x, weight)), (bits, m)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=short)
+@pytest.mark.parametrize("float_zeros", (False, True), ids=("integer zeros", "fractional zeros"))
+def test_zero_points_multiply_exactly(name: str, float_zeros: bool, dtype: torch.dtype, device: str) -> None:
+    """Zeros that are multiples of a half leave no room for rounding either: every batch up to 20, groups from 16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-1, 2, (20, 192), generator=generator).to(dtype).to(device)
+    for fmt in all_formats((16, 32, 64, None)):
+        if not fmt.has_zeros or fmt.bits not in (2, 3, 4, 8):
+            continue
+        weight = testing.random_weight(fmt, 33, 192, dtype, seed=fmt.bits, device=device, float_zeros=float_zeros)
+        parts = {**weight.parts, "scales": torch.ones_like(weight.parts["scales"])}
+        if float_zeros:
+            parts["zeros"] = (2 * parts["zeros"]).round() / 2
+        weight = QuantisedWeight.from_parts(fmt, 192, parts)
+        expected = testing.exact(x, weight).to(dtype)
+        kernel, _ = supported(name, weight, 1)
+        laid_out = weight.to_layout(kernel.layout)
+        for m in range(1, 21):
+            out = testing.poisoned(m, 33, dtype, device)
+            kernel.linear(x[:m], laid_out, None, out)
+            assert torch.equal(out, expected[:m]), (fmt, m)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_weights_use_the_table_of_their_rows(name: str) -> None:
     weights = [testing.random_weight(parse("lut3_g32"), n, 96, seed=n) for n in (24, 7, 33)]

@@ -14,7 +14,14 @@ from torch import Tensor
 from fdk.formats import Format
 from fdk.kernels import Problem
 from fdk.kernels.cpu.library import Library, library, why_not
-from fdk.packing.layouts import Geometry, Parts, register_layout
+from fdk.packing.layouts import (
+    Geometry,
+    Parts,
+    canonical_dtypes,
+    canonical_shapes,
+    code_parts,
+    register_layout,
+)
 from fdk.packing.rows16 import Rows16, sizes
 from fdk.weight import QuantisedWeight
 
@@ -92,7 +99,7 @@ class NativeRows16(Rows16):
         loaded = library() if parts["scales"].device.type == "cpu" else None
         if loaded is None:
             return super().pack_data(geometry, parts)
-        if geometry.format.storage != "plain":
+        if geometry.format.sparse:
             packed = super().pack_data(geometry, parts)
             return aligned_bytes(packed.numel()).copy_(packed)
         zeros = parts.get("zeros")
@@ -100,28 +107,27 @@ class NativeRows16(Rows16):
         cut = sizes(geometry, zeros_dtype)
         data = aligned_bytes(cut.blocks * cut.block_bytes)
         handle = Handle(loaded, geometry, data, zeros_dtype, parts.get("table"))
+        codes = parts[code_parts(geometry.format)[0]]
         loaded.pack(
-            handle.address, data.data_ptr(), parts["codes"].data_ptr(), parts["scales"].data_ptr(),
+            handle.address, data.data_ptr(), codes.data_ptr(), parts["scales"].data_ptr(),
             None if zeros is None else zeros.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return data
 
     def unpack_data(self, geometry: Geometry, data: Tensor, zeros_dtype: torch.dtype | None) -> Parts:
         loaded = library() if data.device.type == "cpu" else None
-        if loaded is None or geometry.format.storage != "plain":
+        if loaded is None or geometry.format.sparse:
             return super().unpack_data(geometry, data, zeros_dtype)
-        parts = {
-            "codes": torch.empty(geometry.n, geometry.format.code_bytes(1, geometry.k), dtype=torch.uint8),
-            "scales": torch.empty(geometry.n, geometry.groups, dtype=geometry.dtype),
-        }
-        if zeros_dtype:
-            parts["zeros"] = torch.empty(geometry.n, geometry.groups, dtype=zeros_dtype)
+        dtypes = canonical_dtypes(geometry, zeros_dtype or torch.uint8)
+        shapes = {name: shape for name, shape in canonical_shapes(geometry).items() if name != "table"}
+        parts = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
         # The values of the table do not matter for moving bits.
         entries = 1 << geometry.format.bits
         table = torch.zeros(len(geometry.row_ends), entries, dtype=geometry.dtype) if geometry.format.is_table else None
         handle = Handle(loaded, geometry, data, zeros_dtype, table)
+        codes = parts[code_parts(geometry.format)[0]]
         loaded.unpack(
-            handle.address, data.data_ptr(), parts["codes"].data_ptr(), parts["scales"].data_ptr(),
+            handle.address, data.data_ptr(), codes.data_ptr(), parts["scales"].data_ptr(),
             parts["zeros"].data_ptr() if zeros_dtype else None, torch.get_num_threads(),
         )  # fmt: skip
         return parts

@@ -126,9 +126,97 @@ void convert(const Pack& p, int64_t block0, int64_t block1) {
     }
 }
 
+// Bits 0, 2, 4, ... of a dword as 16 bits, and back.
+FDK_INLINE uint32_t every_second(uint32_t v) {
+    v &= 0x55555555u;
+    v = (v | v >> 1) & 0x33333333u;
+    v = (v | v >> 2) & 0x0f0f0f0fu;
+    v = (v | v >> 4) & 0x00ff00ffu;
+    return (v | v >> 8) & 0xffffu;
+}
+
+FDK_INLINE uint32_t apart(uint32_t v) {
+    v = (v | v << 8) & 0x00ff00ffu;
+    v = (v | v << 4) & 0x0f0f0f0fu;
+    v = (v | v << 2) & 0x33333333u;
+    return (v | v << 1) & 0x55555555u;
+}
+
+// Where planes 2 and 3 (kind 0) or 4 to 7 (kind 1) put the bits of pairs, byte by byte of the 16 pairs: to[kind][byte], and
+// back: from[kind][byte of the half].
+struct PlanePlaces {
+    uint16_t to[2][2][256], from[2][2][256];
+    PlanePlaces() {
+        memset(this, 0, sizeof(*this));
+        for (int kind = 0; kind < 2; kind++)
+            for (int pair = 0; pair < 16; pair++) {
+                const int half = pair / 8, f = pair % 8;
+                const int bit = kind ? 8 * (f / 4) + 4 * half + 2 * (f % 2) + f / 2 % 2 : 4 * (f / 2) + 2 * half + f % 2;
+                for (int v = 0; v < 256; v++) {
+                    to[kind][half][v] |= (uint16_t)((v >> f & 1) << bit);
+                    from[kind][bit / 8][v] |= (uint16_t)((v >> bit % 8 & 1) << pair);
+                }
+            }
+    }
+    static FDK_INLINE uint32_t move(const uint16_t (&places)[2][256], uint32_t v) {
+        return places[0][v & 255] | places[1][v >> 8 & 255];
+    }
+};
+
+// Canonical planes [n, 8, row_bytes] <-> the planes of nested blocks.
+template <bool PACK>
+void convert_nested(const Pack& p, int64_t block0, int64_t block1) {
+    const PlanePlaces places;
+    const fdk_weight& w = *p.w;
+    const int64_t row_bytes = (w.k + 7) / 8, units = w.supers * w.units;
+    const fdk_range* range = w.ranges;
+    for (int64_t b = block0; b < block1; b++) {
+        while (b >= range->block1) range++;
+        const int64_t row = range->row0 + (b - range->block0) * FDK_ROWS;
+        const int count = range->row1 - row < FDK_ROWS ? (int)(range->row1 - row) : (int)FDK_ROWS;
+        uint8_t* block = p.data + b * w.block_bytes;
+        if (PACK) memset(block, 0, w.block_bytes);
+        for (int64_t g = 0; g < w.groups; g++)
+            move_group(block + g * FDK_ROWS * w.scale_bytes, p.scales + row * w.groups * w.scale_bytes,
+                       w.groups * w.scale_bytes, count, g, w.scale_bytes, PACK);
+        for (int64_t u = 0; u < units; u++) {
+            const int64_t left = row_bytes - 4 * u, size = left < 4 ? left : 4;
+            if (left <= 0) break;
+            for (int r = 0; r < count; r++) {
+                uint8_t *line = block + w.planes_at + 64 * u + 4 * r, *plane = p.codes + (row + r) * 8 * row_bytes + 4 * u;
+                uint32_t lines[8] = {0}, bits[8] = {0};
+                if (PACK) {
+                    for (int t = 0; t < 8; t++) memcpy(&bits[t], plane + t * row_bytes, size);
+                    for (int parity = 0; parity < 2; parity++)
+                        for (int t = 0; t < 8; t++) {
+                            const uint32_t v = every_second(bits[t] >> parity);
+                            if (t < 2)
+                                for (int l = 0; l < 2; l++) lines[l] |= apart(v >> 8 * l & 255) << t << 16 * parity;
+                            else lines[t] |= PlanePlaces::move(places.to[t > 3], v) << 16 * parity;
+                        }
+                    for (int t = 0; t < 8; t++) memcpy(line + t * w.plane_bytes, &lines[t], 4);
+                } else {
+                    for (int t = 0; t < 8; t++) memcpy(&lines[t], line + t * w.plane_bytes, 4);
+                    for (int parity = 0; parity < 2; parity++)
+                        for (int t = 0; t < 8; t++) {
+                            uint32_t v = 0;
+                            if (t < 2)
+                                for (int l = 0; l < 2; l++) v |= every_second((lines[l] >> 16 * parity & 0xffff) >> t) << 8 * l;
+                            else v = PlanePlaces::move(places.from[t > 3], lines[t] >> 16 * parity);
+                            bits[t] |= apart(v) << parity;
+                        }
+                    for (int t = 0; t < 8; t++) memcpy(plane + t * row_bytes, &bits[t], size);
+                }
+            }
+        }
+    }
+}
+
 template <bool PACK>
 void convert_part(void* context, int64_t part, int64_t parts) {
     const Pack& p = *(const Pack*)context;
+    if (p.w->storage == FDK_NESTED_PLANES)
+        return convert_nested<PACK>(p, p.w->blocks * part / parts, p.w->blocks * (part + 1) / parts);
     static void (*const by_bits[9])(const Pack&, int64_t, int64_t) = {
         nullptr,          convert<1, PACK>, convert<2, PACK>, convert<3, PACK>, convert<4, PACK>,
         convert<5, PACK>, convert<6, PACK>, convert<7, PACK>, convert<8, PACK>};
