@@ -136,7 +136,9 @@ def test_module_survives_copy_cast_and_state_dict() -> None:
 
 def test_explain_names_the_kernel_and_the_reasons() -> None:
     weight, _ = make()
+    assert "copied" in str(fdk.explain(torch.randn(128, 3).bfloat16().T, weight))
     text = str(fdk.explain(torch.randn(1, 128).bfloat16(), weight))
+    assert "copied" not in text
     assert "lut4_g64 [48, 128]" in text and "chosen" in text and "reference" in text
 
 

@@ -176,6 +176,7 @@ class Explanation:
 
     choice: Choice
     others: tuple[tuple[str, str], ...]
+    note: str | None = None
 
     def __str__(self) -> str:
         problem = self.choice.problem
@@ -187,6 +188,8 @@ class Explanation:
         ]
         if describe := getattr(self.choice.kernel, "describe", None):
             lines.append(f"    {describe(problem)}")
+        if self.note:
+            lines.append(f"    {self.note}")
         lines += [f"  {name}  passed over: {reason}" for name, reason in self.choice.rejected]
         lines += [f"  {name}  {reason}" for name, reason in self.others]
         return "\n".join(lines)
@@ -206,7 +209,12 @@ def explain(x: Tensor, weight: QuantisedWeight, kernel: str = "auto") -> Explana
         if name not in seen:
             reason = reason_against(kernel_named(name), problem)
             others.append((name, f"not needed: {reason}" if reason else "able, but later in the order of preference"))
-    return Explanation(choice, tuple(others))
+    note = None
+    if not x.is_contiguous():
+        note = "x is copied first: its elements are not contiguous"
+    elif choice.kernel.name == "cuda" and x.storage_offset() * x.element_size() % 16:
+        note = "x is copied first: it does not start at a multiple of 16 bytes"
+    return Explanation(choice, tuple(others), note)
 
 
 __all__ = ["Explanation", "UnsupportedError", "dequantise", "explain", "linear", "prepare", "run"]
