@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from ctypes import byref, c_char, c_int, c_uint, c_void_p
+from ctypes import byref, c_char, c_int, c_uint, c_uint64, c_void_p
 from functools import cache
 
 import torch
@@ -51,6 +51,40 @@ def _check(status: int, what: str) -> None:
         text = ctypes.c_char_p()
         _library().cuGetErrorString(status, byref(text))
         raise RuntimeError(f"{what} failed: {(text.value or b'unknown').decode()} (CUDA error {status})")
+
+
+TensorMap = c_uint64 * 16
+"""A CUtensorMap, copied into a kernel's argument."""
+
+_FLOAT16, _BFLOAT16 = 6, 9
+_SWIZZLE_128, _PROMOTE_256 = 3, 3
+
+
+def tensor_map(address: int, bf16: bool, shape: tuple[int, int], box: tuple[int, int]) -> ctypes.Array:
+    """The copy engine's description of a contiguous 16-bit matrix: boxes [rows, 64 columns], 128-byte swizzle.
+
+    Elements of a box outside the matrix become zeros. The address and a row's bytes must be multiples of 16.
+    """
+    rows, columns = shape
+    # The driver wants the map at a multiple of 64 bytes; the copy need not be.
+    space = (c_uint64 * 24)()
+    at = -(-ctypes.addressof(space) // 64) * 64
+    status = _library().cuTensorMapEncodeTiled(
+        c_void_p(at),
+        _BFLOAT16 if bf16 else _FLOAT16,
+        2,
+        c_void_p(address),
+        (c_uint64 * 2)(columns, rows),
+        (c_uint64 * 1)(columns * 2),
+        (c_uint * 2)(box[1], box[0]),
+        (c_uint * 2)(1, 1),
+        0,
+        _SWIZZLE_128,
+        _PROMOTE_256,
+        0,
+    )
+    _check(status, f"describing a {rows} x {columns} matrix at {address:#x} to the copy engine")
+    return TensorMap.from_buffer_copy(ctypes.string_at(at, 128))
 
 
 class Function:

@@ -1,0 +1,640 @@
+// out[m, n] = x[m, k] W[n, k]^T + bias for many tokens on Hopper, W in the layout of fdk/packing/fragments.py.
+//
+// The transposed problem: a warpgroup owns a block of 64 rows of W and FDK_TOKENS tokens. Codes become the A operand of
+// wgmma in its registers; x comes to shared memory as the B operand. One more warpgroup fills a ring of stages, one unit of
+// 64 columns each, by the copy engine. BLOCKS blocks of rows share a stage of x; K_GROUPS warpgroups share a block of rows
+// and take its units in turn. While a unit is multiplied, its warpgroup dequantises its next one.
+//
+// Scales of groups: on the sums of each group in float32, which costs registers and a multiply-add per sum and group; or,
+// with ROUND, on the weights, rounded to 16 bits as dense weights are. A single scale per row waits for the end.
+//
+// CTAs take tiles (BLOCKS blocks x FDK_TOKENS tokens) in turn, and the copies run ahead into the next tile. In a cluster CTAs
+// either share x (PAIR: neighbouring rows, each fetches a part for both) or split k (SPLIT). Slices of k, of a cluster or of
+// a CTA, add their sums up through shared memory in the order of k, one tile per CTA. No result depends on timing.
+//
+// The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
+//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND  as for decode.cuh (kind 3 is not served)
+//   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
+//   FDK_AHEAD FDK_TURNS FDK_ROUND
+#pragma once
+#include "dequantise.cuh"
+#include "wgmma.cuh"
+
+namespace fdk {
+
+constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP;
+constexpr i64 N = FDK_N;
+constexpr bool BF16 = FDK_BF16;
+constexpr int KIND = FDK_KIND;
+constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2;
+constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
+constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
+constexpr bool AHEAD = FDK_AHEAD, ROUND = FDK_ROUND;
+constexpr int WARPGROUPS = BLOCKS * K_GROUPS, CLUSTER = PAIR * SPLIT, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
+// Registers of a thread: what a CTA starts with is all that its warpgroups can share out among themselves, and asking for
+// more would wait for ever.
+constexpr int FIRST_REGISTERS = 65536 / THREADS / 8 * 8 < 248 ? 65536 / THREADS / 8 * 8 : 248, PRODUCER_REGISTERS = 24;
+constexpr int SHARED_OUT = (FIRST_REGISTERS * (WARPGROUPS + 1) - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
+constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
+constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
+static_assert(TOKENS == 8 * TOKEN_TILES);
+// Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
+constexpr bool TURNS = FDK_TURNS && WARPGROUPS > 1;
+constexpr int FIRST_TURN = 8;
+static_assert(WARPGROUPS <= 7, "named barriers 1 to 15: one of a warpgroup, one of all, one of each turn");
+static_assert(SLICES == 1 || PAIR == 1, "CTAs that share x take many tiles");
+static_assert(PAIR == 1 || SPLIT == 1, "a cluster either shares x or splits k");
+static_assert(TOKENS % (8 * PAIR) == 0, "x is fetched in atoms of 8 tokens");
+static_assert(KIND <= 2, "fractional zero points are not served");
+
+constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
+constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
+constexpr int STEPS = 4 / SUBS;                                                     // wgmma steps between them
+constexpr int TOUCHED = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GROUP : (GROUP + 47) / GROUP + 1;
+constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that a unit touches
+constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
+constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
+constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
+
+struct Smem {
+    static constexpr int WINDOW = 1024;  // what the system keeps in front
+    static constexpr int TABLE_BYTES = Table<BITS>::BYTES;
+    static constexpr int TABLE = TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
+    static constexpr int X_BYTES = TOKENS * 128;
+    static constexpr int CODE_BYTES = BITS * 512, GROUP_ZERO_BYTES = ZEROS ? 64 : 0;
+    static constexpr int STAGED_GROUPS = GROUPED || ZEROS ? UNIT_GROUPS : 0;
+    static constexpr int SCALES = CODE_BYTES, ZEROS_AT = SCALES + STAGED_GROUPS * 128;
+    static constexpr int BLOCK_BYTES = ZEROS_AT + STAGED_GROUPS * GROUP_ZERO_BYTES;  // of one block of rows
+    static constexpr int CODES = X_BYTES;
+    static constexpr int STAGE = (X_BYTES + BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024;
+
+    // Rows of staged outputs are 16 bytes apart in their banks, so that eight tokens are written without conflicts.
+    static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64, OUT_STRIDE = 144;
+    static constexpr int OUT_BYTES = WARPGROUPS * CHUNK * OUT_STRIDE;
+    static constexpr int BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
+    static constexpr int HEAD_BYTES = (OUT_BYTES + BARRIER_BYTES + 1023) / 1024 * 1024;
+    static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
+    static constexpr int FITTING = (TABLE - LOW_HEAD) / STAGE;
+    static constexpr int LOW_STAGES = FITTING < STAGES ? FITTING : STAGES;
+    static constexpr int OUT = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
+    static constexpr int BARRIERS = OUT + OUT_BYTES;
+    static constexpr int HIGH_STAGES = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
+    static constexpr int RING_END = HIGH_STAGES + (STAGES - LOW_STAGES) * STAGE;
+    // Sums of k slices replace the ring: each slice adds up its share of the tokens.
+    static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;
+    static constexpr int RECEIVE = HIGH_STAGES;
+    static constexpr int RECEIVE_BYTES = SLICES == 1 ? 0 : K_GROUPS * SLICES * SHARE_TILES * BLOCKS * 128 * 16;
+    static constexpr int BYTES = RING_END > RECEIVE + RECEIVE_BYTES ? RING_END : RECEIVE + RECEIVE_BYTES;
+
+    __device__ static __forceinline__ int stage(int i) {
+        return i < LOW_STAGES ? LOW_HEAD + i * STAGE : HIGH_STAGES + (i - LOW_STAGES) * STAGE;
+    }
+};
+static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
+
+constexpr int MAX_RANGES = 16;
+struct Range {
+    int first_tile, first_block, end_block, pad;  // tiles of PAIR * BLOCKS blocks
+    i64 first_row, end_row;
+};
+struct __align__(64) Params {
+    u64 x_map[16];       // tensor map of x[m, K] with boxes of 64 columns x TOKENS / PAIR tokens
+    const char* codes;   // [B, UNITS, BITS, 32, 4] words
+    const char* scales;  // [B * GROUPS + spare, 64]
+    const char* zeros;   // [B * GROUPS + spare, 64]
+    const u16* table;    // [tables, 2^BITS]
+    const u16* bias;     // [N] or null
+    u16* out;            // [m, N]
+    int m, ranges, row_tiles, token_tiles;
+    int band;            // token tiles that neighbouring rows take before the next ones
+    u32 zero;            // 0, which the compiler does not know
+    Range range[MAX_RANGES];
+};
+
+// --- barriers and copies ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init_count(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// A box of x at (column, token) into shared memory; with a mask, to the same place in every CTA of it.
+template <bool MULTICAST>
+__device__ __forceinline__ void copy_box(u32 to, const void* map, int column, int token, u32 barrier, u16 mask) {
+    if constexpr (MULTICAST)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+            "l"(map), "r"(column), "r"(token), "r"(barrier), "h"(mask)
+            : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                     "l"(map), "r"(column), "r"(token), "r"(barrier)
+                     : "memory");
+}
+
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Registers of this warpgroup's threads from here on: more than at the launch, or fewer.
+template <int COUNT, bool MORE>
+__device__ __forceinline__ void keep_registers() {
+    if constexpr (MORE)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+    else
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// Place in the ring.
+struct Turn {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void next(int by = 1) {
+        stage += by;
+        if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+    }
+};
+
+// What a CTA works on: tokens from `token` on, and the blocks of rows from `block` on.
+struct Tile {
+    int range, block, token;
+};
+
+__device__ __forceinline__ Tile tile_at(const Params& p, int index, int rank) {
+    const int whole = p.band * p.row_tiles, first = index / whole * p.band, in = index % whole;
+    const int width = min(p.band, p.token_tiles - first);
+    const int row = in / width;
+    int range = 0;
+    while (range + 1 < p.ranges && row >= p.range[range + 1].first_tile) ++range;
+    const int block = p.range[range].first_block + ((row - p.range[range].first_tile) * PAIR + (PAIR > 1 ? rank : 0)) * BLOCKS;
+    return {range, block, (first + in % width) * TOKENS};
+}
+
+// First group of a unit's stage, moved down where it would reach past the last group.
+__device__ __forceinline__ int staged_group(int unit) {
+    const int group = unit * 64 / GROUP;
+    if constexpr (SUBS > 1 && 64 % GROUP != 0) return min(group, GROUPS - UNIT_GROUPS);
+    return GROUPED ? group : 0;
+}
+
+// --- producer --------------------------------------------------------------------------------------------------
+
+// Warps of the producer: the first one fetches x, each other one every WEIGHT_WARPS-th block of rows. All lanes run
+// the loop, so that addresses are uniform, and one of them issues the copies.
+constexpr int WEIGHT_WARPS = BLOCKS < 3 ? BLOCKS : 3;
+
+__device__ __forceinline__ bool elected() {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+    return yes != 0;
+}
+
+struct Producer {
+    const Params& p;
+    u32 smem;
+    int rank, first_unit, end_unit, first_tile, tiles, clusters;
+
+    __device__ __forceinline__ u32 full(int stage) const { return smem + Smem::BARRIERS + stage * 8; }
+    __device__ __forceinline__ u32 empty(int stage) const { return full(STAGES + stage); }
+
+    // fetch(tile, unit, stage) for every unit of every tile, once its stage is free.
+    template <class Fetch>
+    __device__ __forceinline__ void run(Fetch fetch) const {
+        Turn turn;
+        u32 round = 0;
+        for (int index = first_tile; index < tiles; index += clusters) {
+            const Tile tile = tile_at(p, index, rank);
+            for (int unit = first_unit; unit < end_unit; ++unit) {
+                if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);
+                fetch(tile, unit, turn.stage);
+                turn.next();
+                if (turn.stage == 0) round = 1;
+            }
+        }
+    }
+    __device__ __forceinline__ void run_x() const {
+        constexpr int PART = TOKENS / PAIR;
+        const int part = PAIR > 1 ? rank * PART : 0;
+        wait_for_previous_kernel();
+        run([&](const Tile& tile, int unit, int stage) {
+            if (elected()) {
+                barrier_expect(full(stage), Smem::X_BYTES);
+                copy_box<(PAIR > 1)>(smem + Smem::stage(stage) + part * 128, p.x_map, unit * 64, tile.token + part, full(stage),
+                                     (1 << PAIR) - 1);
+            }
+        });
+    }
+    __device__ __forceinline__ void run_weights(int which) const {
+        const u64 policy = evict_first_policy();
+        run([&](const Tile& tile, int unit, int stage) {
+            const int last = p.range[tile.range].end_block - 1;
+            const int mine = BLOCKS % WEIGHT_WARPS == 0 ? BLOCKS / WEIGHT_WARPS : (BLOCKS - which + WEIGHT_WARPS - 1) / WEIGHT_WARPS;
+            if (elected()) {
+                barrier_expect(full(stage), mine * Smem::BLOCK_BYTES);
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i += WEIGHT_WARPS) {
+                    const int w = which + i;
+                    if (i > 0 && w >= BLOCKS) break;
+                    // Past the last block its neighbour is repeated; nothing of it is written.
+                    const i64 block = min(tile.block + w, last);
+                    const u32 to = smem + Smem::stage(stage) + Smem::CODES + w * Smem::BLOCK_BYTES;
+                    copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::CODE_BYTES, Smem::CODE_BYTES, full(stage), policy);
+                    if constexpr (Smem::STAGED_GROUPS > 0) {
+                        const i64 group = block * GROUPS + staged_group(unit);
+                        copy_bulk(to + Smem::SCALES, p.scales + group * 128, Smem::STAGED_GROUPS * 128, full(stage), policy);
+                        if constexpr (ZEROS)
+                            copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * 64, Smem::STAGED_GROUPS * 64, full(stage), policy);
+                    }
+                }
+            }
+        });
+    }
+};
+
+// --- consumers -------------------------------------------------------------------------------------------------
+
+// A unit as the A operand, with the scales of this lane's rows g and g + 8.
+struct Unit {
+    u32 a[4][4];
+    float scale[LATE ? SUBS : 1][2];
+};
+
+// A lane's words of row tile r lie at word r*BITS + i of the unit, four words to a piece of 512 bytes.
+struct WordOffsets {
+    static constexpr int WIDTH = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1, COUNT = BITS / WIDTH;
+    u32 at[COUNT];
+    __device__ __forceinline__ WordOffsets(int r, int lane) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) at[i] = (r * BITS + i * WIDTH) / 4 * 512 + lane * 16 + (r * BITS + i * WIDTH) % 4 * 4;
+    }
+};
+
+__device__ __forceinline__ void load_words(u32 (&words)[4 * BITS], const char* codes, const WordOffsets& offsets) {
+#pragma unroll
+    for (int i = 0; i < WordOffsets::COUNT; ++i) {
+        const char* from = codes + offsets.at[i];
+        if constexpr (WordOffsets::WIDTH == 4) {
+            const u32x4 v = *reinterpret_cast<const u32x4*>(from);
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        } else if constexpr (WordOffsets::WIDTH == 2) {
+            const u32x2 v = *reinterpret_cast<const u32x2*>(from);
+            words[2 * i] = v.x, words[2 * i + 1] = v.y;
+        } else {
+            words[i] = *reinterpret_cast<const u32*>(from);
+        }
+    }
+}
+
+__device__ __forceinline__ u32 subtract_pair(u32 a, u32 b) {
+    u32 d;
+    if constexpr (BF16)
+        asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    else
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+    u32 d;
+    if constexpr (BF16)
+        asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    else
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// Unit number `unit` of a block from its stage to registers.
+__device__ __forceinline__ void prepare(Unit& u, const char* block, const WordOffsets& offsets, int unit, int r, int g,
+                                        const Lookup& lookup) {
+    u32 words[4 * BITS];
+    load_words(words, block, offsets);
+    u32 scale[GROUPED ? SUBS : 1], zero[ZEROS ? SUBS : 1][2];
+    if constexpr (Smem::STAGED_GROUPS > 0) {
+#pragma unroll
+        for (int sub = 0; sub < SUBS; ++sub) {
+            int group = 0;
+            if constexpr (SUBS > 1) group = (unit * 64 + sub * (64 / SUBS)) / GROUP - staged_group(unit);
+            // Columns past K have no group of their own; any finite scale will do, because their activations are zero.
+            if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, UNIT_GROUPS - 1);
+            if constexpr (GROUPED) scale[sub] = *reinterpret_cast<const u32*>(block + Smem::SCALES + group * 128 + g * 16 + r * 4);
+            if constexpr (ZEROS) {
+                const u32 two = *reinterpret_cast<const u16*>(block + Smem::ZEROS_AT + group * 64 + g * 8 + r * 2);
+                zero[sub][0] = round_half<BF16>(float(two & 0xff)) * 0x10001u;
+                zero[sub][1] = round_half<BF16>(float(two >> 8)) * 0x10001u;
+            }
+        }
+    }
+    dequantise<BITS, BF16, BITS == 1>(u.a, words, 0, lookup);
+    if constexpr (ZEROS) {
+        // Codes and zero points are integers below 2^8, so their difference is exact in 16 bits.
+#pragma unroll
+        for (int s = 0; s < 4; ++s)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) u.a[s][i] = subtract_pair(u.a[s][i], zero[s / STEPS][i % 2]);
+    }
+    if constexpr (GROUPED && ROUND) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const u32 both = scale[s / STEPS], pairs[2] = {__byte_perm(both, both, 0x1010), __byte_perm(both, both, 0x3232)};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) u.a[s][i] = multiply_pair(u.a[s][i], pairs[i % 2]);
+        }
+    }
+    if constexpr (LATE) {
+#pragma unroll
+        for (int sub = 0; sub < SUBS; ++sub) u.scale[sub][0] = low_half<BF16>(scale[sub]), u.scale[sub][1] = high_half<BF16>(scale[sub]);
+    }
+}
+
+// Two tiles of 8 rows x 8 tokens, transposed: 8 rows of one token are contiguous. Lanes 0 to 15 name the tokens' places.
+__device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+
+// Staged outputs of a block for `count` tokens from `token` on to global memory.
+__device__ __forceinline__ void write_block(const Params& p, const Range& range, int block, const char* staged, int token, int count,
+                                            int thread) {
+    const i64 row = range.first_row + i64(block - range.first_block) * 64;
+    const int rows = block < range.end_block ? int(min(i64(64), range.end_row - row)) : 0;
+    const bool whole = N % 8 == 0 && row % 8 == 0 && reinterpret_cast<u64>(p.out) % 16 == 0;
+    for (int i = thread; i < count * 8; i += 128) {
+        const int t = i / 8, first = i % 8 * 8;
+        if (token + t >= p.m || first >= rows) continue;
+        const u16* from = reinterpret_cast<const u16*>(staged + t * Smem::OUT_STRIDE + first * 2);
+        u16* to = p.out + i64(token + t) * N + row + first;
+        if (whole && first + 8 <= rows) {
+            *reinterpret_cast<u32x4*>(to) = *reinterpret_cast<const u32x4*>(from);
+        } else {
+            for (int e = 0; e < 8 && first + e < rows; ++e) to[e] = from[e];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) char smem[];
+    const u32 base = shared_address(smem);
+    if (base % 1024 != 0 || (Smem::TABLE_BYTES && ((base + Smem::TABLE) & (Smem::TABLE_BYTES - 1)) != 0)) __trap();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank());
+    const int first_unit = SPLIT == 1 ? 0 : UNITS * rank / SPLIT, end_unit = SPLIT == 1 ? UNITS : UNITS * (rank + 1) / SPLIT;
+    const int clusters = gridDim.x / CLUSTER, tiles = p.row_tiles * p.token_tiles;
+    const u32 full = base + Smem::BARRIERS, empty = full + STAGES * 8;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init_count(full + stage * 8, 1 + WEIGHT_WARPS);
+            barrier_init_count(empty + stage * 8, PAIR * BLOCKS * 4);
+        }
+        barrier_init_fence();
+    }
+    let_next_kernel_start();
+    if constexpr (CLUSTER > 1) cluster_arrive();
+    __syncthreads();
+    if constexpr (CLUSTER > 1) cluster_wait();
+
+    if (warp >= CONSUMERS / 32) {
+        keep_registers<PRODUCER_REGISTERS, false>();
+        const Producer producer = {p, base, rank, first_unit, end_unit, int(blockIdx.x) / CLUSTER, tiles, clusters};
+        const int role = warp - CONSUMERS / 32;
+        if (role == 0) {
+            producer.run_x();
+        } else if (role <= WEIGHT_WARPS) {
+            producer.run_weights(role - 1);
+        }
+        __syncwarp();
+        if constexpr (CLUSTER > 1) {
+            // Nobody leaves while others may still write to its shared memory.
+            cluster_arrive();
+            cluster_wait();
+            if constexpr (SPLIT > 1) {
+                cluster_arrive();
+                cluster_wait();
+            }
+        }
+    } else {
+        keep_registers<CONSUMER_REGISTERS, true>();
+        const int group_index = warp / 4, k_group = group_index / BLOCKS, row_block = group_index % BLOCKS;
+        const int r = warp % 4, g = lane / 4, thread = threadIdx.x % 128;
+        const WordOffsets offsets(r, lane);
+        char* const staged = smem + Smem::OUT + group_index * Smem::CHUNK * Smem::OUT_STRIDE;
+        const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
+        Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, 0, 0, 0, 0, 0};
+        int range_of_table = -1;
+        Turn turn;
+        turn.stage = k_group;
+        if (TURNS && group_index == WARPGROUPS - 1) named_barrier_arrive(FIRST_TURN, 256);
+
+        for (int index = blockIdx.x / CLUSTER; index < tiles; index += clusters) {
+            const Tile tile = tile_at(p, index, rank);
+            if (tile.range != range_of_table) {
+                const u16* table = p.table + (tile.range << BITS);
+                const auto entry = [&](int code) -> u16 {
+                    if constexpr (TABLE) return table[code];
+                    return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
+                };
+                if constexpr (BITS == 1) {
+                    lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
+                } else {
+                    if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
+                    fill_table<BITS, CONSUMERS / 32>(smem + Smem::TABLE, warp, lane, entry);
+                    named_barrier(WARPGROUPS + 1, CONSUMERS);
+                }
+                range_of_table = tile.range;
+            }
+            const Range& range = p.range[tile.range];
+            const int block = tile.block + row_block;
+
+            float d[TOKENS / 2], acc[LATE ? TOKENS / 2 : 1];
+#pragma unroll
+            for (int i = 0; i < (LATE ? TOKENS / 2 : 1); ++i) acc[i] = 0.f;
+            if constexpr (!LATE) {
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; ++i) d[i] = 0.f;
+            }
+            Unit units[AHEAD ? 2 : 1];
+
+            const auto block_at = [&](int stage) { return smem + Smem::stage(stage) + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
+            const auto release = [&](int stage) {
+                __syncwarp();
+                if constexpr (PAIR > 1) {
+                    if (lane < PAIR) barrier_arrive_at(empty + stage * 8, lane);
+                } else {
+                    if (lane == 0) barrier_arrive(empty + stage * 8);
+                }
+            };
+            const auto issue = [&](Unit& u, int stage, int run, bool fresh) {
+                const u64 b = b_descriptor(base + Smem::stage(stage));
+                if constexpr (TURNS) named_barrier(FIRST_TURN + group_index, 256);
+                wgmma_fence();
+#pragma unroll
+                for (int s = run * 4 / ISSUES; s < (run + 1) * 4 / ISSUES; ++s)
+                    wgmma(d, u.a[s], b + 2 * s, !(fresh && s == run * 4 / ISSUES));
+                wgmma_commit();
+                if constexpr (TURNS) named_barrier_arrive(FIRST_TURN + (group_index + 1) % WARPGROUPS, 256);
+            };
+            const auto add_scaled = [&](const Unit& u, int run) {
+                if constexpr (LATE) {
+#pragma unroll
+                    for (int i = 0; i < TOKENS / 2; ++i) acc[i] = fmaf(u.scale[run][i / 2 % 2], d[i], acc[i]);
+                }
+            };
+            const auto load = [&](Unit& u, const Turn& at, int unit) {
+                barrier_wait(full + at.stage * 8, at.parity);
+                prepare(u, block_at(at.stage), offsets, unit, r, g, lookup);
+            };
+            // With several k groups neighbouring units are other warpgroups'.
+            const auto fresh_at = [&](int unit) {
+                return LATE && (K_GROUPS > 1 || SUBS > 1 || unit % GROUP_UNITS == 0 || unit == first_unit);
+            };
+            const auto scaled_at = [&](int unit) {
+                return GROUP_UNITS == 1 || K_GROUPS > 1 || unit + 1 == end_unit || unit % GROUP_UNITS == GROUP_UNITS - 1;
+            };
+            const int begin = first_unit + k_group;
+
+            if constexpr (!AHEAD) {
+                for (int unit = begin; unit < end_unit; unit += K_GROUPS) {
+                    load(units[0], turn, unit);
+#pragma unroll
+                    for (int run = 0; run < ISSUES; ++run) {
+                        issue(units[0], turn.stage, run, fresh_at(unit));
+                        wgmma_wait<0>();
+                        pin(d);
+                        if (scaled_at(unit)) add_scaled(units[0], run);
+                    }
+                    release(turn.stage);
+                    turn.next(K_GROUPS);
+                }
+            } else if (begin < end_unit) {
+                load(units[0], turn, begin);
+                int last_stage = -1;  // of the unit before this one, not yet given back
+                const auto multiply = [&](Unit& u, Unit& other, int unit) {
+                    Turn next = turn;
+                    next.next(K_GROUPS);
+                    const bool more = unit + K_GROUPS < end_unit;
+#pragma unroll
+                    for (int run = 0; run < ISSUES; ++run) {
+                        issue(u, turn.stage, run, fresh_at(unit));
+                        if (run == 0) {
+                            // Without sums to scale, the next unit is queued behind this one.
+                            if constexpr (!LATE) wgmma_wait<1>();
+                            if (last_stage >= 0) release(last_stage);
+                            if (more) load(other, next, unit + K_GROUPS);
+                        }
+                        if constexpr (LATE) {
+                            wgmma_wait<0>();
+                            pin(d);
+                            if (scaled_at(unit)) add_scaled(u, run);
+                        }
+                    }
+                    last_stage = turn.stage;
+                    turn = next;
+                };
+                for (int unit = begin; unit < end_unit; unit += 2 * K_GROUPS) {
+                    multiply(units[0], units[AHEAD], unit);
+                    if (unit + K_GROUPS < end_unit) multiply(units[AHEAD], units[0], unit + K_GROUPS);
+                }
+                wgmma_wait<0>();
+                pin(d);
+                release(last_stage);
+            }
+            if constexpr (TURNS && K_GROUPS > 1) {
+                // A warpgroup without a unit in the last round still passes its turn on.
+                if ((end_unit - first_unit) % K_GROUPS != 0 && k_group >= (end_unit - first_unit) % K_GROUPS) {
+#pragma unroll
+                    for (int i = 0; i < ISSUES; ++i) {
+                        named_barrier(FIRST_TURN + group_index, 256);
+                        named_barrier_arrive(FIRST_TURN + (group_index + 1) % WARPGROUPS, 256);
+                    }
+                }
+            }
+
+            const auto sum = [&](int i) -> float {
+                return LATE ? acc[LATE ? i : 0] : d[i];
+            };
+            const auto meet = [&] {
+                if constexpr (SPLIT > 1) {
+                    cluster_arrive();
+                    cluster_wait();
+                } else {
+                    named_barrier(WARPGROUPS + 1, CONSUMERS);
+                }
+            };
+            const int slice = rank * K_GROUPS + k_group;
+            if constexpr (SLICES > 1) {
+                meet();  // nobody's ring is in use any more
+#pragma unroll
+                for (int j = 0; j < TOKEN_TILES; ++j) {
+                    const int to = j / Smem::SHARE_TILES;
+                    const int at = (to % K_GROUPS * SLICES + slice) * Smem::SHARE_TILES + j % Smem::SHARE_TILES;
+                    store_remote(base + Smem::RECEIVE + ((at * BLOCKS + row_block) * 128 + thread) * 16, to / K_GROUPS,
+                                 {sum(4 * j), sum(4 * j + 1), sum(4 * j + 2), sum(4 * j + 3)});
+                }
+                meet();
+            }
+            wait_for_previous_kernel();
+
+            // Rows g and g + 8 of the warp's row tile; rows past the range are computed and not written.
+            float bias[2] = {}, scale[2] = {1.f, 1.f};
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const i64 row = range.first_row + i64(block - range.first_block) * 64 + r * 16 + h * 8 + g;
+                if (p.bias && block < range.end_block && row < range.end_row) bias[h] = low_half<BF16>(p.bias[row]);
+                if constexpr (!GROUPED) {
+                    const i64 stored = min(block, range.end_block - 1);
+                    const u16 bits = reinterpret_cast<const u16*>(p.scales)[stored * 64 + g * 8 + r * 2 + h];
+                    scale[h] = low_half<BF16>(bits);
+                }
+            }
+            constexpr int MINE = SLICES == 1 ? TOKEN_TILES : Smem::SHARE_TILES, CHUNK_TILES = Smem::CHUNK / 8;
+            const int first_token = tile.token + (SLICES == 1 ? 0 : slice * Smem::SHARE_TILES * 8);
+#pragma unroll
+            for (int first = 0; first < MINE; first += CHUNK_TILES) {
+                if (first > 0) named_barrier(1 + group_index, 128);
+#pragma unroll
+                for (int j = first; j < first + CHUNK_TILES && j < MINE; ++j) {
+                    f32x4 v = {};
+                    if constexpr (SLICES == 1) {
+                        const int at = 4 * (j % TOKEN_TILES);
+                        v = {sum(at), sum(at + 1), sum(at + 2), sum(at + 3)};
+                    } else {
+#pragma unroll
+                        for (int source = 0; source < SLICES; ++source) {
+                            const int at = (k_group * SLICES + source) * Smem::SHARE_TILES + j;
+                            const char* from = smem + Smem::RECEIVE + ((at * BLOCKS + row_block) * 128 + thread) * 16;
+                            const f32x4 s = *reinterpret_cast<const f32x4*>(from);
+                            v = {v.x + s.x, v.y + s.y, v.z + s.z, v.w + s.w};
+                        }
+                    }
+                    const u32 upper = round_pair<BF16>(fmaf(v.x, scale[0], bias[0]), fmaf(v.y, scale[0], bias[0]));
+                    const u32 lower = round_pair<BF16>(fmaf(v.z, scale[1], bias[1]), fmaf(v.w, scale[1], bias[1]));
+                    const u32 to = shared_address(staged) + ((j - first) * 8 + lane % 8) * Smem::OUT_STRIDE;
+                    store_transposed(to + r * 32 + lane / 8 % 2 * 16, upper, lower);
+                }
+                named_barrier(1 + group_index, 128);
+                const int count = min(CHUNK_TILES, MINE - first) * 8;
+                const int limit = tile.token + TOKENS - first_token - first * 8;  // the last share may be short
+                write_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
+            }
+            named_barrier(1 + group_index, 128);
+        }
+        if constexpr (PAIR > 1) {
+            cluster_arrive();
+            cluster_wait();
+        }
+    }
+}
+
+}  // namespace fdk

@@ -1,0 +1,317 @@
+"""The prefill kernel (csrc/prefill.cuh) for many tokens on Hopper: tile configuration, launch arithmetic, launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from fdk.kernels.cuda import decode, driver, jit
+from fdk.kernels.cuda.decode import MAX_RANGES, MAX_SHARED, UINT_FLOAT, UINT_U8, Shape
+from fdk.packing.fragments import BLOCK, block_counts
+from fdk.weight import QuantisedWeight
+
+TOKENS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Tokens of a tile: few enough that a layer compiles a handful of kernels, close enough that padding costs little."""
+
+EXACT_TOKENS = 64
+"""Up to this many tokens scales of groups multiply float32 sums; above, weights, as cuBLAS on dense ones would."""
+
+_SMS = 132
+_MOST_STAGES = 12
+
+# Microseconds, fitted to graph replays with cold weights of 4 bits, group 64 (docs/findings.md): start of a launch, a
+# round of one unit per k group, per token of it, meeting of slices, output per token; by (blocks, k groups, late).
+_TIMES = {
+    (2, 1, True): (0.99, 0.236, 0.00112, 2.01, 0.0098),
+    (1, 2, True): (0.39, 0.288, 0.00092, 1.76, 0.0158),
+    (2, 2, True): (1.37, 0.338, 0.00277, 1.45, 0.0219),
+    (2, 1, False): (0.85, 0.199, 0.00161, 2.89, 0.0074),
+    (1, 2, False): (0.42, 0.249, 0.00178, 1.88, 0.0131),
+    (2, 2, False): (1.89, 0.405, 0.00121, 0.74, 0.0270),
+}
+# What a unit of one warpgroup takes more: single look-ups, zero points, another group of scales on sums, of each token.
+_SINGLE_LOOKUPS, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.02, 0.015, 0.0005
+# From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
+_PAIR_WAVES = 7
+# Bytes and operations that no product exceeded, and the time below which none was measured.
+_BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
+
+# Rows of staged outputs in shared memory (csrc/prefill.cuh: OUT_STRIDE), and what the system keeps of it.
+_OUT_STRIDE, _WINDOW = 144, 1024
+
+
+def _whole(nbytes: int) -> int:
+    """Rounded up to the kilobyte that a swizzled tile starts at."""
+    return -(-nbytes // 1024) * 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile configuration of the prefill kernel.
+
+    tokens      tokens of a tile: a multiple of 8, of 16 above 128 and in pairs
+    blocks      blocks of 64 rows of a tile, a warpgroup each
+    stages      units of 64 columns in the ring
+    pair        CTAs of a cluster that share x;  split: CTAs of a cluster that split k; one of them is 1
+    ahead       dequantise the next unit while this one is multiplied
+    k_groups    warpgroups of a block of rows, which take its units in turn
+    turns       warpgroups multiply one after the other
+    rounds      multiply scales of groups into the weights, rounded to 16 bits, instead of scaling float32 sums
+    """
+
+    tokens: int
+    blocks: int
+    stages: int
+    pair: int = 1
+    split: int = 1
+    ahead: bool = True
+    k_groups: int = 1
+    turns: bool = False
+    rounds: bool = False
+
+    @property
+    def cluster(self) -> int:
+        return self.pair * self.split
+
+    @property
+    def threads(self) -> int:
+        return (self.blocks * self.k_groups + 1) * 128
+
+    def block_bytes(self, shape: Shape) -> int:
+        """Bytes of a stage for one block of rows: codes, scales, zeros."""
+        staged = shape.unit_groups if shape.groups > 1 or shape.kind == UINT_U8 else 0
+        return shape.bits * 512 + staged * (128 + (64 if shape.kind == UINT_U8 else 0))
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory of a CTA; the host twin of `Smem` in csrc/prefill.cuh, which asserts that they agree."""
+        table = max(0, shape.table_bytes - _WINDOW)
+        stage = _whole(self.tokens * 128 + self.blocks * self.block_bytes(shape))
+        slices = self.split * self.k_groups
+        out = self.blocks * self.k_groups * min(self.tokens, 64) * _OUT_STRIDE
+        head = _whole(out + -(-2 * self.stages * 8 // 16) * 16)
+        low = head if head <= table else 0
+        low_stages = min(self.stages, (table - low) // stage)
+        high = table + shape.table_bytes + (0 if low else head)
+        share = -(-(self.tokens // 8) // slices)
+        receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
+        return high + max((self.stages - low_stages) * stage, receive)
+
+    def defines(self, shape: Shape) -> dict[str, int]:
+        """Macros that the kernel is compiled with."""
+        return {
+            "FDK_N": shape.n,
+            "FDK_K": shape.k,
+            "FDK_BITS": shape.bits,
+            "FDK_GROUP": shape.group,
+            "FDK_BF16": int(shape.bf16),
+            "FDK_KIND": shape.kind,
+            "FDK_TOKENS": self.tokens,
+            "FDK_TOKEN_TILES": self.tokens // 8,
+            "FDK_BLOCKS": self.blocks,
+            "FDK_K_GROUPS": self.k_groups,
+            "FDK_STAGES": self.stages,
+            "FDK_PAIR": self.pair,
+            "FDK_SPLIT": self.split,
+            "FDK_AHEAD": int(self.ahead),
+            "FDK_TURNS": int(self.turns),
+            "FDK_ROUND": int(self.rounds),
+            "FDK_SHARED_BYTES": self.shared_bytes(shape),
+        }
+
+
+def _fill(shape: Shape, config: Config) -> Config | None:
+    """`config` with as many stages as shared memory allows and pay; None if it has no room for two per k group."""
+    for stages in range(_MOST_STAGES, 2 * config.k_groups - 1, -1):
+        filled = replace(config, stages=stages)
+        if filled.shared_bytes(shape) <= MAX_SHARED:
+            return filled
+    return None
+
+
+def unsupported(shape: Shape, blocks: tuple[int, ...]) -> str | None:
+    """Why the kernel cannot serve a weight of this shape, or None. Capability 9.0 is the caller's to check."""
+    if shape.kind == UINT_FLOAT:
+        return "subtracts whole zero points only, the weight has fractional ones"
+    if shape.k % 8:
+        return f"copies rows of x of whole 16-byte pieces, k = {shape.k} is no multiple of 8"
+    if len(blocks) > MAX_RANGES:
+        return f"holds up to {MAX_RANGES} tables, the weight has {len(blocks)}"
+    return None
+
+
+def _waves(m: int, blocks: tuple[int, ...], sms: int, config: Config) -> int:
+    """How often the multiprocessors are filled with tiles."""
+    tiles = row_tiles(blocks, config) * config.pair * -(-m // config.tokens)
+    return -(-tiles * config.split // (sms // config.cluster * config.cluster))
+
+
+def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config) -> float:
+    """Predicted time: waves of tiles, each some rounds of a unit per k group; at least that of bytes or operations."""
+    late = shape.groups > 1 and not config.rounds
+    start, per_round, per_token, meeting, per_output = _TIMES[config.blocks, config.k_groups, late]
+    extra = _SINGLE_LOOKUPS * (shape.bits > 4) + _ZEROS * (shape.kind == UINT_U8)
+    if late:
+        extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
+    a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups
+    rounds = -(-shape.units // (config.split * config.k_groups))
+    us = start + _waves(m, blocks, sms, config) * (rounds * a_round + per_output * config.tokens)
+    us += meeting if config.split > 1 else 0
+    moved = shape.n * shape.k * (shape.bits / 8 + 2 / shape.group) + 2 * m * (shape.n + shape.k)
+    floor = max(moved / _BYTES_PER_US, 2 * m * shape.n * shape.k / _OPERATIONS_PER_US)
+    return max(us, start + floor * _SMS / sms, _LEAST_US)
+
+
+@lru_cache(maxsize=4096)
+def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[float, Config] | None:
+    """Predicted time and configuration of the fastest one, or None."""
+    if m < 1 or unsupported(shape, blocks):
+        return None
+    rounds = m > EXACT_TOKENS and shape.groups > 1
+    late = shape.groups > 1 and not rounds
+    found = None
+    for tokens, split, (per_cta, k_groups, scales_sums) in itertools.product(TOKENS, (1, 2), _TIMES):
+        # A tile of one block and two k groups fetches x twice as fast, which from 128 tokens on is too fast.
+        most = 64 if late or (per_cta, k_groups) == (2, 2) else 256 if k_groups == 1 else 128
+        if scales_sums != late or tokens > most or split * k_groups * 2 > shape.units:
+            continue
+        four = per_cta * k_groups == 4
+        ahead = not (four and late and tokens > 32)
+        config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, four and tokens == 64, rounds)
+        waves = _waves(m, blocks, sms, config)
+        if waves > 1 and split * k_groups > 1:
+            continue  # such tiles are not taken in turn: each wave would start anew
+        if tokens == 256 and waves >= _PAIR_WAVES:
+            config = replace(config, pair=2)
+        config = _fill(shape, config)
+        if config is not None and (found is None or _us(shape, m, blocks, sms, config) < found[0]):
+            found = (_us(shape, m, blocks, sms, config), config)
+    return found
+
+
+def choose(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> Config | None:
+    """The fastest configuration by prediction for m rows of x; None if the kernel cannot serve them.
+
+    blocks: blocks of 64 rows of each table's range of rows.
+    """
+    best = _best(shape, m, blocks, sms)
+    return best[1] if best else None
+
+
+def predict_us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> float | None:
+    """Predicted microseconds of `choose`'s configuration; None if the kernel cannot serve them."""
+    best = _best(shape, m, blocks, sms)
+    return best[0] if best else None
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (
+        ("first_tile", ctypes.c_int),
+        ("first_block", ctypes.c_int),
+        ("end_block", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("first_row", ctypes.c_int64),
+        ("end_row", ctypes.c_int64),
+    )
+
+
+class Params(ctypes.Structure):
+    """Twin of fdk::Params in csrc/prefill.cuh."""
+
+    _fields_ = (
+        ("x_map", ctypes.c_uint64 * 16),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("m", ctypes.c_int),
+        ("ranges", ctypes.c_int),
+        ("row_tiles", ctypes.c_int),
+        ("token_tiles", ctypes.c_int),
+        ("band", ctypes.c_int),
+        ("zero", ctypes.c_uint32),
+        ("range", _Range * MAX_RANGES),
+    )
+
+
+def row_tiles(blocks: tuple[int, ...], config: Config) -> int:
+    """Row tiles of a cluster over all ranges of rows; none reaches over the end of its range."""
+    step = config.blocks * config.pair
+    return sum(-(-count // step) for count in blocks)
+
+
+def params_for(weight: QuantisedWeight, config: Config) -> Params:
+    """The kernel's argument without what a call brings: x, bias, out, m."""
+    geometry, parts = weight.geometry, weight.parts
+    params = Params(
+        codes=parts["codes"].data_ptr(),
+        scales=parts["scales"].data_ptr(),
+        zeros=parts["zeros"].data_ptr() if "zeros" in parts else None,
+        table=parts["table"].data_ptr() if "table" in parts else None,
+        ranges=len(geometry.row_ends),
+        row_tiles=row_tiles(block_counts(geometry), config),
+    )
+    tile = block = 0
+    for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
+        params.range[i] = _Range(tile, block, block + count, 0, start, end)
+        tile += -(-count // (config.blocks * config.pair))
+        block += count
+    return params
+
+
+@cache
+def load(shape: Shape, config: Config, device: int) -> driver.Function:
+    """The compiled kernel on CUDA device `device`, which must be the current one."""
+    cubin = jit.cubin("prefill.cuh", config.defines(shape), jit.architecture(torch.cuda.get_device_capability(device)))
+    return driver.Function(cubin, "fdk_prefill", config.threads, config.shared_bytes(shape), config.cluster)
+
+
+class Plan:
+    """A weight bound to a configuration on its device: what is left for a call are x, bias, out and a launch."""
+
+    def __init__(self, weight: QuantisedWeight, config: Config) -> None:
+        zeros = weight.parts.get("zeros")
+        assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in weight.parts.values())
+        self.shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+        self.config = config
+        self.template = params_for(weight, config)
+        self.device = weight.device
+        self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.maps: dict[tuple[int, int], driver.TensorMap] = {}
+        with torch.cuda.device(self.device):
+            self.function = load(self.shape, config, self.device.index)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device."""
+        m, config = x.shape[0], self.config
+        assert m > 0 and x.data_ptr() % 16 == 0 and x.is_contiguous()
+        params = Params.from_buffer_copy(self.template)
+        key = (x.data_ptr(), m)
+        found = self.maps.get(key)
+        if found is None:
+            if len(self.maps) >= 64:
+                self.maps.clear()
+            found = self.maps[key] = driver.tensor_map(
+                key[0], self.shape.bf16, (m, self.shape.k), (config.tokens // config.pair, BLOCK)
+            )
+        params.x_map = found
+        params.bias = None if bias is None else bias.data_ptr()
+        params.out = out.data_ptr()
+        params.m = m
+        params.token_tiles = -(-m // config.tokens)
+        params.band = min(params.token_tiles, 8)
+        tiles = params.row_tiles * params.token_tiles
+        clusters = tiles if config.split * config.k_groups > 1 else min(tiles, self.sms // config.pair)
+        grid = clusters * config.cluster
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.current_device() == self.device.index:
+            self.function(grid, stream, params)
+        else:
+            with torch.cuda.device(self.device):
+                self.function(grid, stream, params)

@@ -1,0 +1,166 @@
+"""The prefill kernel: configurations and launch arithmetic anywhere, its code with NVRTC, its products on a GPU."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fdk import testing
+from fdk.formats import parse
+from fdk.kernels.cuda import decode, jit, prefill
+from fdk.kernels.cuda.decode import Shape
+from fdk.kernels.cuda.prefill import Config
+
+SHAPES = [(8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (5120, 5120), (28672, 8192), (100, 104), (64, 128)]
+KINDS = (decode.TABLE, decode.INT, decode.UINT_U8)
+ROWS = (1, 8, 16, 33, 64, 65, 96, 128, 200, 256, 300, 384, 512, 768, 1000, 2048, 8192)
+
+WITHOUT_NVRTC = jit.unavailable()
+needs_nvrtc = pytest.mark.skipif(WITHOUT_NVRTC is not None, reason=WITHOUT_NVRTC or "")
+
+# One of every way that the kernel splits its work, at the widest tile that `choose` gives it.
+CONFIGS = [
+    Config(64, 2, 4, k_groups=1),
+    Config(64, 1, 4, k_groups=2, split=2),
+    Config(32, 2, 4, k_groups=2),
+    Config(64, 2, 4, k_groups=2, ahead=False, turns=True),
+    Config(256, 2, 4, rounds=True),
+    Config(256, 2, 4, pair=2, rounds=True),
+    Config(192, 2, 4, split=2, rounds=True),
+    Config(128, 1, 4, k_groups=2, rounds=True),
+    Config(64, 2, 4, k_groups=2, turns=True, rounds=True),
+]
+
+
+def chosen(shape: Shape, m: int) -> Config:
+    config = prefill.choose(shape, m, (-(-shape.n // 64),), 132)
+    assert config is not None
+    return config
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_configurations_fit(n: int, k: int, bits: int) -> None:
+    for kind in KINDS:
+        for group in (32, 64, k):
+            shape = Shape(n, k, bits, group if k % group == 0 else k, True, kind)
+            for m in ROWS:
+                config = chosen(shape, m)
+                assert config.shared_bytes(shape) <= decode.MAX_SHARED
+                assert config.stages >= 2 * config.k_groups and config.threads <= 1024
+                assert config.tokens % (8 * config.pair) == 0 and (config.pair == 1 or config.split == 1)
+                assert shape.units >= 2 * config.split * config.k_groups or config.split * config.k_groups == 1
+                assert config.rounds == (m > prefill.EXACT_TOKENS and shape.groups > 1)
+
+
+def test_what_is_not_served() -> None:
+    shape = Shape(4096, 4096, 4, 64, True, decode.UINT_FLOAT)
+    assert "fractional" in prefill.unsupported(shape, (64,))
+    assert "multiple of 8" in prefill.unsupported(Shape(4096, 4100, 4, 4100, True, decode.INT), (64,))
+    assert "tables" in prefill.unsupported(Shape(4096, 4096, 4, 64, True, decode.TABLE), (1,) * 17)
+    assert prefill.choose(shape, 64, (64,), 132) is None
+    assert prefill.predict_us(shape, 64, (64,), 132) is None
+    assert prefill.choose(Shape(4096, 4096, 4, 64, True, decode.INT), 0, (64,), 132) is None
+
+
+@pytest.mark.parametrize("n,k", SHAPES[:6])
+def test_predicted_time_grows_with_rows(n: int, k: int) -> None:
+    shape = Shape(n, k, 4, 64, True, decode.TABLE)
+    for m in range(16, 8192, 8):
+        now, later = (prefill.predict_us(shape, rows, (n // 64,), 132) for rows in (m, m + m // 10))
+        assert now <= 1.05 * later, (m, now, later)
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+def test_row_tiles_cover_every_block_once(tables: int) -> None:
+    weight = testing.random_weight(parse("lut4_g64"), 1000, 256, tables=tables, seed=3).to_layout("fragments")
+    config = Config(64, 2, 4, pair=2)
+    params = prefill.params_for(weight, config)
+    step, seen = config.blocks * config.pair, []
+    ends = [params.range[i + 1].first_tile for i in range(tables - 1)] + [params.row_tiles]
+    for i in range(tables):
+        entry = params.range[i]
+        for tile in range(entry.first_tile, ends[i]):
+            first = entry.first_block + (tile - entry.first_tile) * step
+            blocks = range(first, min(first + step, entry.end_block))
+            assert len(blocks) > 0
+            seen += blocks
+    assert seen == list(range(weight.parts["codes"].shape[0]))
+    assert prefill.Params.x_map.offset == 0 and prefill.Params.codes.offset == 128
+
+
+def check_code(shape: Shape, config: Config) -> None:
+    _, log = jit.build("prefill.cuh", config.defines(shape), "sm_90a")
+    registers, spilled = (re.search(pattern, log) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    assert registers and spilled and int(spilled[1]) == 0, (shape, config, log)
+    # The compiler says so where it makes wgmma wait for each other.
+    assert "C75" not in log, (shape, config, log)
+    assert int(registers[1]) * config.threads <= 65536, (shape, config)
+
+
+def fitting(shape: Shape, config: Config) -> Config:
+    stages = [s for s in range(2, 13) if replace(config, stages=s).shared_bytes(shape) <= decode.MAX_SHARED]
+    return replace(config, stages=stages[-1])
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_four_bits_compile_without_spills(config: Config) -> None:
+    for shape in (Shape(4096, 4096, 4, 64, True, decode.TABLE), Shape(200, 992, 4, 32, False, decode.UINT_U8)):
+        check_code(shape, fitting(shape, config))
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_variant_compiles_without_spills(bits: int) -> None:
+    for kind in KINDS:
+        for group in (32, 128, 4096):
+            shape = Shape(4096, 4096, bits, group, (bits + kind) % 2 > 0, kind)
+            for m in (16, 64, 256, 8192):
+                check_code(shape, chosen(shape, m))
+
+
+FORMATS = [
+    ("lut4_g64", 320, 1024, {"tables": 3}),
+    ("lut4_g32", 200, 992, {}),
+    ("int4_g128", 256, 768, {"dtype": torch.float16}),
+    ("uint4_g64", 192, 512, {}),
+    ("int4_chan", 129, 776, {}),
+    ("lut1_g64", 128, 512, {}),
+    ("uint1_g32", 128, 544, {"dtype": torch.float16}),
+    ("lut2_g64", 192, 1024, {"dtype": torch.float16}),
+    ("lut3_g16", 192, 1024, {}),
+    ("uint5_g64", 192, 576, {}),
+    ("lut6_g128", 192, 640, {}),
+    ("int7_g64", 192, 576, {}),
+    ("lut8_g48", 192, 960, {}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name,n,k,more", FORMATS, ids=[f[0] for f in FORMATS])
+def test_products(name: str, n: int, k: int, more: dict) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the prefill kernel needs compute capability 9.0")
+    weight = testing.random_weight(parse(name), n, k, device="cuda:0", **more).to_layout("fragments")
+    zeros = weight.parts.get("zeros")
+    shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    for config in CONFIGS:
+        if shape.units < 2 * config.split * config.k_groups:
+            continue
+        plan = prefill.Plan(weight, fitting(shape, config))
+        for m in (1, 17, 200, 300):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(weight.dtype).cuda()
+            bias = torch.randn(n, device="cuda:0").to(weight.dtype) if m % 2 else None
+            rounds = config.rounds and shape.groups > 1
+            found = testing.check_product(lambda x, _, b, out, plan=plan: plan(x, b, out), x, weight, bias, rounds)
+            assert found is None, (config, m, found)
+            first, again = (testing.poisoned(m, n, weight.dtype, "cuda:0") for _ in range(2))
+            plan(x, bias, first)
+            wrong = torch.zeros((), dtype=torch.int64, device="cuda:0")
+            for _ in range(20):
+                plan(x, bias, again.fill_(float("nan")))
+                wrong += (again != first).any()
+            assert int(wrong) == 0, (config, m)
