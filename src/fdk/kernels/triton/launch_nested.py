@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.formats import Format
 from fdk.weight import QuantisedWeight
 
 # (BM, BN, BK, warps) for one token, few and many; not tuned on any GPU yet.
 _ONE, _FEW, _MANY, _FLOAT32 = (1, 4, 1024, 4), (16, 64, 64, 4), (64, 64, 64, 4), (16, 32, 32, 4)
+
+
+def slicing(format: Format) -> tuple[int, int, int, float, float]:
+    """(half, shift, top, middle, step): a value is (min((q + half) >> shift, top) - middle) * step."""
+    shift, middle = format.bits - format.served, float(1 << (format.served - 1))
+    if format.kind.cuts:
+        return 0, shift, 255, middle - 0.5, float(1 << shift)
+    return 1 << shift >> 1, shift, (1 << format.served) - 1, middle, float(1 << shift)
 
 
 def launch_nested(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, interpreted: bool) -> None:
@@ -23,7 +32,6 @@ def launch_nested(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         return
     dot = m > 1
     bm, bn, bk, warps = _ONE if not dot else _FLOAT32 if x.element_size() == 4 else _FEW if m <= 16 else _MANY
-    bk = min(bk, max(32, 1 << (k - 1).bit_length()))
     planes = parts["planes"]
     whole = planes.shape[2] % 4 == 0 and planes.data_ptr() % 4 == 0
     words = planes.view(torch.uint32) if whole else planes
@@ -38,17 +46,17 @@ def launch_nested(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         k,
         words.shape[2],
         geometry.groups,
+        geometry.group_size,
+        *slicing(fmt),
+        -(-k // bk),
         PLANES=fmt.read_bits,
-        SERVED=fmt.served,
-        CUTS=fmt.kind.cuts,
-        GROUP=fmt.group or 0,
         BIAS=bias is not None,
         DOT=dot,
         OCTETS=4 if whole else 1,
         BN=bn,
         BM=bm,
         BK=bk,
-        STEPS=-(-k // bk),
+        STEPS=-(-k // bk) if interpreted else 0,
         INTERPRETED=interpreted,
         num_warps=warps,
     )

@@ -23,7 +23,6 @@ def launch_sparse(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         return
     dot = m > 1
     bm, bn, bk, warps = _ONE if not dot else _FLOAT32 if x.element_size() == 4 else _FEW if m <= 16 else _MANY
-    bk = min(bk, max(32, 1 << (k - 1).bit_length()))
     several = fmt.is_table and len(geometry.row_ends) > 1
     tiles = row_tiles(geometry, bn, x.device) if several else parts["codes"]
     sparse_product[(tiles.shape[0] if several else -(-n // bn), -(-m // bm) if dot else 1)](
@@ -40,8 +39,9 @@ def launch_sparse(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         n,
         k,
         geometry.groups,
+        geometry.group_size,
+        -(-k // bk),
         BITS=fmt.bits,
-        GROUP=fmt.group or 0,
         OFFSET=0 if fmt.is_table or fmt.has_zeros else fmt.offset,
         STORED=fmt.is_table,
         ZEROS=fmt.has_zeros,
@@ -51,7 +51,7 @@ def launch_sparse(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
         BN=bn,
         BM=bm,
         BK=bk,
-        STEPS=-(-k // bk),
+        STEPS=-(-k // bk) if interpreted else 0,
         INTERPRETED=interpreted,
         num_warps=warps,
     )

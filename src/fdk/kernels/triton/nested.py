@@ -23,23 +23,15 @@ def transposed(octets):
 
 
 @triton.jit
-def slice_values(master, SERVED: tl.constexpr, CUTS: tl.constexpr):
+def slice_values(master, half, shift, top, middle, step):
     """float32 values of master codes uint32 whose unread low bits are zero; see fdk.formats.Format.slice_values."""
-    if SERVED == 8 or CUTS:
-        # 2^23 + code as a float is its exponent with the code as mantissa; a conversion has a quarter of the rate.
-        values = (master | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-        if CUTS:
-            values += 2.0 ** (7 - SERVED)
-        return values
-    else:
-        code = (master >> (8 - SERVED)) + ((master >> (7 - SERVED)) & 1)
-        code = tl.minimum(code, (1 << SERVED) - 1)
-        return ((code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (SERVED - 1))) * 2.0 ** (
-            8 - SERVED
-        )
+    code = tl.minimum((master + half) >> shift, top)
+    # 2^23 + code as a float is its exponent with the code as mantissa; a conversion has a quarter of the rate.
+    return (((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) - middle) * step
 
 
-@triton.jit
+# Only what decides the code is fixed when it is compiled, since there are many widths, groups and shapes.
+@triton.jit(do_not_specialize=["m", "n", "groups", "group_size", "half", "shift", "top", "steps"])
 def nested_product(
     x_ptr,
     planes_ptr,
@@ -51,10 +43,14 @@ def nested_product(
     k,
     row_words,
     groups,
+    group_size,
+    half,
+    shift,
+    top,
+    middle,
+    step_size,
+    steps,
     PLANES: tl.constexpr,
-    SERVED: tl.constexpr,
-    CUTS: tl.constexpr,
-    GROUP: tl.constexpr,
     BIAS: tl.constexpr,
     DOT: tl.constexpr,
     OCTETS: tl.constexpr,
@@ -64,10 +60,11 @@ def nested_product(
     STEPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out = x W^T + bias for BN rows of W and BM tokens (DOT) or one token, in STEPS blocks of BK along k.
+    """out = x W^T + bias for BN rows of W and BM tokens (DOT) or one token, in `steps` blocks of BK along k.
 
     x [m, k]; planes [n, 8, row_words] words of OCTETS bytes, of which the PLANES leading planes are read; scales
-    [n, groups]; bias [n]; out [m, n] in x's dtype. GROUP 0 is one scale per row.
+    [n, groups]; bias [n]; out [m, n] in x's dtype. A slice is min((master + half) >> shift, top), and stands for
+    (slice - middle) * step_size.
     """
     kind: tl.constexpr = x_ptr.dtype.element_ty
     UNITS: tl.constexpr = BK // (8 * OCTETS)
@@ -83,7 +80,8 @@ def nested_product(
     else:
         acc = tl.zeros([BN], tl.float32)
 
-    for step in tl.range(STEPS):
+    # The interpreter counts to constants only.
+    for step in tl.range(STEPS if INTERPRETED else steps):
         first = step * BK
         unit = step * UNITS + tl.arange(0, UNITS)
         octets = tl.zeros([BN, UNITS, OCTETS], tl.uint64)
@@ -93,11 +91,11 @@ def nested_product(
             octets |= bytes.to(tl.uint64) << (56 - 8 * plane)
         octets = transposed(octets).reshape(BN, BK // 8)
         master = (octets[:, :, None] >> (8 * tl.arange(0, 8)).to(tl.uint64)[None, None, :]) & 0xFF
-        values = slice_values(master.to(tl.uint32), SERVED, CUTS)
+        values = slice_values(master.to(tl.uint32), half, shift, top, middle, step_size)
 
         # An octet never crosses a group; past the end of k the last scale is as good as any: x is zero there.
         octet = first + tl.arange(0, BK // 8) * 8
-        group = tl.minimum(octet // GROUP, groups - 1) if GROUP else octet * 0
+        group = tl.minimum(octet // group_size, groups - 1)
         scales = tl.load(scales_row + group[None, :]).to(tl.float32)
         ks = first + tl.arange(0, BK)
         if DOT:

@@ -21,7 +21,8 @@ def ones(words):
     return (words + (words >> 16)) & 0x3F
 
 
-@triton.jit
+# Only what decides the code is fixed when it is compiled.
+@triton.jit(do_not_specialize=["m", "n", "groups", "group_size", "steps"])
 def sparse_product(
     x_ptr,
     codes_ptr,
@@ -36,8 +37,9 @@ def sparse_product(
     n,
     k,
     groups,
+    group_size,
+    steps,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     OFFSET: tl.constexpr,
     STORED: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -50,10 +52,10 @@ def sparse_product(
     STEPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out = x W^T + bias for BN rows of W and BM tokens (DOT) or one token, in STEPS blocks of BK along k.
+    """out = x W^T + bias for BN rows of W and BM tokens (DOT) or one token, in `steps` blocks of BK along k.
 
     x [m, k]; codes [n, k/32 * 2*BITS] bytes; mask [n, k/32 * 4] bytes; scales, zeros [n, groups]; table
-    [tables, 2^BITS]; bias [n]; out [m, n] in x's dtype. GROUP 0 is one scale per row. tiles: see source.product.
+    [tables, 2^BITS]; bias [n]; out [m, n] in x's dtype. tiles: see source.product.
     """
     kind: tl.constexpr = x_ptr.dtype.element_ty
     BLOCKS: tl.constexpr = BK // 32
@@ -81,7 +83,8 @@ def sparse_product(
         acc = tl.zeros([BN], tl.float32)
     place = tl.arange(0, 32).to(tl.uint32)
 
-    for step in tl.range(STEPS):
+    # The interpreter counts to constants only.
+    for step in tl.range(STEPS if INTERPRETED else steps):
         first = step * BK
         block = step * BLOCKS + tl.arange(0, BLOCKS)
         inside = block < blocks_of_k
@@ -104,7 +107,7 @@ def sparse_product(
 
         # A block never crosses a group; past the end of k nothing is kept.
         start = first + tl.arange(0, BLOCKS) * 32
-        group = tl.minimum(start // GROUP, groups - 1) if GROUP else start * 0
+        group = tl.minimum(start // group_size, groups - 1)
         if ZEROS:
             values -= tl.load(zeros_row + group[None, :]).to(tl.float32)[:, :, None]
         values = tl.where(keep, values, 0.0)
