@@ -30,6 +30,10 @@ CONFIGS = [
     Config(192, 2, 4, split=2, rounds=True),
     Config(128, 1, 4, k_groups=2, rounds=True),
     Config(64, 2, 4, k_groups=2, turns=True, rounds=True),
+    Config(64, 3, 4, split=2),
+    Config(128, 3, 4, rounds=True),
+    Config(64, 4, 4, ahead=False, turns=True),
+    Config(64, 4, 4, turns=True, rounds=True),
 ]
 
 

@@ -33,11 +33,17 @@ _TIMES = {
     (2, 1, False): (0.85, 0.199, 0.00161, 2.89, 0.0074),
     (1, 2, False): (0.42, 0.249, 0.00178, 1.88, 0.0131),
     (2, 2, False): (1.89, 0.405, 0.00121, 0.74, 0.0270),
+    (3, 1, True): (1.51, 0.265, 0.00221, 1.91, 0.0100),
+    (3, 1, False): (1.48, 0.244, 0.00221, 2.44, 0.0075),
+    (4, 1, True): (2.02, 0.302, 0.00348, 1.92, 0.0079),
+    (4, 1, False): (1.68, 0.352, 0.00189, 1.70, 0.0159),
 }
+# Tokens for which registers last, by warpgroups; with late scales, whose sums take as many again.
+_MOST_TOKENS = {2: (256, 64), 3: (128, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, zero points, another group of scales on sums, of each token.
 _SINGLE_LOOKUPS, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.02, 0.015, 0.0005
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
-_PAIR_WAVES = 7
+_PAIR_WAVES = 8
 # Bytes and operations that no product exceeded, and the time below which none was measured.
 _BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
 
@@ -175,21 +181,26 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
     late = shape.groups > 1 and not rounds
     found = None
     for tokens, split, (per_cta, k_groups, scales_sums) in itertools.product(TOKENS, (1, 2), _TIMES):
-        # A tile of one block and two k groups fetches x twice as fast, which from 128 tokens on is too fast.
-        most = 64 if late or (per_cta, k_groups) == (2, 2) else 256 if k_groups == 1 else 128
-        if scales_sums != late or tokens > most or split * k_groups * 2 > shape.units:
+        warpgroups = per_cta * k_groups
+        most = _MOST_TOKENS[warpgroups][late]
+        # Two k groups fetch x twice as fast, which is too fast from 128 tokens on.
+        if scales_sums != late or tokens > (most if k_groups == 1 else min(most, 128)):
             continue
-        four = per_cta * k_groups == 4
-        ahead = not (four and late and tokens > 32)
-        config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, four and tokens == 64, rounds)
+        if split * k_groups * 2 > shape.units:
+            continue
+        ahead = not (warpgroups == 4 and late and tokens > 32)
+        config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, warpgroups == 4 and tokens == 64, rounds)
         waves = _waves(m, blocks, sms, config)
         if waves > 1 and split * k_groups > 1:
             continue  # such tiles are not taken in turn: each wave would start anew
         if tokens == 256 and waves >= _PAIR_WAVES:
             config = replace(config, pair=2)
         config = _fill(shape, config)
-        if config is not None and (found is None or _us(shape, m, blocks, sms, config) < found[0]):
-            found = (_us(shape, m, blocks, sms, config), config)
+        if config is None:
+            continue
+        us = _us(shape, m, blocks, sms, config)
+        if found is None or us <= found[0]:
+            found = (us, config)
     return found
 
 
