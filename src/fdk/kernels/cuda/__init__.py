@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import decode, dense, jit, routes
+from fdk.kernels.cuda import decode, dense, jit, prefill, routes
 from fdk.kernels.cuda.stream import stream_floor
 from fdk.packing import fragments
 from fdk.packing.layouts import Geometry
@@ -127,7 +127,7 @@ class CudaKernel:
         key = ("cuda", route.config)
         found = weight.cache.get(key)
         if found is None:
-            module = decode if route.name == "decode" else routes.prefill
+            module = decode if route.name == "decode" else prefill
             found = weight.cache[key] = module.Plan(weight, route.config)
         return found
 

@@ -13,12 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fdk.kernels.cuda import decode
-
-try:
-    from fdk.kernels.cuda import prefill
-except ImportError:
-    prefill = None
+from fdk.kernels.cuda import decode, prefill
 
 _SMS = 132
 
@@ -28,9 +23,9 @@ _DECODE_START, _DECODE_CLOCKS_PER_US = 2.5, 1830
 _UNIT_CLOCKS = (78, 94, 118, 128, 225, 233, 245, 250)
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 13, 8: 25, 16: 70, 32: 230, 64: 510}
 
-# Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond and
-# its start. The two kernels' starts overlap with what runs before them.
-_DEQUANTISE_BYTES, _CUBLAS_BYTES, _CUBLAS_OPERATIONS, _CUBLAS_START = 3.35e6, 4.0e6, 740e6, 3.0
+# Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
+# the starts of both kernels.
+_DEQUANTISE_BYTES, _CUBLAS_BYTES, _CUBLAS_OPERATIONS, _DENSE_START = 3.35e6, 4.0e6, 740e6, 5.5
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,12 @@ class Route:
     name: str
     us: float
     rows: int
-    config: object = None
+    config: decode.Config | prefill.Config | None = None
 
     @property
     def rounds(self) -> bool:
         """Whether scaled weights are rounded to 16 bits before they are multiplied."""
-        return self.name == "dense" or getattr(self.config, "rounds", False)
+        return self.name == "dense" or (self.name == "prefill" and self.config.rounds)
 
 
 def decode_us(shape: decode.Shape, m: int, rows: int, sms: int = _SMS) -> float:
@@ -70,7 +65,7 @@ def dense_us(shape: decode.Shape, m: int, sms: int = _SMS) -> float:
     weights = shape.n * shape.k
     moved = weights * (shape.bits / 8 + 2 / shape.group + 2) / _DEQUANTISE_BYTES
     product = max((2 * weights + 2 * m * (shape.n + shape.k)) / _CUBLAS_BYTES, 2 * m * weights / _CUBLAS_OPERATIONS)
-    return (moved + product) * _SMS / sms + _CUBLAS_START
+    return (moved + product) * _SMS / sms + _DENSE_START
 
 
 def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, hopper: bool) -> int:
@@ -92,7 +87,7 @@ def routes(
     if rows := rows_at_once(shape, m, sum(blocks), sms, hopper):
         config = decode.choose_config(shape, rows, sum(blocks), sms, hopper)
         found.append(Route("decode", decode_us(shape, m, rows, sms), rows, config))
-    if hasattr(prefill, "choose") and capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
+    if capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
         us = prefill.predict_us(shape, m, blocks, sms)
         if us is not None:
             found.append(Route("prefill", us, m, config))
