@@ -19,6 +19,8 @@ CHUNK = 1 << 18
 COLUMNS = 128
 """Columns of error compensation whose effect on later columns is applied at once."""
 DAMPING = 0.01
+TIES = 1e-6
+"""Weight of every width, in multiples of its default, beside the weights that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def quantise_nested(
     """A nested master of `weight` [n, k] whose slices together err least. The format's served width plays no part.
 
     widths       {bits: weight}: the objective is the sum of weight * squared error over them; default: every width,
-                 relative to its own step (`default_widths`).
+                 relative to its own step (`default_widths`). Widths not named only settle ties between codes.
     scale        "auto" and "absmax": max |w| / 127.5; "absmean": mean |w| / 32, so that half of the range is four
                  times the mean; "search": the factor on "auto" with the least objective for each group.
     hessian      [k, k] symmetric, sum of x x^T over calibration tokens: errors are compensated column by column in the
@@ -166,7 +168,8 @@ def _checked_widths(format: Format, widths: Mapping[int, float] | None, name: st
             raise FormatError(f"{name}: the weight of {bits} bits is {weight}; give a positive number")
     if not widths:
         raise FormatError(f"{name}: widths is empty; give {{bits: weight}}, such as {{8: 1.0, 4: 0.1}}")
-    return dict(widths)
+    # Codes that are alike at the named widths are told apart by the others.
+    return {bits: widths.get(bits, 0.0) + TIES * other for bits, other in default_widths(format).items()}
 
 
 def _scales(blocks: Tensor, format: Format, best: BestCode, scale: str, dtype: torch.dtype) -> Tensor:
