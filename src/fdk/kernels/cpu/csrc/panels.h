@@ -161,7 +161,9 @@ void run_panels(const fdk_job& job, int64_t block0, int64_t block1, void* worksp
 
 template <class Path>
 FDK_INLINE void plan_panels(const fdk_weight& w, int64_t m, int64_t widest, fdk_plan* plan) {
-    plan->rows = rows_of_chunk(m, FDK_CHUNK);
+    // Every block reads all rows of a chunk, so that they should stay in the third-level cache.
+    const int64_t fit = (8 << 20) / (w.k_padded * 2 * Path::words_per_pair);
+    plan->rows = rows_of_chunk(m, fit < 128 ? 128 : fit < FDK_CHUNK ? fit : FDK_CHUNK);
     cut_unevenly(widest, plan);
     plan->algorithm = FDK_PANELS;
     plan->workspace = Panels<Path>::blocks_at_once(w) *
