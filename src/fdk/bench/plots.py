@@ -202,7 +202,7 @@ def speedup(plt, entries: list[Record]):
     # A log axis, so that a slow-down and a speed-up of the same factor are equally far from 1.
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xticks(range(len(ms)), [str(m) for m in ms])
+    axes.set_xticks(range(len(ms)), [str(m) for m in ms], fontsize=10 if len(ms) <= 16 else 7.5)
     axes.set_xlabel("m, rows of activations")
     axes.set_ylabel("speed-up over torch bf16 (median of ratios)")
     axes.set_xlim(-0.15 - 0.05 * len(ms), len(ms) - 1 + 0.1 * len(ms))
