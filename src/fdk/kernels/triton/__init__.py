@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fdk.formats import Format
 from fdk.kernels import Problem
 from fdk.kernels.triton.config import Config, VectorConfig, choose, choose_vector
 from fdk.kernels.triton.launch_nested import launch_nested
@@ -79,6 +80,21 @@ class TritonKernel:
         return choose(x.shape[0], *weight.shape, fmt.bits, lookup, x.element_size())
 
 
+def _pointers(x: Tensor, codes: Tensor, weight: QuantisedWeight, bias: Tensor | None, tiles: Tensor) -> tuple:
+    """The inputs of both products in the order of their arguments; for what is missing, a pointer that is not read."""
+    parts = weight.parts
+    zeros, table = parts.get("zeros", codes), parts.get("table", x)
+    return x, codes, parts["scales"], zeros, table, x if bias is None else bias, tiles
+
+
+def _meaning(fmt: Format) -> dict[str, int | bool]:
+    """What the codes of a format mean, as constants of both products."""
+    offset = 0 if fmt.is_table or fmt.has_zeros else fmt.offset
+    return {
+        "BITS": fmt.bits, "GROUP": fmt.group or 0, "OFFSET": offset, "STORED": fmt.is_table, "ZEROS": fmt.has_zeros
+    }  # fmt: skip
+
+
 def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     """out [m, n] = x [m, k] W^T + bias with the given tile; weight in the canonical layout."""
     from fdk.kernels.triton.source import add_splits, product
@@ -98,25 +114,15 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor,
     split = config.splits > 1
     target = torch.empty((config.splits, m, n), dtype=torch.float32, device=x.device) if split else out
     product[(blocks, -(-m // config.bm), config.splits)](
-        x,
-        codes,
-        parts["scales"],
-        parts.get("zeros", codes),
-        parts.get("table", x),
-        x if bias is None else bias,
-        tiles,
+        *_pointers(x, codes, weight, bias, tiles),
         target,
         m,
         n,
         k,
         codes.shape[1],
         geometry.groups,
-        BITS=fmt.bits,
-        GROUP=fmt.group or 0,
-        OFFSET=0 if fmt.is_table or fmt.has_zeros else fmt.offset,
-        STORED=fmt.is_table,
+        **_meaning(fmt),
         LOOKUP=fmt.is_table or fmt.bits <= 4,
-        ZEROS=fmt.has_zeros,
         BIAS=bias is not None and not split,
         TILES=several,
         SPLIT=split,
@@ -163,23 +169,13 @@ def launch_vector(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: 
     tiles = row_tiles(geometry, config.rows, x.device) if several else codes
     steps = -(-k // config.bk)
     vector_product[(tiles.shape[0] if several else -(-n // config.rows),)](
-        x,
-        codes,
-        parts["scales"],
-        parts.get("zeros", codes),
-        parts.get("table", x),
-        x if bias is None else bias,
-        tiles,
+        *_pointers(x, codes, weight, bias, tiles),
         out,
         n,
         k,
         codes.shape[1],
         geometry.groups,
-        BITS=fmt.bits,
-        GROUP=fmt.group or 0,
-        OFFSET=0 if fmt.is_table or fmt.has_zeros else fmt.offset,
-        STORED=fmt.is_table,
-        ZEROS=fmt.has_zeros,
+        **_meaning(fmt),
         BIAS=bias is not None,
         TILES=several,
         CHECK=k % config.run != 0,
