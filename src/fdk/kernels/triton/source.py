@@ -182,7 +182,9 @@ def product(
         tl.store(out_ptr + split.to(tl.int64) * m * n + where, acc, mask=stored)
     else:
         if BIAS:
-            acc += tl.load(bias_ptr + safe_rows).to(tl.float32)[None, :]
+            bias = tl.load(bias_ptr + safe_rows).to(tl.float32)[None, :]
+            # A plain addition would become the first term of the dot product, and k roundings of its size.
+            acc = tl.fma(acc, tl.full([BM, BN], 1.0, tl.float32), bias.broadcast_to(BM, BN))
         tl.store(out_ptr + where, rounded(acc, kind, INTERPRETED), mask=stored)
 
 
