@@ -321,10 +321,28 @@ def gpu_file(tmp_path):
 
 def test_the_summary_of_a_gpu_has_a_table_for_every_m(gpu_file):
     text = summary.section(gpu_file)
-    assert "| m = 1: us, x floor, x cuBLAS | 4096 x 4096 | 8192 x 8192 |" in text
-    assert "| fdk `lut4_g64` | 16.4, 1.25, 4.50 | 32.8, 1.25, 4.50 |" in text
+    assert "| m = 1: us, x floor, x cuBLAS, x best peer of equal bits | 4096 x 4096 | 8192 x 8192 |" in text
+    assert "| `lut4_g64` | 16.4, 1.25, 4.50, 2.00 | 32.8, 1.25, 4.50, 2.00 |" in text
+    # No peer ran at 2 bits.
+    assert "| `lut2_g64` | 8.2, 1.25, 4.50 | 16.4, 1.25, 4.50 |" in text
     assert "| cuBLAS bf16 | 32.0, 1.25 | 32.0, 1.25 |" in text
-    assert text.index("fdk `lut1_g64`") < text.index("humming `int1_g64`") < text.index("cuBLAS bf16")
+    assert text.index("`lut1_g64`") < text.index("`lut4_g64`") < text.index("cuBLAS bf16") and "humming" not in text
+
+
+def test_the_summary_of_many_rows_has_a_line_for_every_shape_and_provider(tmp_path):
+    entries = []
+    for m in (256, 1024):
+        entries.append(gpu_record("fdk", "lut4_g64", m, 4096, 4096, m * 1e-6))
+        entries.append(gpu_record("humming", "int4_g64", m, 4096, 4096, m * 2e-6))
+        entries.append(gpu_record("torch-bf16", "bf16", m, 4096, 4096, 32e-6))
+    path = tmp_path / "gpu.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    lines = summary.section(path).splitlines()
+    assert lines[2] == "| x cuBLAS bf16 | m = 256 | m = 1024 |"
+    assert [line.partition(" | ")[0] for line in lines[4:]] == [
+        "| 4096 x 4096 `lut4_g64`",
+        "| 4096 x 4096 humming `int4_g64`",
+    ]
 
 
 def test_figures_of_a_gpu(gpu_file, tmp_path):

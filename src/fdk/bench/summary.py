@@ -17,7 +17,7 @@ from fdk.bench.plots import newest, shape_of
 from fdk.bench.records import Record, RecordError, files, read
 
 BEGIN, END = "<!-- summary -->", "<!-- /summary -->"
-# The smallest, a middle and the largest of the usual m; the other tables are in the records.
+# The smallest, a middle and the largest of the usual m; the other lines are in the records.
 SHOWN_ON_GPU = (1, 16, 64)
 PEERS = {
     "torch-int4pack": "torch int4pack",
@@ -84,24 +84,35 @@ def on_gpu(entries: Sequence[Record]) -> bool:
 
 
 def gpu_table(entries: Sequence[Record], m: int) -> str:
-    """All formats and peers at every shape for one m: us, x of the streaming floor with PDL, x cuBLAS bf16."""
-    rows = [e for e in entries if e["m"] == m and e["dtype"] == "bf16" and not str(e["test"]).endswith("_ref")]
+    """fdk's formats at every shape for one m: us, x of the streaming floor with PDL, x cuBLAS bf16, x best peer."""
+    rows = [entry for entry in entries if entry["m"] == m and entry["dtype"] == "bf16"]
+    dense = [entry for entry in rows if entry["provider"] == "torch-bf16"]
     shapes = sorted({shape_of(entry) for entry in rows}, key=lambda shape: (shape[0] * shape[1], shape))
-    rank = {"fdk": 0, "torch-bf16": 2}
-
-    def order(entry: Record) -> tuple:
-        return rank.get(entry["provider"], 1), str(entry["provider"]), entry["bits"], entry["format"]
-
     cells: dict[str, dict[tuple[int, int], str]] = {}
-    for entry in sorted(rows, key=order):
+    for entry in (*ours(rows), *dense):
         bf16 = entry["provider"] == "torch-bf16"
-        label = "cuBLAS bf16" if bf16 else f"{entry['provider']} `{entry['format']}`"
         text = f"{entry['time_p50'] * 1e6:.1f}"
         text += "" if entry["x_floor"] is None else f", {entry['x_floor']:.2f}"
-        text += "" if bf16 or entry["x_bf16"] is None else f", {entry['x_bf16']:.2f}"
-        cells.setdefault(label, {})[shape_of(entry)] = text
-    head = [f"m = {m}: us, x floor, x cuBLAS", *(f"{n} x {k}" for n, k in shapes)]
+        if not bf16:
+            text += "" if entry["x_bf16"] is None else f", {entry['x_bf16']:.2f}"
+            peer = best_peer([other for other in rows if other["bits"] == entry["bits"]], entry)
+            text += f", {peer / entry['time_p50']:.2f}" if peer else ""
+        cells.setdefault("cuBLAS bf16" if bf16 else f"`{entry['format']}`", {})[shape_of(entry)] = text
+    head = [f"m = {m}: us, x floor, x cuBLAS, x best peer of equal bits", *(f"{n} x {k}" for n, k in shapes)]
     return table(head, [[name, *(row.get(shape, "") for shape in shapes)] for name, row in cells.items()])
+
+
+def many_rows_table(entries: Sequence[Record]) -> str:
+    """Speed-up over cuBLAS bf16 for every m at every shape, fdk's formats and the peers'."""
+    rows = [entry for entry in entries if entry["provider"] != "torch-bf16" and entry["dtype"] == "bf16"]
+    ms = sorted({entry["m"] for entry in rows})
+    cells: dict[str, dict[int, str]] = {}
+    for entry in sorted(rows, key=lambda e: (shape_of(e), e["provider"] != "fdk", e["bits"], e["format"])):
+        n, k = shape_of(entry)
+        own = "" if entry["provider"] == "fdk" else f"{entry['provider']} "
+        cells.setdefault(f"{n} x {k} {own}`{entry['format']}`", {})[entry["m"]] = f"{entry['x_bf16']:.2f}"
+    head = ["x cuBLAS bf16", *(f"m = {m}" for m in ms)]
+    return table(head, [[name, *(row.get(m, "") for m in ms)] for name, row in cells.items()])
 
 
 def section(path: Path) -> str:
@@ -116,6 +127,8 @@ def section(path: Path) -> str:
     title = f"**{where}**, {first['date'][:10]}, `{path.as_posix()}`:"
     if on_gpu(entries):
         sizes = sorted({entry["m"] for entry in ours(entries)})
+        if 1 not in sizes:
+            return "\n\n".join([title, many_rows_table(entries)])
         return "\n\n".join([title, *(gpu_table(entries, m) for m in sizes if m in SHOWN_ON_GPU)])
     tables = [decode_table(entries)] if any(e["m"] == 1 for e in ours(entries)) else []
     if len({entry["m"] for entry in ours(entries)}) > 1:
