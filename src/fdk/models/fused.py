@@ -1,4 +1,4 @@
-"""What a decoding step does between its matrix products, in three Triton functions.
+"""What a decoding step does between its matrix products, as Triton functions: norm, gate, attention, choice of token.
 
 Shapes: b sequences of one new token each, g key/value heads with HEADS query heads each, d = HEAD_DIM, a power of 2.
 All arithmetic is float32, rounded once on the way out. Every function first lets the next kernel start and then waits

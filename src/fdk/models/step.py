@@ -53,7 +53,8 @@ class Step:
     """Greedy decoding of `batch` sequences of up to `length` tokens, one token each per call.
 
     The model's query, key and value projections, and its gate and up projections, become views of merged weights
-    (`merge_`); nothing else about the model changes, and its own forward stays the plain path. UnsupportedError,
+    (`merge_`); nothing else about the model changes, and its own forward stays the plain path. Another `Step` of the
+    same model merges anew: drop the first one before, or its copy of these weights stays in memory. UnsupportedError,
     with the reason, for a model that `reason_against` turns down.
 
     tokens [b, 1] int64: the tokens to feed next, which a call replaces by the most likely ones; write others into it

@@ -47,11 +47,11 @@ def test_ranges_cover_every_block_once(tables: int) -> None:
     config = decode.choose_config(shape, 1, weight.parts["codes"].shape[0], 132)
     params, ctas = decode.params_for(weight, config)
     seen = []
-    ends = [params.range[i + 1].first_cluster for i in range(tables - 1)] + [ctas // config.cluster]
+    ends = [params.range[i + 1].first for i in range(tables - 1)] + [ctas // config.cluster]
     for i in range(tables):
         entry = params.range[i]
-        for cluster in range(entry.first_cluster, ends[i]):
-            first = entry.first_block + (cluster - entry.first_cluster) * config.blocks
+        for cluster in range(entry.first, ends[i]):
+            first = entry.first_block + (cluster - entry.first) * config.blocks
             blocks = range(first, min(first + config.blocks, entry.end_block))
             assert len(blocks) > 0
             seen += blocks

@@ -82,11 +82,11 @@ def test_row_tiles_cover_every_block_once(tables: int) -> None:
     config = Config(64, 2, 4, pair=2)
     params = prefill.params_for(weight, config)
     step, seen = config.blocks * config.pair, []
-    ends = [params.range[i + 1].first_tile for i in range(tables - 1)] + [params.row_tiles]
+    ends = [params.range[i + 1].first for i in range(tables - 1)] + [params.row_tiles]
     for i in range(tables):
         entry = params.range[i]
-        for tile in range(entry.first_tile, ends[i]):
-            first = entry.first_block + (tile - entry.first_tile) * step
+        for tile in range(entry.first, ends[i]):
+            first = entry.first_block + (tile - entry.first) * step
             blocks = range(first, min(first + step, entry.end_block))
             assert len(blocks) > 0
             seen += blocks

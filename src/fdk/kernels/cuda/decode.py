@@ -308,10 +308,10 @@ def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = Tr
 
 
 class Range(ctypes.Structure):
-    """Blocks and rows that one table serves; twin of fdk::Range in csrc."""
+    """Blocks and rows that one table serves, and its first cluster (prefill: row tile); twin of fdk::Range in csrc."""
 
     _fields_ = (
-        ("first_cluster", ctypes.c_int),
+        ("first", ctypes.c_int),
         ("first_block", ctypes.c_int),
         ("end_block", ctypes.c_int),
         ("pad", ctypes.c_int),

@@ -219,17 +219,6 @@ def predict_us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> float
     return best[0] if best else None
 
 
-class _Range(ctypes.Structure):
-    _fields_ = (
-        ("first_tile", ctypes.c_int),
-        ("first_block", ctypes.c_int),
-        ("end_block", ctypes.c_int),
-        ("pad", ctypes.c_int),
-        ("first_row", ctypes.c_int64),
-        ("end_row", ctypes.c_int64),
-    )
-
-
 class Params(ctypes.Structure):
     """Twin of fdk::Params in csrc/prefill.cuh."""
 
@@ -247,7 +236,7 @@ class Params(ctypes.Structure):
         ("token_tiles", ctypes.c_int),
         ("band", ctypes.c_int),
         ("zero", ctypes.c_uint32),
-        ("range", _Range * MAX_RANGES),
+        ("range", decode.Range * MAX_RANGES),
     )
 
 
@@ -270,7 +259,7 @@ def params_for(weight: QuantisedWeight, config: Config) -> Params:
     )
     tile = block = 0
     for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
-        params.range[i] = _Range(tile, block, block + count, 0, start, end)
+        params.range[i] = decode.Range(tile, block, block + count, 0, start, end)
         tile += -(-count // (config.blocks * config.pair))
         block += count
     return params
