@@ -3,6 +3,7 @@
 command.py    flags, the loop over shapes, what is run and what is passed over
 problems.py   cases: names, bytes, operations, which lines a run has
 operands.py   the weight of a line, and what a provider makes of it
+modes.py      the kernel benchmarks of MatGPTQ and int4matmul: sizes, formats, tables
 providers.py  who can multiply: fdk, torch, bitsandbytes; each with its operands
 peers.py      others' GPU kernels: tinygemm, humming, gemlite
 warm.py       processes that compile before a run on a GPU, and find out what crashes

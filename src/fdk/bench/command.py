@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fdk.bench.modes import MODES
 from fdk.bench.problems import DTYPES, Selection, lines
 from fdk.bench.providers import names as provider_names
 from fdk.errors import FdkError, FormatError
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", choices=("md", "jsonl", "csv"), default="md", help="what is printed (md)")
     p.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for records and plots (out)")
     p.add_argument("--plot", action="store_true", help="draw plots of this run's records into the output folder")
+    p.add_argument("--mode", choices=tuple(MODES), help="the kernel benchmark of another project, with its own table")
     p.add_argument("--quick", action="store_true", help="fewer sizes and rounds: about a minute")
     p.add_argument("--chain", action="store_true", help="also time layers that multiply the output of the last one")
     p.add_argument("--jobs", type=int, help="processes that compile before the timing on a GPU (its cores; 0: none)")
@@ -106,6 +108,7 @@ class Settings:
     chain: bool = False
     jobs: int = 0
     peer_seconds: float = math.inf
+    mode: str | None = None
     arguments: tuple[str, ...] = ()
     """The command line that this came from."""
 
@@ -205,6 +208,8 @@ def settings(argv: list[str] | None) -> Settings:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cpu = device.type == "cpu"
     shrunk = on_cpu and (args.inner_reps is None or args.outer_reps is None)
+    if args.mode:
+        MODES[args.mode].fill(args, on_cpu)
     quick_gpu = args.quick and not on_cpu
     if quick_gpu and not args.format and args.bits is None and args.g is None:
         args.format, args.bits = list(QUICK_FORMATS), [16]
@@ -262,6 +267,7 @@ def settings(argv: list[str] | None) -> Settings:
         chain=args.chain,
         jobs=_jobs(args.jobs, on_cpu),
         peer_seconds=_peer_seconds(args, on_cpu),
+        mode=args.mode,
         arguments=tuple(sys.argv[1:] if argv is None else argv),
     )
     tests = {(line.test(m), line.provider) for shape in shapes for line in lines(selection, shape.g) for m in ms}

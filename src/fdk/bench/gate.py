@@ -56,3 +56,10 @@ class Gate:
             return f"the product has shape {list(y.shape)}, not {[m, self.n]}"
         found = testing.violation(y, expected[:m], bound[:m] * tolerance)
         return None if found is None else str(found)
+
+    def relative_error(self, product: Callable[[Tensor, Tensor], Tensor], m: int) -> float:
+        """||y - exact|| / ||exact|| over all m n elements, 2-norms; after a successful `check`."""
+        expected = self._expected[:m]
+        x = self.x[:m].contiguous()
+        y = product(x, testing.poisoned(m, self.n, x.dtype, x.device))
+        return ((y.double() - expected).norm() / expected.norm()).item()

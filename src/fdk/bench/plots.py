@@ -25,7 +25,7 @@ COLOUR_OF_BITS = dict(
         strict=True,
     )
 )
-MARKER_OF_KIND = {"lut": "o", "int": "s", "uint": "^", "nf": "D", "fp": "v"}
+MARKER_OF_KIND = {"lut": "o", "int": "s", "uint": "^", "nf": "D", "fp": "v", "nest": "o", "trunc": "s"}
 # Others are dotted, black or grey, with hollow markers.
 PEERS = {
     "torch-bf16": ("torch bf16", "#000000", "s"),
@@ -95,7 +95,7 @@ def style_of(entry: Record) -> dict[str, object]:
     fmt = parse(entry["format"])
     marker = MARKER_OF_KIND.get(fmt.kind.name, "P")
     line = "-" if entry["provider"] == "fdk" else "--"
-    return {"color": COLOUR_OF_BITS[fmt.bits], "marker": marker, "linestyle": line, "linewidth": 1.8}
+    return {"color": COLOUR_OF_BITS[fmt.width], "marker": marker, "linestyle": line, "linewidth": 1.8}
 
 
 def series_of(entries: Iterable[Record]) -> dict[str, list[Record]]:
@@ -314,7 +314,7 @@ def _grouped(entries: list[Record], *names: str) -> Iterable[tuple[tuple, list[R
         yield values, list(group)
 
 
-def _save(plt, figure, folder: Path, name: str) -> list[Path]:
+def save(plt, figure, folder: Path, name: str) -> list[Path]:
     """Write SVG and PNG under temporary names first, so that a broken write leaves the old figure."""
     paths = []
     for suffix in ("svg", "png"):
@@ -348,17 +348,17 @@ def draw(sources: Iterable[Path], folder: Path) -> list[Path]:
         tail = f"{n}x{k}" + (f"_t{threads}" if threads is not None else "")
         if len(devices) > 1:
             tail += "_" + "".join(c if c.isalnum() else "-" for c in str(device)).strip("-").lower()
-        drawn += _save(plt, roofline(plt, group), folder, f"roofline_{tail}")
+        drawn += save(plt, roofline(plt, group), folder, f"roofline_{tail}")
         if (figure := speedup(plt, group)) is not None:
-            drawn += _save(plt, figure, folder, f"speedup_{tail}")
+            drawn += save(plt, figure, folder, f"speedup_{tail}")
         for (m,), rows in _grouped(group, "m"):
             if (figure := over_bits(plt, rows)) is not None:
-                drawn += _save(plt, figure, folder, f"bits_{tail}_m{m}")
+                drawn += save(plt, figure, folder, f"bits_{tail}_m{m}")
     on_gpus = [entry for entry in entries if str(entry.get("isa") or "").startswith("sm_")]
     for (device, m), group in _grouped(on_gpus, "device", "m"):
         if (figure := over_size(plt, newest(group))) is not None:
             tail = "" if len(devices) == 1 else "_" + "".join(c if c.isalnum() else "-" for c in str(device)).lower()
-            drawn += _save(plt, figure, folder, f"sizes_m{m}{tail}")
+            drawn += save(plt, figure, folder, f"sizes_m{m}{tail}")
     return drawn
 
 

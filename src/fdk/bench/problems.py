@@ -46,7 +46,7 @@ class Line:
 
     @property
     def bits(self) -> int:
-        return DENSE_BITS[self.format] if self.dense else parse(self.format).bits
+        return DENSE_BITS[self.format] if self.dense else parse(self.format).width
 
 
 def operations(m: int, k: int, n: int) -> int:

@@ -22,6 +22,7 @@ FIELDS = (
     "copies", "inner_reps", "reps", "launch", "bytes_rw", "ops",
     "avg_time", "time_p20", "time_p50", "time_p80",
     "floor", "floor_plain", "floor_reader", "x_bf16", "x_bf16_p20", "x_bf16_p80", "x_floor", "read_fraction",
+    "relative_error",
     "chain_time", "x_chain",
     "read_bandwidth", "copy_bandwidth", "peak", "reader",
     "threads", "isa", "device", "driver", "versions", "commit", "dirty", "date", "id",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TextIO
 
@@ -58,10 +58,10 @@ def cells(record: Record) -> list[str]:
     ]
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """An aligned Markdown table with COLUMNS as its head."""
-    table = [list(COLUMNS), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+def markdown(rows: list[list[str]], columns: Sequence[str] = COLUMNS) -> str:
+    """An aligned Markdown table with `columns` as its head."""
+    table = [list(columns), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
 
     def line(row: Iterable[str]) -> str:
         first, *rest = zip(row, widths, strict=True)

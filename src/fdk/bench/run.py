@@ -14,6 +14,7 @@ from torch import Tensor
 from fdk.bench import records, roofline, timing, warm
 from fdk.bench.command import Settings, Shape, UsageError, cold_bytes, copies_for
 from fdk.bench.gate import Gate
+from fdk.bench.modes import MODES
 from fdk.bench.operands import Prepared, Source, Unavailable
 from fdk.bench.problems import BASELINE, DTYPES, Line, activation_bytes, lines, operations, weight_bytes
 from fdk.bench.providers import is_ours, prepare
@@ -155,6 +156,11 @@ class Bench:
             return ("failed" if broken else "skipped"), text
         return "ok", None
 
+    def relative_error(self, line: Line, m: int) -> float:
+        """Of the product with the line's first copy, against the exact product with the same stored weight."""
+        gate = self._gates[line.format, line.dtype, line.family == "marlin_lut"]
+        return gate.relative_error(lambda x, out: self.prepared[line].run(x, 0, out), m)
+
     def call(self, line: Line, m: int) -> timing.Call:
         """The line's timed call for m rows."""
         prepared = self.prepared[line]
@@ -256,6 +262,7 @@ def measure_point(
             entry |= {
                 "kernel": prepared.kernel(m), "copies": len(prepared.weights), "launch": block.launch,
                 "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(times[name]), "bytes_rw": moved[name],
+                "relative_error": bench.relative_error(line, m),
                 "avg_time": spread.mean, "time_p20": spread.p20, "time_p50": spread.p50, "time_p80": spread.p80,
                 "floor": timing.median(floor), "x_floor": timing.ratio(times[name], floor),
                 "read_fraction": moved[name] / read_bytes * timing.ratio(read, times[name]),
@@ -367,6 +374,7 @@ def _run(settings: Settings, report: Report) -> int:
         ) from None
     points = [(s, t, m) for s in settings.shapes for t in settings.threads for m in settings.ms]
     failed = 0
+    everything: list[records.Record] = []
     with writer:
         report.note(f"{environment['device']}, {environment['isa']}; {environment['versions']}")
         if settings.shrunk:
@@ -432,6 +440,7 @@ def _run(settings: Settings, report: Report) -> int:
                         raise DeviceError(f"stopped at {title}: {str(error).splitlines()[0]}") from error
                     for entry in found:
                         writer.write(entry)
+                    everything += found
                     # A peer whose result is wrong is listed in red; the run fails for what is ours or torch's.
                     failed += sum(entry["status"] == "failed" and entry["provider"] not in GPU_PEERS for entry in found)
                     report.results(title, found, busy)
@@ -439,6 +448,8 @@ def _run(settings: Settings, report: Report) -> int:
                     report.doing(title, advance=1)
             del bench
             gc.collect()
+    if settings.mode and settings.output == "md":
+        report.note(MODES[settings.mode].summary(everything))
     report.note(f"{writer.count} records in {writer.path}")
     if failed:
         report.note(f"{plural(failed, 'product')} failed the correctness check", "bold red")
@@ -452,7 +463,8 @@ def plot(path: Path, settings: Settings, report: Report) -> None:
     from fdk.bench import plots
 
     try:
-        for drawn in plots.draw([path], settings.output_dir):
+        paths = plots.draw([path], settings.output_dir)
+        for drawn in paths + (MODES[settings.mode].draw(path, settings.output_dir) if settings.mode else []):
             report.note(f"drew {drawn}")
     except (plots.PlotError, records.RecordError, OSError) as error:
         report.note(f"no plots: {error}")

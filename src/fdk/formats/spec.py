@@ -114,6 +114,11 @@ class Format:
         return bool(self.kind.slices)
 
     @property
+    def width(self) -> int:
+        """Bits of a code as a product sees it: those of the served slice of a nested format."""
+        return self.served or self.bits
+
+    @property
     def storage(self) -> str:
         """How the codes are stored: "plain", "nested" (bit planes) or "sparse" (mask and kept codes)."""
         return "nested" if self.is_nested else "sparse" if self.sparse else "plain"
