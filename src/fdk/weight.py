@@ -13,6 +13,7 @@ from fdk.formats import Format, parse
 from fdk.formats.registry import INT, LUT
 from fdk.packing.bits import pack_codes, unpack_planes
 from fdk.packing.layouts import CANONICAL, Geometry, Parts, check_canonical, code_parts, layout
+from fdk.packing.slices import COLUMNS, ROWS, cut_geometry, cut_part, join_parts, shard_bounds
 from fdk.packing.sparse import check_keep, unpack_mask
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -135,6 +136,31 @@ class QuantisedWeight:
         served = Geometry(geometry.format.at(bits), geometry.n, geometry.k, geometry.dtype, geometry.row_ends)
         return QuantisedWeight(served, self.parts, self.layout)
 
+    def shard(self, dim: int, rank: int, world: int, name: str = "weight") -> QuantisedWeight:
+        """Shard `rank` of `world` equal ones along n (dim 0, column-parallel) or k (dim 1, row-parallel).
+
+        Its dense weight is `dequantise(self).chunk(world, dim)[rank]` bit for bit, and `concat` of all shards along
+        `dim` is this weight again. It is canonical and has memory of its own. FormatError, naming `name`, if n is not
+        a multiple of `world`, or k not of `world` times the columns that share a scale (32 of a sparse format).
+        """
+        try:
+            return self.cut(dim, *shard_bounds(self.geometry, dim, rank, world))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+
+    def cut(self, dim: int, start: int, stop: int) -> QuantisedWeight:
+        """Rows (dim 0) or columns (dim 1) start to stop, canonical, in memory of their own.
+
+        FormatError for a range that does not exist, or that splits a group of columns.
+        """
+        old = self.canonical()
+        geometry = cut_geometry(old.geometry, dim, start, stop)
+        parts = {
+            key: cut_part(old.geometry, key, part, dim, start, stop).clone(memory_format=torch.contiguous_format)
+            for key, part in old.parts.items()
+        }
+        return QuantisedWeight(geometry, parts)
+
     def export(self, bits: int | None = None) -> QuantisedWeight:
         """The slice of `bits` bits (default: the width served) as a plain weight of exactly that many bits a code.
 
@@ -205,35 +231,60 @@ def check_values(geometry: Geometry, parts: Parts) -> None:
             )
 
 
-def concat(weights: Sequence[QuantisedWeight]) -> QuantisedWeight:
-    """One weight whose rows are those of `weights`, in order: merged q/k/v or gate/up projections.
+def concat(weights: Sequence[QuantisedWeight], dim: int = ROWS) -> QuantisedWeight:
+    """One weight of several: below each other (dim 0: merged q/k/v or gate/up projections) or beside (dim 1: shards).
 
-    Each weight keeps its table for its range of rows; equal neighbouring tables are shared. All weights need the
-    same format, k, dtype and device, else FormatError.
+    Along n each weight keeps its table for its range of rows; equal neighbouring tables are shared. Along k all need
+    the same tables and, where a row has one scale, the same scales. All weights need the same format, dtype, device and
+    size in the other dimension, else FormatError.
     """
     if not weights:
         raise FormatError("concat needs at least one weight")
     first = weights[0]
     canonical = [weight.canonical() for weight in weights]
     for index, weight in enumerate(canonical):
-        same = (weight.format, weight.shape[1], weight.dtype, weight.device)
-        if same != (first.format, first.shape[1], first.dtype, first.device):
+        same = (weight.format, weight.shape[1 - dim], weight.dtype, weight.device)
+        if same != (first.format, first.shape[1 - dim], first.dtype, first.device):
             raise FormatError(
                 f"weight {index} is {weight!r}, which cannot be merged with {first!r}; requantise it alike"
             )
     names = list(canonical[0].parts)
     if "zeros" in names and len({weight.parts["zeros"].dtype for weight in canonical}) > 1:
         raise FormatError("integer and fractional zeros cannot be merged; convert the zeros to the weight's dtype")
-    parts = {name: torch.cat([weight.parts[name] for weight in canonical]) for name in names}
+    if dim == COLUMNS:
+        _check_shared(canonical)
+    geometries = [weight.geometry for weight in canonical]
+    parts = {name: join_parts(geometries, name, [w.parts[name] for w in canonical], dim) for name in names}
+    if dim == COLUMNS:
+        k = sum(geometry.k for geometry in geometries)
+        return QuantisedWeight.from_parts(first.format, k, parts, first.geometry.row_ends)
     row_ends, offset = [], 0
     for weight in canonical:
         row_ends += [offset + end for end in weight.geometry.row_ends]
         offset += weight.shape[0]
     if not first.format.is_table:
         row_ends = [offset]
-    elif first.format.kind.table == "fixed":
-        row_ends, parts["table"] = [offset], canonical[0].parts["table"][:1].clone()
+    elif first.device.type != "meta":
+        table = parts["table"]
+        last = [i for i in range(len(table)) if i + 1 == len(table) or not torch.equal(table[i], table[i + 1])]
+        row_ends, parts["table"] = [row_ends[i] for i in last], table[last]
     return QuantisedWeight.from_parts(first.format, first.shape[1], parts, row_ends)
+
+
+def _check_shared(weights: Sequence[QuantisedWeight]) -> None:
+    """FormatError unless weights to stand beside each other have what belongs to all columns in common."""
+    first = weights[0]
+    shared = ["table"] if first.format.is_table else []
+    shared += [name for name in ("scales", "zeros") if name in first.parts and first.format.group is None]
+    for index, weight in enumerate(weights):
+        for name in shared:
+            if weight.geometry.row_ends != first.geometry.row_ends or not torch.equal(
+                weight.parts[name], first.parts[name]
+            ):
+                raise FormatError(
+                    f"weight {index} has {name} of its own, but columns beside each other share them; "
+                    "join shards of one weight only"
+                )
 
 
 def encode_spec(weight: QuantisedWeight) -> str:

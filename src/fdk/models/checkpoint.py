@@ -21,7 +21,7 @@ from fdk.formats import parse
 from fdk.models.llama import Llama
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
-from fdk.nn import Linear
+from fdk.nn import Linear, ParallelLinear
 from fdk.packing.layouts import Geometry, canonical_dtypes, canonical_shapes, check_canonical
 from fdk.weight import QuantisedWeight, check_values
 
@@ -117,6 +117,11 @@ def _contents(
     first_weight: dict[int, str] = {}
     first_tensor: dict[int, str] = {}
     for prefix, module in model.named_modules():
+        if isinstance(module, ParallelLinear):
+            raise FormatError(
+                f"{prefix or 'the model'} is shard {module.rank} of {module.world}; save the whole model, "
+                "and cut it after loading"
+            )
         if isinstance(module, Linear):
             sqnr = getattr(getattr(module, "error", None), "sqnr_db", None)
             entry = layer_entry(module.weight, module.bias is not None, sqnr)
