@@ -1,4 +1,4 @@
-"""One decoding step of a Llama on a GPU as a CUDA graph: merged projections, and fused.py between them."""
+"""One decoding step of a Llama on a GPU as a CUDA graph: merged projections, chain.py and fused.py between them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fdk.errors import UnsupportedError
 from fdk.kernels.triton import interpreted
+from fdk.models.chain import Normed, Products, fuse
 from fdk.models.llama import Llama, RMSNorm
 from fdk.models.merge import merge_
 
@@ -59,10 +60,12 @@ class Step:
 
     tokens [b, 1] int64: the tokens to feed next, which a call replaces by the most likely ones; write others into it
     to sample from `logits` [b, vocab], which are those of the last call. Both are overwritten by the next call.
+
+    epilogues: whether norms, gates and residual sums are done by the products where `chain.pays`.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Llama, batch: int, length: int) -> None:
+    def __init__(self, model: Llama, batch: int, length: int, epilogues: bool = False) -> None:
         if reason := reason_against(model):
             raise UnsupportedError(f"Step cannot decode this model: {reason}; call the model itself")
         config = self.config = model.config
@@ -70,11 +73,15 @@ class Step:
         self.cache = model.new_cache(batch, length)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=model.device)
-        self.qkv = [
-            merge_([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+        self.products = [
+            Products(
+                merge_([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                layer.self_attn.o_proj,
+                merge_([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                layer.mlp.down_proj,
+            )
             for layer in model.model.layers
         ]
-        self.gate_up = [merge_([layer.mlp.gate_proj, layer.mlp.up_proj]) for layer in model.model.layers]
         heads = batch * config.num_key_value_heads
         self.rows = max(16, 1 << (config.num_attention_heads // config.num_key_value_heads - 1).bit_length())
         self.chunk = chunk_of(length, heads)
@@ -83,6 +90,9 @@ class Step:
         self.partial = torch.empty(partial, dtype=torch.float32, device=model.device)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=model.device)
         self.on_gpu = model.device.type == "cuda"
+        self.fused = [None] * len(self.products)
+        if self.on_gpu and epilogues:
+            self.fused = fuse(self.products, batch, config.rms_norm_eps)
         self.common = {"PDL": False, "INTERPRETED": interpreted()}
         self.graph = None
         if self.on_gpu:
@@ -129,18 +139,30 @@ class Step:
 
     def _run(self) -> Tensor:
         """Feed `tokens`; the logits, whose most likely tokens they then are."""
-        x = F.embedding(self.tokens[:, 0], self.model.model.embed_tokens.weight)
-        y = None
-        for index, layer in enumerate(self.model.model.layers):
-            qkv = self.qkv[index](self._norm(x, y, layer.input_layernorm))
-            y = layer.self_attn.o_proj(self._attend(qkv, index))
-            pair = self.gate_up[index](self._norm(x, y, layer.post_attention_layernorm))
-            y = layer.mlp.down_proj(self._gate(pair))
-        logits = self.model.lm_head(self._norm(x, y, self.model.model.norm, count=True))
+        body = self.model.model
+        x = F.embedding(self.tokens[:, 0], body.embed_tokens.weight)
+        normed = self._norm(x, None, body.layers[0].input_layernorm)
+        next_norms = [*(layer.input_layernorm for layer in body.layers[1:]), body.norm]
+        for index, (layer, next_norm) in enumerate(zip(body.layers, next_norms, strict=True)):
+            products, fused = self.products[index], self.fused[index]
+            last = next_norm is body.norm
+            if fused is None:
+                attended = self._attend(products.qkv(normed.values), index)
+                normed = self._norm(x, products.o(attended), layer.post_attention_layernorm)
+                inner = self._gate(products.gate_up(normed.values))
+            else:
+                qkv = products.qkv(normed.values) if fused.qkv is None else fused.qkv(normed)
+                normed = fused.o.add_to(x, self._attend(qkv, index), layer.post_attention_layernorm.weight)
+                inner = fused.gate_up(normed)
+            if fused is None or fused.down is None:
+                normed = self._norm(x, products.down(inner), next_norm, count=last)
+            else:
+                normed = fused.down.add_to(x, inner, next_norm.weight)
+        logits = self.model.lm_head(normed.values)
         self._choose(logits)
         return logits
 
-    def _norm(self, x: Tensor, y: Tensor | None, norm: RMSNorm, count: bool = False) -> Tensor:
+    def _norm(self, x: Tensor, y: Tensor | None, norm: RMSNorm, count: bool = False) -> Normed:
         """The norm of x + y, which x becomes."""
         from fdk.models.fused import add_norm
 
@@ -159,7 +181,7 @@ class Step:
             num_warps=8 if size > 2048 else 4,
             **self.common,
         )
-        return out
+        return Normed(out)
 
     def _gate(self, pair: Tensor) -> Tensor:
         from fdk.models.fused import gate

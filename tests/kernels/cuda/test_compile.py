@@ -38,9 +38,9 @@ def resources(log: str) -> tuple[int, int]:
     return int(registers[1]), int(spilled[1]) + int(spilled[2])
 
 
-def check(shape: Shape, m: int, arch: str) -> None:
+def check(shape: Shape, m: int, arch: str, epilogue: decode.Epilogue = decode.PLAIN) -> None:
     hopper = arch not in ("sm_80", "sm_89")
-    config = decode.choose_config(shape, m, -(-shape.n // 64), 132, hopper)
+    config = decode.choose_config(shape, m, -(-shape.n // 64), 132, hopper, epilogue)
     assert config is not None
     _, log = jit.build("decode.cuh", config.defines(shape, hopper), arch)
     registers, spilled = resources(log)
@@ -53,6 +53,18 @@ def check(shape: Shape, m: int, arch: str) -> None:
 def test_one_token_of_every_width(arch: str, bits: int) -> None:
     for kind in (decode.TABLE, decode.INT):
         check(Shape(4096, 4096, bits, 64, True, kind), 1, arch)
+
+
+@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_epilogues(arch: str, bits: int, m: int) -> None:
+    for n, k, epilogue in (
+        (4096, 14336, decode.Epilogue(residual=True)),
+        (6144, 4096, decode.Epilogue(squares=128)),
+        (28672, 4096, decode.Epilogue(squares=128, gated=True, tables=2)),
+    ):
+        check(Shape(n, k, bits, 64, True, decode.TABLE), m, arch, epilogue)
 
 
 @pytest.mark.slow

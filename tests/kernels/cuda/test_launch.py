@@ -59,6 +59,23 @@ def test_ranges_cover_every_block_once(tables: int) -> None:
     assert seen == list(range(weight.parts["codes"].shape[0]))
 
 
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("n,k", [(256, 512), (22528, 3072), (28672, 4096), (43008, 6144)])
+def test_gated_configurations_take_gate_and_up_together(n: int, k: int, bits: int, m: int) -> None:
+    shape, blocks = Shape(n, k, bits, 64, True, decode.TABLE), n // 64
+    config = decode.choose_config(shape, m, blocks, 132, True, decode.Epilogue(squares=96, gated=True, tables=2))
+    assert config.blocks % 2 == 0 and config.row_warps % 2 == 0
+    assert config.shared_bytes(shape) <= decode.MAX_SHARED
+    # The kernel's `block_of` and its stride from step to step.
+    seen = []
+    for first in range(0, blocks, config.blocks):
+        for row_warp in range(config.row_warps):
+            for step in range(-(-(min(config.blocks, blocks - first) - row_warp) // config.row_warps)):
+                seen.append(first // 2 + row_warp // 2 + row_warp % 2 * (n // 128) + step * config.row_warps // 2)
+    assert sorted(seen) == list(range(blocks))
+
+
 def test_shape_of_says_what_the_zeros_are() -> None:
     for float_zeros, kind in ((False, decode.UINT_U8), (True, decode.UINT_FLOAT)):
         weight = testing.random_weight(parse("uint4_g32"), 64, 64, float_zeros=float_zeros)

@@ -10,6 +10,7 @@ jit.py      NVRTC and the cubin cache;  driver.py  loading and launching
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -130,6 +131,31 @@ class CudaKernel:
             module = decode if route.name == "decode" else prefill
             found = weight.cache[key] = module.Plan(weight, route.config)
         return found
+
+    def chain_us(self, weight: QuantisedWeight, m: int, gated: bool = False) -> tuple[float, float]:
+        """Predicted microseconds of m rows of x by one launch of `decode.Plan`, inf if it cannot, and at best."""
+        geometry, zeros = weight.geometry, weight.parts.get("zeros")
+        shape = decode.shape_of(geometry, None if zeros is None else zeros.dtype)
+        possible = _routes(geometry, None if zeros is None else zeros.dtype, m, weight.device)
+        pairs = geometry.n % 128 == 0 and geometry.row_ends in ((geometry.n,), (geometry.n // 2, geometry.n))
+        # Two tables and norms take most shared memory, so what fits with them fits in any part of a chain.
+        widest = decode.Epilogue(squares=1, gated=gated, tables=1 + gated)
+        if m > decode.MAX_TOKENS or (gated and not pairs) or self._chain_config(weight, shape, m, widest) is None:
+            return math.inf, possible[0].us
+        sms = _device_facts(weight.device.index)[1]
+        return routes.decode_us(shape, m, m, sms), possible[0].us
+
+    def chained(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Plan:
+        """The product of m rows of x with an epilogue, where `chain_us` is finite."""
+        zeros = weight.parts.get("zeros")
+        shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+        return decode.Plan(weight, self._chain_config(weight, shape, m, epilogue))
+
+    @staticmethod
+    def _chain_config(weight: QuantisedWeight, shape: decode.Shape, m: int, epilogue: decode.Epilogue):
+        capability, sms = _device_facts(weight.device.index)
+        blocks = sum(fragments.block_counts(weight.geometry))
+        return decode.choose_config(shape, m, blocks, sms, capability >= (9, 0), epilogue)
 
     def dense_plan(self, weight: QuantisedWeight) -> dense.Plan:
         """What dequantises `weight`, which lies in the kernel's layout; remembered in its cache."""

@@ -102,6 +102,25 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the sums of a product, besides the plain output; see csrc/epilogue.cuh.
+
+    squares   partial sums of squares per token by which the product is normalised, 0 for none
+    gated     rows are those of a gate and of what it multiplies: half as many outputs, silu(gate) * up
+    tables    tables of a gated product: 2 if gate and up have their own
+    residual  the product is added to a residual, whose next norm it prepares
+    """
+
+    squares: int = 0
+    gated: bool = False
+    tables: int = 1
+    residual: bool = False
+
+
+PLAIN = Epilogue()
+
+
+@dataclass(frozen=True)
 class Config:
     """Tile configuration of the decode kernel.
 
@@ -115,6 +134,7 @@ class Config:
     late       let the next launch start once the activations are here, not at once
     digits     integer products (csrc/digits.cuh) instead of bf16 or fp16 ones
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
+    epilogue   what becomes of the sums
     """
 
     tokens: int
@@ -129,6 +149,12 @@ class Config:
     late: bool = False
     digits: bool = False
     phases: int = 1
+    epilogue: Epilogue = PLAIN
+
+    @property
+    def squares_per_block(self) -> int:
+        """Partial sums of squares that a `residual` product leaves for 64 rows and each token."""
+        return max(2, self.cluster)
 
     @property
     def warps(self) -> int:
@@ -148,6 +174,7 @@ class Config:
         cta_units = -(-shape.units // (self.cluster * self.phases))
         table = 0 if self.digits else shape.table_bytes
         before = max(0, table - 1024) if hopper else 0
+        table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
         slot = BLOCK * self.tokens * 4
         ring = self.stages * shape.stage_bytes(self.stage_units)
@@ -162,6 +189,8 @@ class Config:
             kinds = 3 if shape.bits == 1 and (self.tokens < 16 or (shape.kind != TABLE and shape.kind != INT)) else 1
             head += -(-cta_units * shape.subs * kinds * columns * 4 // 16) * 16
         head += -(-(self.warps * self.stages * 8 + 16) // 16) * 16
+        if self.epilogue.squares:
+            head += -(-self.tokens * 4 // 16) * 16
         low = head if head <= before else 0
         low_rings = min(self.warps, (before - low) // ring)
         return before + table + (0 if low else head) + (self.warps - low_rings) * ring
@@ -187,6 +216,10 @@ class Config:
             "FDK_LATE": int(self.late),
             "FDK_DIGITS": int(self.digits),
             "FDK_PHASES": self.phases,
+            "FDK_SQUARES": self.epilogue.squares,
+            "FDK_GATED": int(self.epilogue.gated),
+            "FDK_TABLES": self.epilogue.tables,
+            "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
 
@@ -222,14 +255,15 @@ _CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
 _CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
 
 
-def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
+def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int, gated: bool) -> tuple[int, int]:
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
     if tokens <= 4:
-        row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
+        row_warps = 1 if blocks == 1 else 2 if blocks < 4 or gated else 4
         # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
         warps = 16 if tokens == 1 and shape.bits >= 3 and shape.lean and cta_units * blocks > 32 else 8
         return min(max(4, warps // row_warps), cta_units), row_warps
-    row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
+    least = 2 if gated else 1
+    row_warps = next(r for r in range(min(blocks, 8), 0, -least) if r == least or -(-blocks // r) * r <= blocks)
     return max(1, min(8 // row_warps, cta_units)), row_warps
 
 
@@ -271,13 +305,17 @@ def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
                 shared = filled.shared_bytes(shape, hopper)
                 if shared <= MAX_SHARED:
                     per_warp = config.steps * -(-shape.units // slices)
-                    beside = hopper and config.tokens == 1 and per_warp <= 4 and shared <= RESIDENT_SHARED
+                    # Two CTAs of 16 warps would have 64 registers a thread, and spill.
+                    fits = shared <= RESIDENT_SHARED and config.warps <= 8
+                    beside = hopper and config.tokens == 1 and per_warp <= 4 and fits
                     return replace(filled, min_ctas=2 if beside else 1)
     return None
 
 
 @lru_cache(maxsize=4096)
-def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True) -> Config | None:
+def choose_config(
+    shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True, epilogue: Epilogue = PLAIN
+) -> Config | None:
     """The configuration for m tokens of a weight with that many blocks of rows; None if none fits shared memory.
 
     Measured on an H200 (CUDA 13.0), 2026-11-20, at 4096^2 and 8192^2, 1 to 8 bits, m = 1 to 64; docs/findings.md.
@@ -287,10 +325,12 @@ def choose_config(shape: Shape, m: int, blocks: int, sms: int, hopper: bool = Tr
     for cluster in (1, 2, 4, 8) if hopper else (1,):
         at_once = clusters_at_once(sms, cluster)
         per_cluster = max(1, -(-blocks // at_once))
+        if epilogue.gated:
+            per_cluster += per_cluster % 2
         cta_units = -(-shape.units // cluster)
-        most, row_warps = _warps(shape, tokens, per_cluster, cta_units)
+        most, row_warps = _warps(shape, tokens, per_cluster, cta_units, epilogue.gated)
         for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
-            config = Config(tokens, cluster, k_warps, row_warps, 1, 1, per_cluster, 1, 1)
+            config = Config(tokens, cluster, k_warps, row_warps, 1, 1, per_cluster, 1, 1, epilogue=epilogue)
             if tokens == 1 and shape.allows_digits:
                 large = shape.n * shape.k >= 1 << 25
                 if (shape.bits == 1 and large) or (shape.bits == 8 and not large):
@@ -336,6 +376,11 @@ class Params(ctypes.Structure):
         ("blocks_per_cluster", ctypes.c_int),
         ("one_bit", ctypes.c_uint32 * 3),
         ("zero", ctypes.c_uint32),
+        ("squares", ctypes.c_void_p),
+        ("squares_out", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("gamma", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
         ("range", Range * MAX_RANGES),
     )
 
@@ -355,6 +400,12 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
         blocks_per_cluster=config.blocks,
         one_bit=_ONE_BIT[geometry.dtype == torch.bfloat16],
     )
+    if config.epilogue.gated:
+        # Blocks of gate and up in turn, whose tables the kernel finds by their place.
+        count = sum(block_counts(geometry))
+        params.ranges = 1
+        params.range[0] = Range(0, 0, count, 0, 0, geometry.n)
+        return params, -(-count // config.blocks) * config.cluster
     cluster = block = 0
     for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
         params.range[i] = Range(cluster, block, block + count, 0, start, end)
@@ -387,17 +438,23 @@ class Plan:
         # of its CTAs there, and they take twice as long as all others.
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.grid = max(grid, sms // config.cluster * config.cluster)
+        self.squares = -(-self.shape.n // BLOCK) * config.squares_per_block
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device, m <= config.tokens."""
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor, **operands: Tensor | float) -> None:
+        """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device, m <= config.tokens.
+
+        operands: what the epilogue reads and writes, by the names of `Params`.
+        """
         assert 0 < x.shape[0] <= self.config.tokens and x.data_ptr() % 16 == 0
         params = Params.from_buffer_copy(self.template)
         params.x = x.data_ptr()
         params.bias = None if bias is None else bias.data_ptr()
         params.out = out.data_ptr()
         params.m = x.shape[0]
+        for name, value in operands.items():
+            setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         if torch.cuda.current_device() == self.device.index:
             self.function(self.grid, stream, params)

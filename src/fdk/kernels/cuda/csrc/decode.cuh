@@ -7,7 +7,7 @@
 // Sums: over k inside a warp in float32 registers, scaled once per group; over K_WARPS through shared memory; over
 // the cluster through distributed shared memory. All in a fixed order, so the result does not depend on timing.
 #pragma once
-#include "shape.cuh"
+#include "epilogue.cuh"
 #if FDK_DIGITS
 #include "digits.cuh"
 #else
@@ -19,13 +19,6 @@ namespace fdk {
 // Where no buffer is used twice, sums from other CTAs are counted as they arrive; the cluster's barrier would make every
 // thread wait until all its stores, those to global memory included, are seen by the whole GPU.
 constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
-
-__device__ __forceinline__ void write_output(const Params& p, const Range& range, int block, int end_block, int row, int token, float value) {
-    const i64 n = range.first_row + i64(block - range.first_block) * 64 + row;
-    if (block >= end_block || n >= range.end_row || token >= p.m) return;
-    if (p.bias) value += low_half<BF16>(p.bias[n]);
-    p.out[i64(token) * N + n] = round_half<BF16>(value);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char smem[];
@@ -56,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                     first_unit,
                     end_unit,
                     cta_unit,
-                    first_block + row_warp,
+                    block_of(first_block, row_warp),
                     evict_first_policy()};
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
@@ -77,26 +70,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
     const u16* table = p.table + (which << BITS);
+    const int own_table = TABLES > 1 ? row_warp % 2 : 0;
     float low = -1.f, high = 0.f;
     if constexpr (BITS == 1 || DIGITS) {
-        if constexpr (TABLE) low = low_half<BF16>(table[0]), high = low_half<BF16>(table[1]);
+        if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
     } else {
-        fill_table<BITS, WARPS>(smem + Smem::TABLE, warp, lane, [&](int code) -> u16 {
-            if constexpr (TABLE) return table[code];
-            return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
-        });
+        for (int i = 0; i < TABLES; ++i)
+            fill_table<BITS, WARPS>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, [&](int code) -> u16 {
+                if constexpr (TABLE) return table[(i << BITS) + code];
+                return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
+            });
     }
 
     __syncthreads();  // table and barriers are ready
     wait_for_previous_kernel();
     const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
-    const Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
+    const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
+    const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u};
+    Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
+    outputs.prepare(first_block, end_block);
     prepare_activations(p, smem, 0, cta_unit, units, warp, lane, lookup);
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
-    constexpr int SLOT = 64 * M, SHARE = SLOT / CLUSTER, SHARE_ROWS = 64 / CLUSTER;
+    constexpr int SLOT = 64 * M, SHARE = SLOT / CLUSTER;
     const auto slots = [&](int step) { return (BUFFERS == 2 ? step % 2 : step) * ROW_WARPS; };
     const auto slot = [&](int step, int rw, int kw) {
         if constexpr (Smem::PARTIAL_IN_RING) return reinterpret_cast<float*>(smem + Smem::ring(rw * K_WARPS + kw));
@@ -106,13 +104,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     // Add the K_WARPS partial sums of a step; without a cluster that is the result, else each CTA gets its rows.
     const auto reduce = [&](int step) {
         if constexpr (CLUSTER == 1) {
-            for (int i = threadIdx.x; i < ROW_WARPS * SLOT; i += THREADS) {
-                const int row = i % 64, token = i / 64 % M, rw = i / SLOT;
+            outputs.write(first_block + step * ROW_WARPS, end_block, [&](int rw, int row, int token) {
                 float sum = slot(step, rw, 0)[row * M + token];
 #pragma unroll
                 for (int kw = 1; kw < K_WARPS; ++kw) sum += slot(step, rw, kw)[row * M + token];
-                write_output(p, range, first_block + step * ROW_WARPS + rw, end_block, row, token, sum);
-            }
+                return sum;
+            });
         } else {
             for (int i = threadIdx.x; i < ROW_WARPS * SLOT / 4; i += THREADS) {
                 const int rw = i / (SLOT / 4), at = i % (SLOT / 4) * 4;
@@ -131,14 +128,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         }
     };
     const auto finish = [&](int step) {
-        for (int i = threadIdx.x; i < ROW_WARPS * SHARE; i += THREADS) {
-            const int row = i % SHARE_ROWS, token = i / SHARE_ROWS % M, rw = i / SHARE;
+        outputs.write(first_block + step * ROW_WARPS, end_block, [&](int rw, int row, int token) {
             const float* from = receive + (slots(step) + rw) * SLOT + row * M + token;
             float sum = from[0];
 #pragma unroll
             for (int source = 1; source < CLUSTER; ++source) sum += from[source * SHARE];
-            write_output(p, range, first_block + step * ROW_WARPS + rw, end_block, rank * SHARE_ROWS + row, token, sum);
-        }
+            return sum;
+        });
     };
 
     int stage = 0;

@@ -9,7 +9,7 @@
 // A code thus costs a quarter of an instruction or less, where dequantising to bf16 costs half a lop3 per weight at
 // one bit and a table look-up's share of shared-memory bandwidth above. Zero points enter through sums of x.
 #pragma once
-#include "shape.cuh"
+#include "epilogue.cuh"
 
 namespace fdk {
 
@@ -114,6 +114,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
                 if (token == k) largest[k] = max(largest[k], most);
         }
     }
+    read_norms(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
 #pragma unroll
     for (int k = 0; k < M; ++k) {

@@ -1,6 +1,6 @@
 // The product in bf16 or fp16: codes become A operands of mma.m16n8k16, exact table entries or small integers.
 #pragma once
-#include "shape.cuh"
+#include "epilogue.cuh"
 
 namespace fdk {
 
@@ -8,8 +8,9 @@ constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0;
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
 // token, or by hand with zeros past K. Tokens past m repeat the last one.
-__device__ __forceinline__ void stage_activations(const Params& p, char* to, u32 barrier, int phase, int first_unit, int units, int warp,
-                                                  int lane) {
+__device__ __forceinline__ void stage_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane) {
+    char* to = smem + Smem::X;
+    const u32 barrier = shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8;
     if constexpr (BULK_X) {
         if (warp == 0) {
             if (lane == 0) barrier_expect(barrier, M * units * 128);
@@ -18,8 +19,10 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* to, u32
                 copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE, p.x + i64(min(token, p.m - 1)) * K + first_unit * 64,
                                  units * 128, barrier);
         }
+        if (phase == 0) read_norms(p, smem, warp, lane);
         barrier_wait(barrier, phase % 2);
     } else {
+        if (phase == 0) read_norms(p, smem, warp, lane);
         constexpr int AHEAD = 8;  // pieces of four columns per thread in flight
         const int pieces = units * M * 16;
         for (int base = threadIdx.x; base < pieces; base += AHEAD * THREADS) {
@@ -225,7 +228,7 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 
 // Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
 __device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
-    stage_activations(p, smem + Smem::X, shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8, phase, first_unit, units, warp, lane);
+    stage_activations(p, smem, phase, first_unit, units, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     if constexpr (SUMS) {
         sum_activations(reinterpret_cast<float*>(smem + Smem::SUM), smem + Smem::X, units, warp, lane, lookup);

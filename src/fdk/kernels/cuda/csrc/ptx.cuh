@@ -202,6 +202,19 @@ __device__ __forceinline__ u16 load_2(const void* from) {
     return v;
 }
 
+// What kernels of the same chain rewrite: past L1, which may still hold what an earlier kernel read.
+__device__ __forceinline__ u16 load_latest_2(const void* from) {
+    u16 v;
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float load_latest_float(const void* from) {
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ u32x4 stream_16(const void* from, u64 policy) {
     u32x4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"

@@ -3,7 +3,7 @@
 // The host passes the shape as macros (see fdk/kernels/cuda/decode.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
-//   FDK_BATCH FDK_MIN_CTAS FDK_LATE
+//   FDK_BATCH FDK_MIN_CTAS FDK_LATE, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "dequantise.cuh"
 
@@ -29,6 +29,11 @@ static_assert(STAGE_UNITS == 1 || GROUPS == 1 || (STAGE_UNITS * 64) % GROUP == 0
 static_assert(UNITS % (CLUSTER * K_WARPS * STAGE_UNITS) == 0 || STAGE_UNITS == 1, "slices are whole stages");
 static_assert(PHASES == 1 || (STEPS_PER_CTA == 1 && UNITS % (CLUSTER * PHASES * K_WARPS * STAGE_UNITS) == 0),
               "phases are whole, and follow each other within one step");
+constexpr int SQUARES = FDK_SQUARES;  // partial sums of squares per token that scale the product
+constexpr bool GATED = FDK_GATED, RESIDUAL = FDK_RESIDUAL;
+constexpr int TABLES = FDK_TABLES;  // tables that a CTA looks codes up in: gate and up may have their own
+constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
+static_assert(!GATED || (ROW_WARPS % 2 == 0 && N % 128 == 0 && !RESIDUAL), "gate and up are whole blocks, side by side");
 constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
@@ -50,7 +55,7 @@ struct Smem {
     static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
     static constexpr int TABLE_BYTES = DIGITS ? 0 : Table<BITS>::BYTES;
-    static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
+    static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
     static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 16 + 15) / 16 * 16;  // of the rings, for x, for sums
@@ -74,16 +79,17 @@ struct Smem {
     static constexpr int X_ONLY_BYTES = DIGITS ? CTA_UNITS * M * 256 : M * X_STRIDE;
     static constexpr int X_BYTES = SINGLE && SUM_TOTAL > X_ONLY_BYTES ? SUM_TOTAL : X_ONLY_BYTES;
     static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + 1) * 4 + 15) / 16 * 16 : 0;
-    static constexpr int HEAD_BYTES = X_BYTES + SUM_BYTES + (SINGLE ? 0 : SUM_TOTAL) + BARRIER_BYTES + MAXIMA_BYTES;
-
+    static constexpr int NORM_BYTES = SQUARES ? (M * 4 + 15) / 16 * 16 : 0;
+    static constexpr int HEAD_BYTES = X_BYTES + SUM_BYTES + (SINGLE ? 0 : SUM_TOTAL) + BARRIER_BYTES + MAXIMA_BYTES + NORM_BYTES;
 
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
     static constexpr int FITTING = (TABLE - LOW_HEAD) / RING_BYTES;
     static constexpr int LOW_RINGS = FITTING < WARPS ? FITTING : WARPS;
-    static constexpr int X = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
+    static constexpr int X = LOW_HEAD ? 0 : TABLE_END;
     static constexpr int SUM = X + X_BYTES, BARRIERS = SUM + SUM_BYTES, MAXIMA = BARRIERS + BARRIER_BYTES;
-    static constexpr int PARTIAL = SINGLE ? X : MAXIMA + MAXIMA_BYTES, RECEIVE = PARTIAL + PARTIAL_BYTES;
-    static constexpr int HIGH_RINGS = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
+    static constexpr int NORMS = MAXIMA + MAXIMA_BYTES;
+    static constexpr int PARTIAL = SINGLE ? X : NORMS + NORM_BYTES, RECEIVE = PARTIAL + PARTIAL_BYTES;
+    static constexpr int HIGH_RINGS = TABLE_END + (LOW_HEAD ? 0 : HEAD_BYTES);
     static constexpr int BYTES = HIGH_RINGS + (WARPS - LOW_RINGS) * RING_BYTES;
 
     __device__ static __forceinline__ int ring(int warp) {
@@ -110,6 +116,11 @@ struct Params {
     int m, ranges, blocks_per_cluster;
     u32 one_bit[3];      // see Lookup; the pairs of 1, base7, base6
     u32 zero;            // 0, which the compiler does not know
+    const float* squares;  // [m, SQUARES], see epilogue.cuh
+    float* squares_out;    // [m, SQUARES_OUT]
+    u16* residual;         // [m, N]
+    const u16* gamma;      // [N]
+    float eps;
     Range range[MAX_RANGES];
 };
 
@@ -146,8 +157,8 @@ struct Warp {
         if (STEPS_PER_CTA > 1 && c.unit == end_unit) {
             c.unit = first_unit;
             c.step += 1;
-            c.codes += (ROW_WARPS * UNITS - (end_unit - first_unit)) * i64(Smem::CODE_BYTES);
-            c.group_row += ROW_WARPS * GROUPS;
+            c.codes += (ROW_STRIDE * UNITS - (end_unit - first_unit)) * i64(Smem::CODE_BYTES);
+            c.group_row += ROW_STRIDE * GROUPS;
         }
         if (PHASES > 1 && c.unit == c.step * Smem::CTA_UNITS + end_unit) {
             const int skipped = Smem::CTA_UNITS - (end_unit - first_unit);

@@ -1,0 +1,125 @@
+// What becomes of a product's sums: the output alone, or what a decoding step needs next (fdk/models/chain.py), so that
+// neither norm nor gate nor residual sum takes a launch of its own.
+//
+//   plain         out[m, n] = sum + bias
+//   FDK_SQUARES   x was multiplied by the weight of an RMS norm, but not divided by the root of the mean square: every sum
+//                 is, by that of the FDK_SQUARES partial sums of squares that the kernel before left for its token
+//   FDK_GATED     out[m, n / 2] = silu(gate) * up, with gate in rows 0.. and up in rows n / 2..
+//   FDK_RESIDUAL  residual += sum + bias; out = residual * gamma, and the partial sums of squares of residual
+#pragma once
+#include "shape.cuh"
+
+namespace fdk {
+
+// Rows of a block that one CTA finishes, and that one partial sum of squares covers: a warp at most.
+constexpr int SHARE_ROWS = 64 / CLUSTER, SQUARE_ROWS = SHARE_ROWS < 32 ? SHARE_ROWS : 32;
+constexpr i64 SQUARES_OUT = (N + 63) / 64 * 64 / SQUARE_ROWS;
+
+// Block of rows of the weight that row warp `row_warp` starts with, where its CTA starts with `first` of those that its
+// cluster counts: a gated product takes gate and up in turn.
+__device__ __forceinline__ int block_of(int first, int row_warp) {
+    return GATED ? first / 2 + row_warp / 2 + row_warp % 2 * int(N / 128) : first + row_warp;
+}
+
+// 1 / sqrt(mean(h^2) + eps) of each token, to floats[M] at Smem::NORMS. Not by warp 0 first, which fetches activations.
+__device__ __forceinline__ void read_norms(const Params& p, char* smem, int warp, int lane) {
+    if constexpr (SQUARES > 0) {
+        constexpr int PIECES = SQUARES > 32 ? (SQUARES + 31) / 32 : 1;
+        for (int token = (warp + WARPS - 1) % WARPS; token < M; token += WARPS) {
+            const float* from = p.squares + i64(min(token, p.m - 1)) * SQUARES;
+            float piece[PIECES], sum = 0;
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i)
+                piece[i] = i * 32 + lane < SQUARES ? load_latest_float(from + i * 32 + lane) : 0.f;
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) sum += piece[i];
+#pragma unroll
+            for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+            if (lane == 0) reinterpret_cast<float*>(smem + Smem::NORMS)[token] = rsqrtf(sum * (1.f / K) + p.eps);
+        }
+    }
+}
+
+// The outputs of a row step: ROW_WARPS blocks, of each SHARE_ROWS rows from `share` on, all tokens.
+struct Outputs {
+    static constexpr int PER_ROW = GATED ? 2 : 1;  // sums of an output
+    static constexpr int COUNT = ROW_WARPS / PER_ROW * SHARE_ROWS * M, TRIPS = (COUNT + THREADS - 1) / THREADS;
+    static constexpr bool EARLY = RESIDUAL && STEPS_PER_CTA == 1 && TRIPS <= 4;
+    static constexpr int KEPT = EARLY ? TRIPS : 1;
+
+    const Params& p;
+    const Range& range;
+    const char* smem;
+    int share;
+    // Of this thread's outputs, fetched while the product runs; as they come, or the warp would wait for them at once.
+    u16 residual[KEPT], gamma[KEPT];
+
+    struct Place {
+        int row_warp, row, token;
+        i64 n;  // of the output
+        bool inside;
+    };
+    __device__ __forceinline__ Place place(int trip, int block, int end_block) const {
+        const int i = trip * THREADS + threadIdx.x, row = i % SHARE_ROWS, token = i / SHARE_ROWS % M;
+        const int row_warp = i / (SHARE_ROWS * M) * PER_ROW;
+        const i64 n = GATED ? i64(block + row_warp) / 2 * 64 + share + row
+                            : range.first_row + i64(block + row_warp - range.first_block) * 64 + share + row;
+        const bool inside = (COUNT % THREADS == 0 || i < COUNT) && block + row_warp < end_block && n < (GATED ? N / 2 : range.end_row);
+        return {row_warp, row, token, n, inside && token < p.m};
+    }
+    __device__ __forceinline__ void fetch(const Place& at, int slot) {
+        residual[slot] = gamma[slot] = 0;
+        if (at.inside) {
+            residual[slot] = load_latest_2(p.residual + i64(at.token) * N + at.n);
+            gamma[slot] = load_latest_2(p.gamma + at.n);
+        }
+    }
+    // Behind the dependency wait: the residual may come from any kernel before.
+    __device__ __forceinline__ void prepare(int block, int end_block) {
+        if constexpr (EARLY) {
+#pragma unroll
+            for (int trip = 0; trip < TRIPS; ++trip) fetch(place(trip, block, end_block), trip);
+        }
+    }
+
+    // total(row_warp, row, token): the sum over k.
+    template <class Total>
+    __device__ __forceinline__ void write(int block, int end_block, Total total) {
+#pragma unroll(TRIPS <= 4 ? TRIPS : 1)
+        for (int trip = 0; trip < TRIPS; ++trip) {
+            const Place at = place(trip, block, end_block);
+            float value[PER_ROW] = {};
+            if (COUNT % THREADS == 0 || trip * THREADS + int(threadIdx.x) < COUNT) {
+#pragma unroll
+                for (int i = 0; i < PER_ROW; ++i) {
+                    value[i] = total(at.row_warp + i, at.row, at.token);
+                    if constexpr (SQUARES > 0) value[i] *= reinterpret_cast<const float*>(smem + Smem::NORMS)[at.token];
+                    if (p.bias && at.inside) value[i] += low_half<BF16>(p.bias[at.n + i * (N / 2)]);
+                }
+            }
+            const i64 to = i64(at.token) * (GATED ? N / 2 : N) + at.n;
+            if constexpr (RESIDUAL) {
+                const int slot = EARLY ? trip : 0;
+                if constexpr (!EARLY) fetch(at, slot);
+                const u16 stored = round_half<BF16>(value[0] + low_half<BF16>(residual[slot]));
+                const float sum = low_half<BF16>(stored);
+                if (at.inside) {
+                    p.residual[to] = stored;
+                    p.out[to] = round_half<BF16>(sum * low_half<BF16>(gamma[slot]));
+                }
+                float square = at.inside ? sum * sum : 0.f;
+#pragma unroll
+                for (int other = SQUARE_ROWS / 2; other; other /= 2) square += __shfl_xor_sync(0xffffffffu, square, other);
+                const int row = share + at.row;
+                if (row % SQUARE_ROWS == 0 && at.inside)
+                    p.squares_out[at.token * SQUARES_OUT + (block + at.row_warp) * (64 / SQUARE_ROWS) + row / SQUARE_ROWS] = square;
+            } else if (at.inside) {
+                float result = value[0];
+                if constexpr (GATED) result = result / (1.f + __expf(-result)) * value[PER_ROW - 1];
+                p.out[to] = round_half<BF16>(result);
+            }
+        }
+    }
+};
+
+}  // namespace fdk

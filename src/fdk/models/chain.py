@@ -1,0 +1,126 @@
+"""Layers whose norms, residual sums and gates are done by their products: five kernels of a decoding step, not eight.
+
+A product that is added to the residual stores it, multiplies it by the weight of the next norm and leaves partial sums
+of its squares; the product behind it divides its own sums by the root of their mean. What each kernel does is in
+kernels/cuda/csrc/epilogue.cuh, what it rounds in docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fdk import ops
+from fdk.kernels import Problem
+from fdk.kernels.cuda import KERNEL, decode
+from fdk.nn import Linear
+
+# Microseconds that a norm or gate takes between two products of a chain on an H200 (docs/findings.md).
+_BETWEEN_US = 3.0
+
+
+class Products(NamedTuple):
+    """The matrix products of a layer, query/key/value and gate/up merged."""
+
+    qkv: nn.Module
+    o: nn.Module
+    gate_up: nn.Module
+    down: nn.Module
+
+
+class Normed(NamedTuple):
+    """Input [b, k] of a product; with `squares` [b, parts], the sums of which it is still to be divided by."""
+
+    values: Tensor
+    squares: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear layer as one product with an epilogue, for batches of `rows`."""
+
+    layer: Linear
+    plan: decode.Plan
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, layer: nn.Module, rows: int, epilogue: decode.Epilogue, eps: float = 0.0) -> Fused:
+        plan = KERNEL.chained(layer.weight, rows, epilogue)
+        return cls(layer, plan, eps)
+
+    def __call__(self, x: Normed) -> Tensor:
+        """[b, n], or [b, n / 2] of a gated product."""
+        epilogue = self.plan.config.epilogue
+        out = x.values.new_empty(len(x.values), self.layer.out_features // (1 + epilogue.gated))
+        norm = {"squares": x.squares, "eps": self.eps} if epilogue.squares else {}
+        self.plan(x.values, self.layer.bias, out, **norm)
+        return out
+
+    def add_to(self, residual: Tensor, x: Tensor, gamma: Tensor) -> Normed:
+        """Add the product of x [b, k] to residual [b, n]; what the norm with weight gamma [n] makes of that."""
+        out = torch.empty_like(residual)
+        squares = torch.empty(len(x), self.plan.squares, dtype=torch.float32, device=x.device)
+        self.plan(x, self.layer.bias, out, residual=residual, gamma=gamma, squares_out=squares)
+        return Normed(out, squares)
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A layer's products; `qkv` is None behind a norm of its own, `down` in front of one."""
+
+    qkv: Fused | None
+    o: Fused
+    gate_up: Fused
+    down: Fused | None
+
+
+def reason_against(layer: nn.Module, rows: int) -> str | None:
+    """Why a layer's product takes no epilogue; None if it may."""
+    if type(layer) is not Linear:
+        return f"it is a {type(layer).__name__}, not a quantised linear layer"
+    weight = layer.weight
+    if weight.dtype != torch.bfloat16:
+        return f"it multiplies {weight.dtype}, in which a norm in two parts can overflow"
+    if weight.device.type != "cuda":
+        return f"it lies on {weight.device}"
+    choice = ops.choose(Problem(rows, weight.geometry, weight.device), layer.kernel)
+    return None if choice.kernel is KERNEL else f"it is served by {choice.kernel.name}"
+
+
+def pays(products: Products, rows: int) -> bool:
+    """Whether a layer can have epilogues, and is predicted to be faster with them; only the decode kernel has any."""
+    if any(reason_against(layer, rows) for layer in products):
+        return False
+    times = [KERNEL.chain_us(layer.weight, rows, gated=layer is products.gate_up) for layer in products]
+    return sum(chained for chained, _ in times) <= sum(best for _, best in times) + 3 * _BETWEEN_US
+
+
+def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer | None]:
+    """The layers of a model for batches of `rows`; None for those that keep kernels of their own between products."""
+    found: list[FusedLayer | None] = []
+    wanted = [pays(products, rows) for products in layers]
+    residual = decode.Epilogue(residual=True)
+    squares = 0
+    for products, fused, leads in zip(layers, wanted, [*wanted[1:], False], strict=True):
+        if not fused:
+            found.append(None)
+            squares = 0
+            continue
+        qkv = Fused.of(products.qkv, rows, decode.Epilogue(squares=squares), eps) if squares else None
+        o = Fused.of(products.o, rows, residual)
+        gated = decode.Epilogue(squares=o.plan.squares, gated=True, tables=_tables(products.gate_up))
+        down = Fused.of(products.down, rows, residual) if leads else None
+        found.append(FusedLayer(qkv, o, Fused.of(products.gate_up, rows, gated, eps), down))
+        squares = down.plan.squares if down else 0
+    return found
+
+
+def _tables(layer: Linear) -> int:
+    """Different tables of gate and up."""
+    table = layer.weight.parts.get("table")
+    same = table is None or table.dim() < 2 or len(table) == 1 or torch.equal(table[0], table[1])
+    return 1 if same else 2

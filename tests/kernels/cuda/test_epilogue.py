@@ -1,0 +1,122 @@
+"""Products with an epilogue on a GPU: each value within what its roundings explain, every element written."""
+
+import pytest
+import torch
+
+import fdk
+from fdk import reference, testing
+from fdk.formats import parse
+from fdk.kernels.cuda import KERNEL
+from fdk.kernels.cuda.decode import Epilogue
+
+pytestmark = pytest.mark.gpu
+
+FORMATS = ["lut1_g64", "lut2_g64", "lut3_g32", "lut4_g64", "nf4_g64", "lut8_chan", "int1_chan", "int8_g64", "uint4_g48"]
+EPS = 1e-5
+BF16 = testing.UNIT_ROUNDOFF[torch.bfloat16]
+
+
+def weight_of(name: str, n: int, k: int, **more):
+    return testing.random_weight(parse(name), n, k, device="cuda:0", **more)
+
+
+def inputs(m: int, k: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
+
+
+def float32_bound(x: torch.Tensor, weight, y: torch.Tensor) -> torch.Tensor:
+    """The bound of a product before its result is rounded."""
+    return testing.error_bound(x, weight, y, torch.bfloat16) - 1.01 * BF16 * y.abs()
+
+
+@pytest.mark.parametrize("shape", [(192, 512), (70, 960), (3072, 3072), (3072, 11264)])
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_residual_sum_and_the_next_norm(name: str, m: int, shape: tuple[int, int]) -> None:
+    n, k = shape
+    weight = weight_of(name, n, k - k % 48 if "48" in name else k, seed=m)
+    k = weight.shape[1]
+    x, before, gamma, bias = inputs(m, k), inputs(m, n, 1) * 16, inputs(1, n, 2)[0], inputs(1, n, 3)[0]
+    expected = testing.exact(x, weight, bias) + before.double()
+    bound = float32_bound(x, weight, testing.exact(x, weight)) + 1.01 * BF16 * expected.abs()
+    bound += 2.0**-22 * (expected.abs() + bias.double().abs() + before.double().abs())
+    plan = KERNEL.chained(weight.to_layout("fragments"), m, Epilogue(residual=True))
+    runs = []
+    for _ in range(3):
+        residual, out = before.clone(), testing.poisoned(m, n, torch.bfloat16, "cuda:0")
+        squares = torch.full((m, plan.squares), torch.nan, device="cuda:0")
+        plan(x, bias, out, residual=residual, gamma=gamma, squares_out=squares)
+        runs.append((residual, out, squares))
+        assert testing.violation(residual, expected, bound) is None
+        assert torch.equal(out, (residual.float() * gamma.float()).bfloat16())
+        padded = torch.nn.functional.pad(residual.double(), (0, -n % 64))
+        parts = padded.square().view(m, plan.squares, -1).sum(2)
+        # Up to 32 positive terms, added in a tree of five levels after one rounding of each square.
+        assert ((squares - parts).abs() <= 6 * 2.0**-24 * parts).all()
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def norms(m: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums of squares [m, count] of each row, and what they add up to in float64."""
+    squares = torch.rand(m, count, generator=torch.Generator().manual_seed(m)).cuda() * 64
+    return squares, squares.double().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("count", [6, 96, 130])
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_product_of_what_is_still_to_be_normalised(name: str, m: int, count: int) -> None:
+    n, k = (5120, 3072) if count == 96 else (200, 960)
+    weight = weight_of(name, n, k, seed=m, tables=1 if name.startswith("nf") or "lut" not in name else 3)
+    x, bias = inputs(m, k), inputs(1, n, 3)[0]
+    squares, total = norms(m, count)
+    scale = (total / k + EPS).rsqrt()
+    expected = testing.exact(x, weight) * scale + bias.double()
+    bound = float32_bound(x, weight, expected) * scale + 1.01 * BF16 * expected.abs()
+    # The sum of squares and the root of it: a rounding for each addition of a lane and of the tree, four for the rest.
+    bound += (count / 32 + 10) * 2.0**-23 * ((expected - bias.double()).abs() + bias.double().abs() + expected.abs())
+    plan = KERNEL.chained(weight.to_layout("fragments"), m, Epilogue(squares=count))
+    out = testing.poisoned(m, n, torch.bfloat16, "cuda:0")
+    plan(x, bias, out, squares=squares, eps=EPS)
+    assert testing.violation(out, expected, bound) is None
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (640, 960), (22528, 3072)])
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_gate_times_up(name: str, m: int, shape: tuple[int, int]) -> None:
+    n, k = shape
+    halves = [weight_of(name, n // 2, k, seed=seed) for seed in (m, m + 50)]
+    merged = fdk.concat(list(halves)).to_layout("fragments")
+    x, bias = inputs(m, k), inputs(1, n, 3)[0]
+    squares, total = norms(m, 96)
+    scale = (total / k + EPS).rsqrt()
+    exact = [testing.exact(x, half) * scale + b.double() for half, b in zip(halves, bias.split(n // 2), strict=True)]
+    error = [
+        float32_bound(x, half, y) * scale + 16 * 2.0**-23 * (y.abs() + b.double().abs())
+        for half, y, b in zip(halves, exact, bias.split(n // 2), strict=True)
+    ]
+    gate, up = exact
+    silu = gate * gate.sigmoid()
+    # The slope of silu is at most 1.1; the fast exponential is off by 2 + 1.16 |gate| units in the last place.
+    bound = 1.1 * error[0] * (up.abs() + error[1]) + silu.abs() * error[1]
+    bound += (8 + 1.2 * gate.abs()) * 2.0**-23 * (silu * up).abs() + 1.01 * BF16 * (silu * up).abs() + 2.0**-126
+    tables = len(merged.geometry.row_ends)
+    plan = KERNEL.chained(merged, m, Epilogue(squares=96, gated=True, tables=tables))
+    assert plan.config.epilogue.tables == (2 if merged.format.is_table and "nf" not in name else 1)
+    out = testing.poisoned(m, n // 2, torch.bfloat16, "cuda:0")
+    plan(x, bias, out, squares=squares, eps=EPS)
+    assert testing.violation(out, silu * up, bound) is None
+
+
+def test_a_wrong_norm_is_caught() -> None:
+    weight = weight_of("lut4_g64", 128, 512)
+    x, (squares, total) = inputs(2, 512), norms(2, 96)
+    out = testing.poisoned(2, 128, torch.bfloat16, "cuda:0")
+    KERNEL.chained(weight.to_layout("fragments"), 2, Epilogue(squares=96))(x, None, out, squares=squares, eps=EPS)
+    dense = reference.dequantise(weight, torch.float64)
+    for factor, right in ((1.0, True), (1.01, False)):
+        scale = (total * factor / 512 + EPS).rsqrt()
+        expected = x.double() @ dense.T * scale
+        bound = float32_bound(x, weight, expected) * scale + 1.02 * BF16 * expected.abs()
+        assert (testing.violation(out, expected, bound) is None) == right
