@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fdk import nn
+from fdk.deferred import after_import
 from fdk.errors import FdkError, FormatError, UnsupportedError
 from fdk.formats import Format, parse
 from fdk.ops import dequantise, explain, linear
@@ -16,6 +17,7 @@ from fdk.weight import QuantisedWeight, concat
 
 if TYPE_CHECKING:
     from fdk import models
+    from fdk.integrations.transformers import FdkConfig
     from fdk.models import load, save, set_precision
     from fdk.nn.convert import from_linear, quantise_
     from fdk.nn.warmup import warmup
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FdkConfig",
     "FdkError",
     "Format",
     "FormatError",
@@ -45,6 +48,7 @@ __all__ = [
 
 # Imported when first used, so that `import fdk` stays light.
 _LAZY = {
+    "FdkConfig": "fdk.integrations.transformers",
     "from_linear": "fdk.nn.convert",
     "load": "fdk.models",
     "quantise_": "fdk.nn.convert",
@@ -64,3 +68,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Registers the quantisation method "fdk" where transformers looks for it.
+after_import("transformers.quantizers.auto", "fdk.integrations.transformers")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 from fdk.errors import FormatError
@@ -13,6 +16,15 @@ from fdk.formats.registry import FP4_VALUES, NF4_VALUES
 def test_names_round_trip(fmt: Format) -> None:
     assert parse(str(fmt)) == fmt
     assert parse(fmt) == fmt
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda fmt: pickle.loads(pickle.dumps(fmt))], ids=["copy", "pickle"]
+)
+def test_copies_are_of_the_registered_kind(duplicate) -> None:
+    for fmt in all_formats((64, None)):
+        assert duplicate(fmt) == fmt
+        assert duplicate(fmt).kind is fmt.kind
 
 
 def test_names_are_those_of_the_grammar() -> None:

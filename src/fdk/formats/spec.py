@@ -40,6 +40,12 @@ class Kind:
         """The implicit zero of a symmetric integer kind: the middle code, 2^(bits-1)."""
         return 1 << (bits - 1)
 
+    def __reduce__(self) -> tuple:
+        # Kinds are told apart by identity, so copies and pickles lead back to the registered one.
+        from fdk.formats.registry import kind
+
+        return kind, (self.name,)
+
 
 @dataclass(frozen=True)
 class Format:

@@ -1,15 +1,18 @@
 """save and load: a folder with config.json and safetensors, bit for bit.
 
 config.json                      the model's own config, and quantization_config = {quant_method "fdk", version,
-                                 layers {name: {format, shape, bias, row_ends?, same_as?, sqnr_db?}}, tied}
-model.safetensors, or shards     <layer>.codes .scales .table .zeros .bias, canonical; every other tensor as it is
+                                 layers {name: {format, shape, bias, zeros?, row_ends?, same_as?, sqnr_db?}}, tied,
+                                 recipe?}
+model.safetensors, or shards     <layer>.codes .scales .table .zeros .bias, canonical; every other tensor as it is;
+                                 and the guard, see `guard_of`
+README.md                        the model card
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from fdk.errors import FdkError, FormatError
 from fdk.formats import parse
+from fdk.models.card import write_card
 from fdk.models.llama import Llama
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
@@ -27,6 +31,7 @@ from fdk.weight import QuantisedWeight, check_values
 
 VERSION = 1
 METHOD = "fdk"
+GUARD: Spec = (torch.uint8, (0,))
 
 
 def joined(prefix: str, name: str) -> str:
@@ -34,9 +39,22 @@ def joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def guard_of(layers: Iterable[str]) -> str | None:
+    """Name of the empty tensor that stands where a dense model has the weight of the first of these low-bit layers.
+
+    transformers without fdk knows no codes, so it would fill the layers with random numbers and go on with a warning.
+    At a tensor of another shape than the weight's it stops. None for a single layer, which only fdk reads.
+    """
+    first = min(layers, default="")
+    return joined(first, "weight") if first else None
+
+
 def layer_entry(weight: QuantisedWeight, bias: bool, sqnr_db: float | None) -> dict:
     """What quantization_config says of a layer. The kernel is not in it: it is chosen where the model runs."""
     entry: dict = {"format": str(weight.format), "shape": list(weight.shape), "bias": bias}
+    zeros = weight.parts.get("zeros")
+    if zeros is not None and zeros.dtype != torch.uint8:
+        entry["zeros"] = str(zeros.dtype).removeprefix("torch.")
     if weight.format.is_table and len(weight.geometry.row_ends) > 1:
         entry["row_ends"] = list(weight.geometry.row_ends)
     if sqnr_db is not None and math.isfinite(sqnr_db):
@@ -55,11 +73,12 @@ def part_specs(weight: QuantisedWeight) -> dict[str, Spec]:
     return {name: (dtypes[name], shape) for name, shape in canonical_shapes(geometry).items()}
 
 
-def describe(layers: dict[str, dict], tied: dict[str, str]) -> dict:
-    """The quantization_config of a folder."""
+def describe(layers: dict[str, dict], tied: dict[str, str], recipe: dict | None = None) -> dict:
+    """The quantization_config of a folder; `recipe`: what was asked for, `QuantisationConfig.to_dict`, if known."""
     from fdk import __version__
 
-    return {"quant_method": METHOD, "version": VERSION, "fdk_version": __version__, "layers": layers, "tied": tied}
+    stored = {"quant_method": METHOD, "version": VERSION, "fdk_version": __version__, "layers": layers, "tied": tied}
+    return stored if recipe is None else {**stored, "recipe": recipe}
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -80,7 +99,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, shard_b
     """
     path = Path(path)
     check_target(path, overwrite)
-    layers, tied, specs, tensors = _contents(model)
+    layers, tied, specs, tensors = contents(model)
     if not layers:
         raise FormatError(
             "the model has no low-bit layer to save; quantise it first, or use safetensors for a dense one"
@@ -90,8 +109,16 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, shard_b
             for name, tensor in tensors:
                 writer.write(name, tensor)
             writer.finish()
-        write_config(work, {**_model_config(model), "quantization_config": describe(layers, tied)})
+        stored = describe(layers, tied, recipe_of(model))
+        write_config(work, {**_model_config(model), "quantization_config": stored})
+        if "" not in layers:
+            write_card(work, stored)
     return path
+
+
+def recipe_of(model: nn.Module) -> dict | None:
+    """The recipe that the model was quantised by or read with; None if that is not known."""
+    return getattr(model, "fdk_recipe", None)
 
 
 def _model_config(model: nn.Module) -> dict:
@@ -106,10 +133,10 @@ def _model_config(model: nn.Module) -> dict:
     return {"fdk_module": type(model).__name__}
 
 
-def _contents(
+def contents(
     model: nn.Module,
 ) -> tuple[dict[str, dict], dict[str, str], dict[str, Spec], Iterator[tuple[str, Tensor]]]:
-    """(layers, tied, specs, tensors) of a model; the tensors are converted one layer at a time as they are drawn."""
+    """(layers, tied, specs, tensors) of a model's folder; a layer's tensors are converted when they are drawn."""
     layers: dict[str, dict] = {}
     tied: dict[str, str] = {}
     specs: dict[str, Spec] = {}
@@ -123,8 +150,7 @@ def _contents(
                 "and cut it after loading"
             )
         if isinstance(module, Linear):
-            sqnr = getattr(getattr(module, "error", None), "sqnr_db", None)
-            entry = layer_entry(module.weight, module.bias is not None, sqnr)
+            entry = layer_entry(module.weight, module.bias is not None, module.sqnr_db)
             first = first_weight.setdefault(id(module.weight), prefix)
             if first != prefix:
                 entry["same_as"] = first
@@ -148,6 +174,9 @@ def _contents(
             continue
         specs[name] = (tensor.dtype, tuple(tensor.shape))
         sources[name] = (tensor, own)
+    if guard := guard_of(name for name, entry in layers.items() if "same_as" not in entry):
+        specs[guard] = GUARD
+        sources[guard] = (torch.empty(GUARD[1], dtype=GUARD[0]), "weight")
     return layers, tied, specs, _draw(sources)
 
 
@@ -251,7 +280,7 @@ def load(
     files = TensorFiles(folder)
     layers = layer_specs(stored, files)
     if "" in layers and model is None:
-        _check_names(files, _layer_names("", layers[""]), {})
+        _check_names(files, _layer_names("", layers[""]), None)
         return _read_layer(files, "", layers[""], device, verify).eval()
     if model is None:
         if "fdk_module" in config:
@@ -263,6 +292,7 @@ def load(
         raise FormatError(
             f"{folder} holds layers of a model, which a bare {type(model).__name__} cannot take; give the model"
         )
+    model.fdk_recipe = stored.get("recipe")
     return fill(model, files, layers, stored.get("tied", {}), device, verify)
 
 
@@ -299,7 +329,7 @@ def fill(
         expected.add(first)
         if first in files:
             _check_dense(files, first, tensors[key])
-    _check_names(files, expected, tied)
+    _check_names(files, expected, guard_of(name for name, spec in layers.items() if spec.same_as is None))
 
     for name, spec in layers.items():
         if spec.same_as is None:
@@ -331,11 +361,11 @@ def _layer_names(name: str, spec: LayerSpec) -> set[str]:
     return own | ({joined(name, "bias")} if spec.bias else set())
 
 
-def _check_names(files: TensorFiles, expected: set[str], tied: dict[str, str]) -> None:
+def _check_names(files: TensorFiles, expected: set[str], guard: str | None) -> None:
     if missing := sorted(expected - set(files)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FormatError(f"{files.folder} lacks the tensor {missing[0]}{more}; copy the whole folder again")
-    if extra := sorted(set(files) - expected):
+    if extra := sorted(set(files) - expected - {guard}):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise FormatError(
             f"{files.where(extra[0])}{more} belongs to no layer of the model; "
@@ -399,4 +429,6 @@ def _read_layer(files: TensorFiles, name: str, spec: LayerSpec, device: torch.de
                 f"{files.where(joined(name, 'bias'))} is {bias.dtype} {list(bias.shape)}, "
                 f"but the layer needs {geometry.dtype} [{geometry.n}]; copy the folder again"
             )
-    return Linear(weight, bias)
+    layer = Linear(weight, bias)
+    layer.sqnr_db = spec.sqnr_db
+    return layer

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fdk.errors import FormatError
 from fdk.formats import Format
-from fdk.models.checkpoint import describe, joined, layer_entry, write_config
+from fdk.models.card import write_card
+from fdk.models.checkpoint import GUARD, describe, guard_of, joined, layer_entry, write_config
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import INDEX, PICKLED, SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
 from fdk.nn.convert import Job, Plan, as_plan, plan_jobs, quantise_weight
@@ -159,8 +160,10 @@ def quantise_folder(
     opened = open_source(folder)
     dtype = dtype or plan.dtype or opened.dtype
     jobs, kept = plan_jobs(opened.model, plan, meta=True)
-    report = Report(kept=kept, parameters=sum(parameter.numel() for parameter in opened.model.parameters()))
+    report = Report.of(opened.model, kept)
     specs, dense, tied = _announce(opened, jobs, dtype)
+    if guard := guard_of(job.name for job in jobs):
+        specs[guard] = GUARD
     layers: dict[str, dict] = {}
     with new_folder(target, overwrite) as work:
         with TensorWriter(work, specs, shard_bytes) as writer:
@@ -171,13 +174,16 @@ def quantise_folder(
                 report.quantised += layer.error.shape[0] * layer.error.shape[1]
                 if progress:
                     progress(layer, done, len(jobs))
+            if guard:
+                writer.write(guard, torch.empty(GUARD[1], dtype=GUARD[0]))
             for name in dense:
                 writer.write(name, _cast(opened.files.get(opened.held[name]), specs[name][0], name))
             writer.finish()
         stored = {key: value for key, value in opened.config.items() if key != "torch_dtype"}
-        write_config(
-            work, {**stored, "dtype": str(dtype).removeprefix("torch."), "quantization_config": describe(layers, tied)}
-        )
+        quantisation = describe(layers, tied, plan.to_dict())
+        write_config(work, {**stored, "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantisation})
+        if layers:
+            write_card(work, quantisation)
         _copy_companions(folder, work)
     return report
 

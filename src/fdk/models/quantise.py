@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.formats.registry import LUT
-from fdk.nn.convert import Job, Plan, Progress, as_plan, count_parameters, plan_jobs, run_job
+from fdk.nn.convert import Job, Plan, Progress, as_plan, plan_jobs, run_job
 from fdk.nn.report import Report
 from fdk.packing.layouts import DTYPES
 
@@ -55,7 +55,7 @@ def quantise(
     jobs, kept = plan_jobs(source, plan) if plan else ([], {})
     if lut is not None:
         jobs = [_with_table(job, torch.as_tensor(lut)) for job in jobs]
-    report = Report(kept=kept, parameters=count_parameters(source))
+    report = Report.of(source, kept)
     # deepcopy takes what the memo holds as already copied, so no dense weight is copied first and dropped later.
     memo: dict[int, object] = {}
     for done, job in enumerate(jobs, 1):
@@ -69,6 +69,7 @@ def quantise(
     _copy_tensors(source, memo, device, dtype)
     model = copy.deepcopy(source, memo)
     model.fdk_report = report
+    model.fdk_recipe = plan.to_dict() if plan else None
     return model
 
 

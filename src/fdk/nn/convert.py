@@ -50,6 +50,9 @@ class Plan(Protocol):
     def check_names(self, names: list[str]) -> None:
         """FormatError if the plan speaks of layers that the model does not have."""
 
+    def to_dict(self) -> dict:
+        """The plan in JSON values, for the folder of the quantised model."""
+
 
 @dataclass(frozen=True)
 class OneFormat:
@@ -63,6 +66,9 @@ class OneFormat:
 
     def check_names(self, names: list[str]) -> None:
         pass
+
+    def to_dict(self) -> dict:
+        return {"format": str(self.format), "skip": DEFAULT_SKIP}
 
 
 def as_plan(config: Plan | Format | str) -> Plan:
@@ -120,7 +126,7 @@ def wrap(weight: QuantisedWeight, linear: nn.Linear, recipe: Recipe, error) -> L
     """The module around a weight, with the bias and mode of the layer that it replaces."""
     bias = None if linear.bias is None else linear.bias.detach().to(weight.device, weight.dtype, copy=True)
     module = Linear(weight, bias, recipe.kernel)
-    module.error = error
+    module.error, module.sqnr_db = error, error.sqnr_db
     return module.train(linear.training)
 
 
@@ -222,11 +228,6 @@ def run_job(job: Job, device: torch.device | None, dtype: torch.dtype | None) ->
     return modules, LayerReport(error, time.perf_counter() - start, tuple(job.layers)[1:])
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in the model's parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 Progress = Callable[[LayerReport, int, int], None]
 
 
@@ -253,7 +254,7 @@ def quantise_(
     if isinstance(model, nn.Linear):
         raise FormatError("a bare Linear cannot be replaced in place; use fdk.from_linear(linear, config)")
     jobs, kept = plan_jobs(model, plan, filter_fn)
-    report = Report(kept=kept, parameters=count_parameters(model))
+    report = Report.of(model, kept)
     if plan.dtype is not None:
         model.to(plan.dtype)
     aliases: dict[int, list[str]] = {}
@@ -271,5 +272,5 @@ def quantise_(
         report.layers.append(layer)
         if progress:
             progress(layer, done, len(jobs))
-    model.fdk_report = report
+    model.fdk_report, model.fdk_recipe = report, plan.to_dict()
     return report

@@ -20,7 +20,10 @@ class Linear(nn.Module):
     whatever layout the kernels read in memory. x is [..., in_features] in the weight's dtype.
 
     kernel: "auto" or a kernel's name; a kernel that cannot serve the weight raises UnsupportedError.
+    sqnr_db: signal to noise of the weight against the one it was made from, in dB, where that is known.
     """
+
+    sqnr_db: float | None = None
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None = None, kernel: str = "auto") -> None:
         super().__init__()
@@ -49,6 +52,16 @@ class Linear(nn.Module):
         self._spec = encode_spec(weight)
         self._weight = weight
         self._served = {}
+
+    def adopt(self, name: str = "weight") -> None:
+        """Take the canonical tensors that a loader has put in place of the module's buffers, of any float dtype.
+
+        FormatError, naming `name`, if they do not fit the module or hold a value that is not finite.
+        """
+        old = self._weight.geometry
+        parts = {part: self._buffers[part] for part in canonical_shapes(old)}
+        weight = QuantisedWeight.from_parts(old.format, old.k, parts, old.row_ends, name)
+        self._hold(weight)
 
     @property
     def weight(self) -> QuantisedWeight:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdk import reference
 from fdk.quantise import LayerError
@@ -56,12 +56,24 @@ class Report:
     """All layers that were quantised, and the linear layers that were not, with the reason.
 
     parameters   numbers in the dense model, tied ones once; `quantised` of them are low-bit now.
+    stacked      those in tensors of three dimensions, the experts of a mixture, which are no linear layers: they stay
+                 dense.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     parameters: int = 0
     quantised: int = 0
+    stacked: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, kept: dict[str, str]) -> Report:
+        """The report on a model that is still dense, before its first layer is quantised."""
+        report = cls(kept=kept)
+        for parameter in model.parameters():
+            report.parameters += parameter.numel()
+            report.stacked += parameter.numel() if parameter.dim() == 3 else 0
+        return report
 
     @property
     def share(self) -> float:
@@ -85,6 +97,8 @@ class Report:
         """One line."""
         worst = min(self.layers, key=lambda layer: layer.error.sqnr_db, default=None)
         text = f"{len(self.layers)} layers, {self.share:.1%} of {self.parameters:,} parameters quantised"
+        if self.stacked:
+            text += f", {self.stacked / self.parameters:.1%} dense in stacked experts"
         if worst is None:
             return text
         least = f"least SQNR {worst.error.sqnr_db:.1f} dB in {worst.name or 'the layer'}"
@@ -125,6 +139,7 @@ class Report:
             "kept": dict(self.kept),
             "parameters": self.parameters,
             "quantised": self.quantised,
+            "stacked": self.stacked,
         }
 
 

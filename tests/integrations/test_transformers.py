@@ -1,0 +1,351 @@
+"""fdk inside transformers: quantised on the fly, saved, read again, and stopped where something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fdk
+from fdk.errors import FormatError, UnsupportedError
+from fdk.models import QuantisationConfig, quantise, quantise_folder
+from fdk.models.checkpoint import guard_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+IDS = torch.arange(14).view(2, 7)
+
+
+def write(folder: Path, family: str = "Llama", shard: str = "10MB", dtype=torch.bfloat16, **extra) -> Path:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0, eos_token_id=95, **extra)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def read(folder: Path, config=None, **settings):
+    # None would erase what the folder says of its quantisation.
+    settings |= {} if config is None else {"quantization_config": config}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "source")
+
+
+def equal_states(first, second) -> bool:
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_the_fly_saved_and_read_again(tmp_path, family):
+    source = write(tmp_path / "source", family, shard="40KB")
+    config = {"bits": 4, "codebook": "kmeans", "overrides": {"down": "int3_g32", "v_proj": 16}}
+    low = read(source, fdk.FdkConfig(**config))
+    expected = quantise(read(source), QuantisationConfig(**config))
+    assert equal_states(low, expected)
+    assert low.fdk_report.share == expected.fdk_report.share
+    assert torch.equal(low(IDS).logits, expected(IDS).logits)
+
+    low.save_pretrained(tmp_path / "low", max_shard_size="20KB")
+    assert len(list((tmp_path / "low").glob("*.safetensors"))) > 2
+    again = read(tmp_path / "low")
+    assert equal_states(low, again)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(low.generate(IDS, **settings), again.generate(IDS, **settings))
+    # The same folder as those of fdk.save and fdk quantise, and read by fdk.load.
+    assert equal_states(fdk.load(tmp_path / "low", model=read(source)), low)
+    fdk.save(again, tmp_path / "saved")
+    quantise_folder(source, tmp_path / "streamed", QuantisationConfig(**config))
+    folders = [tmp_path / name for name in ("low", "saved", "streamed")]
+    tensors = [{k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()} for folder in folders]
+    stored = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in folders]
+    for other, description in zip(tensors[1:], stored[1:], strict=True):
+        assert tensors[0].keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in tensors[0].items())
+        assert description == stored[0]
+
+
+def test_the_model_card_says_what_was_done_and_how_to_load(tmp_path, source):
+    low = read(source, fdk.FdkConfig(format="lut3_g32", codebook="kmeans"))
+    low.save_pretrained(tmp_path / "low")
+    read(tmp_path / "low").save_pretrained(tmp_path / "again")
+    quantise_folder(source, tmp_path / "streamed", QuantisationConfig(format="lut3_g32", codebook="kmeans"))
+    for folder in ("low", "again", "streamed"):
+        card = (tmp_path / folder / "README.md").read_text()
+        worst = min(layer.error.sqnr_db for layer in low.fdk_report.layers if "up_proj" in layer.name)
+        assert "import fdk" in card and "codebook: `kmeans`" in card
+        assert f"| `model.layers.*.mlp.up_proj` | `lut3_g32` | 2 | 3.516 | {worst:.1f} |" in card
+
+
+LOAD = "AutoModelForCausalLM.from_pretrained({folder!r})"
+ORDERS = {
+    "fdk first": "import fdk; from transformers import AutoModelForCausalLM",
+    "transformers first": "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.__name__; import fdk",
+    "FdkConfig alone": "from fdk import FdkConfig; from transformers import AutoModelForCausalLM",
+}
+
+
+def fresh(code: str, fails: bool = False, **environment: str) -> str:
+    """Output of a new process; errors and all if it is to fail."""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert (run.returncode != 0) == fails, run.stderr
+    return run.stdout + run.stderr if fails else run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_fresh_process_reads_the_folder_in_any_order_of_imports(tmp_path, source, order):
+    low = read(source, fdk.FdkConfig(4))
+    low.save_pretrained(tmp_path / "low")
+    code = f"{ORDERS[order]}; m = {LOAD.format(folder=str(tmp_path / 'low'))}; import torch; "
+    total = fresh(code + "print(m(torch.arange(14).view(2, 7)).logits.double().sum().item())")
+    assert float(total) == low(IDS).logits.double().sum().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ["lut4_g64", "int8_g64", "nest8_g64"])
+def test_without_fdk_transformers_stops_at_the_guard(tmp_path, source, fmt):
+    quantise_folder(source, tmp_path / "low", fmt)
+    load = LOAD.format(folder=str(tmp_path / "low"))
+    output = fresh(f"from transformers import AutoModelForCausalLM; {load}", fails=True)
+    assert "MISMATCH" in output
+    assert "Unknown quantization type, got fdk" in output
+
+
+def test_the_guard_names_the_first_layer_however_they_are_ordered():
+    assert guard_of(["b.c", "a.d"]) == guard_of(["a.d", "b.c"]) == "a.d.weight"
+    assert guard_of([""]) is guard_of([]) is None
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "table"])
+def test_a_tensor_that_was_not_read_is_refused(tmp_path, source, part):
+    quantise_folder(source, tmp_path / "low", "lut4_g64")
+    file = tmp_path / "low" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.mlp.up_proj.{part}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=rf"lacks the tensor model.layers.1.mlp.up_proj.{part}, .*copy the whole"):
+        read(tmp_path / "low")
+
+
+def test_a_dense_weight_that_is_missing_is_refused(source):
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"lacks the tensor model.layers.1.mlp.up_proj.weight"):
+        read(source, fdk.FdkConfig(4))
+
+
+def test_overrides_from_a_text_file_and_skip(tmp_path, source):
+    (tmp_path / "widths.txt").write_text("model.layers.0.mlp.up_proj: 2\nmodel.layers.1.mlp.up_proj: int5_g16\n")
+    low = read(source, fdk.FdkConfig(3, 32, overrides=tmp_path / "widths.txt", skip="q_proj"))
+    formats = {
+        name: str(module.weight.format) for name, module in low.named_modules() if isinstance(module, fdk.nn.Linear)
+    }
+    assert formats["model.layers.0.mlp.up_proj"] == "lut2_g32"
+    assert formats["model.layers.1.mlp.up_proj"] == "int5_g16"
+    assert formats["lm_head"] == "lut3_g32"
+    assert not any("q_proj" in name for name in formats)
+    assert low.generate(IDS, max_new_tokens=2).shape == (2, 9)
+    low.save_pretrained(tmp_path / "low")
+    assert equal_states(read(tmp_path / "low"), low)
+    with pytest.raises(FormatError, match="matches no layer"):
+        read(source, fdk.FdkConfig(3, overrides={"nowhere": 2}))
+
+
+@pytest.mark.parametrize("skip", ["", "^lm_head$"])
+def test_tied_embeddings_stay_one_dense_tensor(tmp_path, skip):
+    source = write(tmp_path / "source", "Qwen2", tie_word_embeddings=True)
+    low = read(source, fdk.FdkConfig(4, skip=skip))
+    assert low.lm_head.weight is low.model.embed_tokens.weight
+    low.save_pretrained(tmp_path / "low")
+    again = read(tmp_path / "low")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert equal_states(low, again)
+    assert torch.equal(fdk.load(tmp_path / "low", model=read(source))(IDS).logits, low(IDS).logits)
+
+
+def test_the_precision_of_a_nested_model_is_chosen_at_load(tmp_path, source):
+    low = read(source, fdk.FdkConfig(format="nest8_g64", precision=3))
+    assert {m.weight.format.served for m in low.modules() if isinstance(m, fdk.nn.Linear)} == {3}
+    low.save_pretrained(tmp_path / "low")
+    with pytest.warns(UserWarning, match="loading attributes"):
+        wide = read(tmp_path / "low", fdk.FdkConfig(precision={"": 8, "mlp": 4}))
+    served = {name: m.weight.format.served for name, m in wide.named_modules() if isinstance(m, fdk.nn.Linear)}
+    assert {bits for name, bits in served.items() if "mlp" in name} == {4}
+    assert {bits for name, bits in served.items() if "mlp" not in name} == {8}
+    fdk.set_precision(low, 8)
+    fdk.set_precision(wide, 8)
+    assert torch.equal(low(IDS).logits, wide(IDS).logits)
+
+
+@pytest.mark.parametrize("fmt", ["uint3_g32", "nf4_g64", "int4_g64_sp16of32"])
+def test_other_formats_come_back(tmp_path, source, fmt):
+    low = read(source, fdk.FdkConfig(format=fmt))
+    low.save_pretrained(tmp_path / "low")
+    assert equal_states(read(tmp_path / "low"), low)
+
+
+def test_fractional_zeros_keep_their_type(tmp_path, source):
+    low = read(source, fdk.FdkConfig(format="uint3_g32"))
+    layer = low.model.layers[0].mlp.up_proj
+    parts = dict(layer.weight.canonical().parts)
+    parts["zeros"] = parts["zeros"].to(torch.bfloat16) + 0.5
+    low.model.layers[0].mlp.up_proj = fdk.nn.Linear(fdk.QuantisedWeight.from_parts("uint3_g32", 64, parts))
+    low.save_pretrained(tmp_path / "low")
+    assert equal_states(read(tmp_path / "low"), low)
+
+
+def test_a_body_without_its_head_is_read(tmp_path, source):
+    quantise_folder(source, tmp_path / "low", "lut4_g64")
+    body = transformers.AutoModel.from_pretrained(tmp_path / "low")
+    assert isinstance(body.layers[0].mlp.up_proj, fdk.nn.Linear)
+    assert torch.equal(body(IDS).last_hidden_state, read(tmp_path / "low").model(IDS).last_hidden_state)
+
+
+def test_another_dtype_can_be_asked_for(tmp_path, source):
+    low = read(source, fdk.FdkConfig(4, dtype="float32"))
+    assert low.dtype == low.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    quantise_folder(source, tmp_path / "low", "lut4_g64")
+    wide = read(tmp_path / "low", dtype=torch.float32)
+    assert wide.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert wide(IDS).logits.dtype == torch.float32
+
+
+def test_a_mixture_says_what_share_stays_dense(tmp_path):
+    source = write(tmp_path / "source", "Mixtral", num_local_experts=4)
+    with pytest.warns(UserWarning, match=r"dense in stacked experts"):
+        low = read(source, fdk.FdkConfig(4))
+    experts = sum(p.numel() for p in low.parameters() if p.dim() == 3)
+    assert experts and low.fdk_report.stacked == experts
+    low.save_pretrained(tmp_path / "low")
+    assert torch.equal(read(tmp_path / "low")(IDS).logits, low(IDS).logits)
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (extra: transformers)")
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(tmp_path, source, device_map):
+    low = read(source, fdk.FdkConfig(4), device_map=device_map)
+    low.save_pretrained(tmp_path / "low")
+    assert equal_states(read(tmp_path / "low", device_map=device_map), low)
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (extra: transformers)")
+def test_offload_is_refused_by_name(source):
+    with pytest.raises(UnsupportedError, match="on cpu and disk, but fdk's layers run where they lie"):
+        read(source, fdk.FdkConfig(4), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_bad_configs_say_what_is_wrong(source, tmp_path):
+    with pytest.raises(FormatError, match="give bits=4"):
+        read(source, fdk.FdkConfig())
+    with pytest.raises(FormatError, match="bits = 9"):
+        fdk.FdkConfig(9)
+    quantise_folder(source, tmp_path / "low", "lut4_g64")
+    config = json.loads((tmp_path / "low" / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (tmp_path / "low" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="version 99"):
+        read(tmp_path / "low")
+
+
+def test_the_callers_config_stays_what_it_was(source):
+    config = fdk.FdkConfig(4)
+    before = config.to_dict()
+    read(source, config)
+    assert config.to_dict() == before
+    assert before["quant_method"] == "fdk" and json.loads(config.to_json_string()) == before
+
+
+def test_back_to_dense_layers(source):
+    low = read(source, fdk.FdkConfig(4))
+    expected = low(IDS).logits
+    dense = low.dequantize()
+    assert not any(isinstance(module, fdk.nn.Linear) for module in dense.modules())
+    assert (dense(IDS).logits - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_it_compiles_without_breaks(source):
+    low = read(source, fdk.FdkConfig(4))
+    with torch.no_grad():
+        expected = low(IDS, use_cache=False).logits
+        compiled = torch.compile(low, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(IDS, use_cache=False).logits, expected)
+
+
+MEMORY = """
+import sys, threading, time, torch
+sys.path[:0] = {path!r}
+import fdk, transformers
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained({warm!r}, quantization_config=fdk.FdkConfig(4))
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+most, done = 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous())
+        time.sleep(0.001)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = AutoModelForCausalLM.from_pretrained({folder!r}, **{settings})
+done = True
+thread.join()
+packed = sum(t.nbytes for t in {{t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}}.values())
+layers = sum(isinstance(m, fdk.nn.Linear) for m in model.modules())
+print(most - before, packed, layers)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which only Linux has")
+@pytest.mark.parametrize("way", ["on the fly", "stored"])
+def test_loading_takes_the_packed_model_and_one_dense_tensor(tmp_path, way):
+    large = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 128}
+    warm = write(tmp_path / "warm")
+    config = transformers.LlamaConfig(**{**SIZES, **large, "num_attention_heads": 16})
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    linear = sum(p.numel() * 2 for name, p in model.named_parameters() if "proj" in name)
+    model.save_pretrained(tmp_path / "large")
+    del model
+    folder, settings = tmp_path / "large", "dict(quantization_config=fdk.FdkConfig(4))"
+    if way == "stored":
+        quantise_folder(tmp_path / "large", tmp_path / "low", "lut4_g64")
+        folder, settings = tmp_path / "low", "dict()"
+    code = MEMORY.format(path=sys.path, warm=str(warm), folder=str(folder), settings=settings)
+    # Freed memory goes back at once, so that what is measured is in use.
+    peak, packed, layers = map(int, fresh(code, MALLOC_MMAP_THRESHOLD_="65536").split())
+    dense = 2048 * 4096 * 2
+    # Weights on a CPU start and end at pages of 2 MiB; layers are quantised by chunks of 2^20 weights, in float32.
+    allowed = packed + dense + layers * (2 << 20) + 8 * 4 * (1 << 20)
+    print(f"{way}: peak {peak / 1e6:.0f} MB, packed {packed / 1e6:.0f}, dense linears {linear / 1e6:.0f}")
+    assert peak <= allowed
+    assert allowed < linear - dense, "the model is too small to tell"
