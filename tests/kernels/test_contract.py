@@ -99,7 +99,8 @@ def test_one_hot_probe_is_exact(name: str, fmt, dtype: torch.dtype, device: str)
 @pytest.mark.parametrize("fmt", all_formats((16, 64, None)), ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_product_is_within_the_bound_and_repeatable(name: str, fmt, dtype: torch.dtype, device: str) -> None:
-    for m, n, k, with_bias in ((1, 33, 320, False), (3, 64, 320, True), (8, 17, 320, True), (70, 48, 128, False)):
+    shapes = ((1, 33, 320, False), (3, 64, 320, True), (8, 17, 320, True), (70, 48, 128, False), (140, 48, 128, True))
+    for m, n, k, with_bias in shapes:
         k = -(-k // fmt.k_multiple) * fmt.k_multiple
         weight = testing.random_weight(fmt, n, k, dtype, seed=m, device=device, tables=2)
         kernel, problem = supported(name, weight, m)

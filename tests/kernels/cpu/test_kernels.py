@@ -10,7 +10,7 @@ import torch
 from fdk import reference, testing
 from fdk.errors import UnsupportedError
 from fdk.formats import Format, all_formats, parse
-from fdk.kernels import cpu
+from fdk.kernels import Problem, cpu
 from fdk.kernels.cpu import library
 from fdk.kernels.cpu.launch import KERNEL
 from fdk.kernels.cpu.library import ISAS
@@ -43,6 +43,10 @@ def multiply(x: torch.Tensor, weight: QuantisedWeight, bias: torch.Tensor | None
     return out
 
 
+def rounds(weight: QuantisedWeight, m: int) -> bool:
+    return KERNEL.rounds_weights(Problem(m, weight.geometry, torch.device("cpu")))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("fmt", all_formats((16, 48, 64, None)), ids=str)
 def test_unit_activations_give_the_weight_rounded_once(isa: str, fmt: Format, dtype: torch.dtype) -> None:
@@ -68,25 +72,48 @@ def test_one_row_of_many_blocks(isa: str, bits: int) -> None:
         assert wrong is None, f"{isa} {fmt}: {wrong}"
 
 
-@pytest.mark.parametrize("m", [9, 12, 13, 20, 23, 33, 45, 100, 385, 513, 520])
-@pytest.mark.parametrize("name", ["lut4_g64", "lut3_g16", "uint4_g32", "lut7_g64", "int8_chan", "lut8_g64", "lut5_g48"])
+@pytest.mark.parametrize("m", [9, 12, 13, 20, 23, 33, 45, 128, 129, 200, 385, 513, 520])
+@pytest.mark.parametrize(
+    "name", ["lut4_g64", "lut3_g16", "uint4_g32", "lut7_g64", "int8_chan", "lut8_g64", "lut5_g48", "uint1_g48"]
+)
 def test_every_cut_of_many_rows(isa: str, name: str, m: int) -> None:
     """Tiles of several widths, several chunks of rows, several stretches of k, ranges that end inside a batch."""
     if isa == "generic" and m > 385:
         m = 130  # the same cuts in less time
-    k = {"lut5_g48": 240}.get(name, 192 if m > 45 else 2112)
+    k = 240 if name.endswith("g48") else 192 if m > 45 else 2112
     weight = testing.random_weight(parse(name), 150, k, tables=3, seed=m).to_layout(KERNEL.layout)
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(m, k, generator=generator).bfloat16()
     bias = torch.randn(150, generator=generator).bfloat16()
-    wrong = testing.check_product(KERNEL.linear, x, weight, bias, False)
+    wrong = testing.check_product(KERNEL.linear, x, weight, bias, rounds(weight, m))
     assert wrong is None, f"{isa}: {wrong}"
+
+
+@pytest.mark.parametrize("name", ["lut4_g64", "uint8_g128", "lut3_g16"])
+def test_many_rows_multiply_the_weight_rounded_once(name: str) -> None:
+    """Above 128 rows what is multiplied is what `dequantise` returns, within the bound of a product of that weight."""
+    loaded = library.library()
+    if loaded is None or "avx512bf16" not in loaded.isas():
+        pytest.skip("no avx512bf16 here, and no other instruction set rounds weights")
+    weight = testing.random_weight(parse(name), 64, 256, tables=2, seed=5).to_layout(KERNEL.layout)
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(5)).bfloat16()
+    before = loaded.isa
+    loaded.use("avx512bf16")
+    try:
+        assert not rounds(weight, 128)
+        assert rounds(weight, 129)
+        dense = x.double() @ reference.dequantise(weight).double().T
+        assert torch.equal(multiply(x[:129], weight), multiply(x, weight)[:129])
+        error = (multiply(x, weight).double() - dense).abs()
+        assert (error <= testing.dense_bound(x, reference.dequantise(weight).double(), dense, torch.bfloat16)).all()
+    finally:
+        loaded.use(before)
 
 
 def random_case(seed: int) -> tuple[QuantisedWeight, torch.Tensor, torch.Tensor | None, str]:
     rng = random.Random(seed)
     fmt = rng.choice(all_formats((rng.choice((None, 16, 32, 48, 64, 80, 128, 256)),)))
-    n, m = rng.randint(1, 90), rng.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 130))
+    n, m = rng.randint(1, 90), rng.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 130, 260))
     k = fmt.k_multiple * rng.randint(1, 600 if fmt.k_multiple == 1 else 6)
     dtype = rng.choice(DTYPES)
     weight = testing.random_weight(fmt, n, k, dtype, seed, tables=rng.randint(1, 4), float_zeros=rng.random() < 0.5)
@@ -99,7 +126,7 @@ def random_case(seed: int) -> tuple[QuantisedWeight, torch.Tensor, torch.Tensor 
 def test_random_cases_stay_within_the_bound(isa: str) -> None:
     for seed in range(FUZZ_CASES):
         weight, x, bias, name = random_case(seed)
-        wrong = testing.check_product(KERNEL.linear, x, weight, bias, False)
+        wrong = testing.check_product(KERNEL.linear, x, weight, bias, rounds(weight, x.shape[0]))
         assert wrong is None, f"{isa} {name}: {wrong}"
 
 

@@ -168,7 +168,10 @@ def dequantise(weight: QuantisedWeight, out: Tensor | None = None) -> Tensor:
 
 
 class CpuKernel:
-    """The C++ kernels: exact activations, float32 accumulation, scales applied to the sums of each group."""
+    """The C++ kernels: exact activations, float32 accumulation.
+
+    Scales are applied to the sums of each group; where hundreds of bf16 rows are multiplied, to the weights instead.
+    """
 
     name = "cpu"
     layout = LAYOUT.name
@@ -177,7 +180,9 @@ class CpuKernel:
         return why_not()
 
     def rounds_weights(self, problem: Problem) -> bool:
-        return False
+        loaded = library()
+        rows, geometry = loaded.exact_rows() if loaded else -1, problem.geometry
+        return 0 <= rows < problem.m and geometry.dtype == torch.bfloat16 and geometry.format.storage == "plain"
 
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
         handle = weight.cache.get("cpu") or handle_of(weight)

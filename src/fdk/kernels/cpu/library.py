@@ -27,6 +27,7 @@ _SIGNATURES = {
     "fdk_isa_available": (c_int32, c_int32),
     "fdk_use_isa": (c_int32, c_int32),
     "fdk_current_isa": (c_int32,),
+    "fdk_exact_rows": (c_int64,),
     "fdk_use_openmp": (None, c_void_p, c_void_p, c_void_p),
     "fdk_weight_size": (c_int64, c_int64),
     "fdk_weight_init": (

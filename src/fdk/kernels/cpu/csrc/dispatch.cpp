@@ -181,6 +181,9 @@ FDK_EXPORT int32_t fdk_use_isa(int32_t isa) {
 
 FDK_EXPORT int32_t fdk_current_isa(void) { return current_isa; }
 
+// Products of more bf16 rows than this may round scaled weights; -1: none do.
+FDK_EXPORT int64_t fdk_exact_rows(void) { return current_isa == FDK_AVX512BF16 ? FDK_EXACT_ROWS : -1; }
+
 FDK_EXPORT void fdk_use_openmp(void* parallel, void* thread_num, void* num_threads) {
     gomp_parallel = (GompParallel)parallel;
     omp_thread_num = (int (*)(void))thread_num;
@@ -194,7 +197,6 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
     if (w->blocks * w->block_bytes < 64 * 1024 && m * w->n * w->k < (1 << 20)) threads = 1;
     if (threads > w->blocks) threads = (int32_t)w->blocks;
     if (threads < 1 || !gomp_parallel) threads = 1;
-    const int64_t sums_size = w->zero_bytes ? w->supers * (w->split ? 2 : 1) * (int64_t)sizeof(float) : 0;
     Run r;
     for (int64_t row = 0; row < m; row += r.plan.rows) {
         current->plan(w, m - row, &r.plan);
@@ -206,6 +208,8 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
         const bool as_is = r.plan.bf16_pairs || w->dtype == FDK_FP32;
         const bool packed = !(rows == 1 && r.plan.width == 1 && as_is && w->k == w->k_padded) &&
                             r.plan.algorithm != FDK_NIBBLES && r.plan.algorithm != FDK_SPARSE_ROWS;
+        const bool summed = w->zero_bytes && r.plan.algorithm != FDK_SCALED_PANELS;
+        const int64_t sums_size = summed ? w->supers * (w->split ? 2 : 1) * (int64_t)sizeof(float) : 0;
         int64_t size = 0;
         r.job.tiles_count = 0;
         for (int64_t at = 0; at < rows;) {

@@ -42,6 +42,7 @@ static const int64_t FDK_ROWS = 16, FDK_UNIT = 32;
 static const int64_t FDK_PLANES = 8;  // of nested weights
 static const int64_t FDK_PANEL_WIDTH = 12;  // widest tile of any kernel
 static const int64_t FDK_CHUNK = 512;        // most rows of x that are packed at a time
+static const int64_t FDK_EXACT_ROWS = 128;   // up to here scales are always applied to float32 sums
 
 // A range of rows with one table. Values are expanded to 256 entries (repeated), so that an index whose bits above
 // the code are garbage still finds its value and kernels need no masks.
@@ -99,6 +100,7 @@ enum fdk_algorithm {
     FDK_PANELS = 1,   // decoded once into a panel in the workspace
     FDK_NIBBLES = 2,  // 1 bit, one row: sums of four values in the workspace; x is read as it lies
     FDK_SPARSE_ROWS = 3,  // 16:32 sparse, bf16: the vector is a row of W; x is read as it lies
+    FDK_SCALED_PANELS = 4,  // as FDK_PANELS, scales multiplied into the values, which are rounded to bf16
 };
 
 // How the rows of x are cut for one call.

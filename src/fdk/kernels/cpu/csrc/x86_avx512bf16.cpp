@@ -1,5 +1,6 @@
 // AVX-512 with BF16: bf16 activations are multiplied as they are, in pairs, by vdpbf16ps.
 #include "avx512.h"
+#include "scaled_panels.h"
 #include "sparse_rows.h"
 
 namespace {
@@ -80,6 +81,34 @@ struct DotPath {
         _mm512_storeu_si512(panel, values.template at<PLACE>(codes));
     }
 
+    // Pairs of (value - zero) * scale, rounded to nearest.
+    template <int B, int PLACE>
+    static FDK_INLINE void expand_scaled(const Values<B>& values, __m512i codes, __m512 scale, __m512 zero, uint32_t* panel) {
+        const __m512i pair = values.template at<PLACE>(codes);
+        __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+        __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+        even = _mm512_mul_ps(_mm512_sub_ps(even, zero), scale), odd = _mm512_mul_ps(_mm512_sub_ps(odd, zero), scale);
+        const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                    23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        _mm512_storeu_si512(panel, _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+    }
+
+    // T panels, `apart` words from each other.
+    template <int T, int M>
+    static FDK_INLINE void multiply_panels(const uint32_t* panel, int64_t apart, const uint32_t* x, __m512 (&acc)[M][T]) {
+        __m512bh value[T];
+        unroll<0, T>([&](auto t) FDK_LAMBDA {
+            value[decltype(t)::value] = (__m512bh)_mm512_loadu_si512(panel + decltype(t)::value * apart);
+        });
+        unroll<0, M>([&](auto i) FDK_LAMBDA {
+            constexpr int c = decltype(i)::value;
+            const __m512bh xs = (__m512bh)_mm512_set1_epi32((int)x[c]);
+            unroll<0, T>([&](auto t) FDK_LAMBDA {
+                acc[c][decltype(t)::value] = _mm512_dpbf16_ps(acc[c][decltype(t)::value], value[decltype(t)::value], xs);
+            });
+        });
+    }
+
     template <int T, int M>
     static FDK_INLINE void multiply(const uint32_t* panel, const uint32_t* x, __m512* acc) {
         const __m512bh value = (__m512bh)_mm512_loadu_si512(panel);
@@ -104,6 +133,13 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
     if (job->w->storage == FDK_SPARSE) return SparseRows::linear<DotPath>(*job, block0, block1, workspace, tiles);
     if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<DotPath>(*job, block0, block1, workspace, tiles);
+    if (job->plan->algorithm == FDK_SCALED_PANELS) {
+        static const ScaledPanels<DotPath>::Tile scaled[13] = {
+            {}, FDK_SCALED_TILE(DotPath, 1), FDK_SCALED_TILE(DotPath, 2), FDK_SCALED_TILE(DotPath, 3),
+            FDK_SCALED_TILE(DotPath, 4), FDK_SCALED_TILE(DotPath, 5), FDK_SCALED_TILE(DotPath, 6),
+            FDK_SCALED_TILE(DotPath, 7), FDK_SCALED_TILE(DotPath, 8), {}, {}, {}, FDK_SCALED_TILE(DotPath, 12)};
+        return ScaledPanels<DotPath>::run(*job, block0, block1, workspace, scaled);
+    }
     if (job->plan->algorithm == FDK_PANELS) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
     DirectFn direct[13];
@@ -119,6 +155,11 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     const int64_t direct = w->split || w->storage != FDK_PLAIN ? 1 : w->bits <= 6 ? m : 32;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 1};
     if (m == 1 && Nibbles::plan(*w, plan)) return;
+    if (w->storage == FDK_PLAIN && m > FDK_EXACT_ROWS) {
+        plan_panels<DotPath>(*w, m, 12, plan);
+        if (plan->rows > FDK_EXACT_ROWS) plan->algorithm = FDK_SCALED_PANELS;
+        if (plan->algorithm == FDK_SCALED_PANELS || m > direct) return;
+    }
     if (m > direct) return plan_panels<DotPath>(*w, m, 12, plan);
     plan->rows = rows_of_chunk(m, 32 * 12);
     cut_unevenly(12, plan);
