@@ -12,7 +12,8 @@ from fdk import reference
 from fdk.quantise import LayerError
 from fdk.weight import QuantisedWeight
 
-CHUNK_WEIGHTS = 1 << 20
+CHUNK_CPU = 1 << 20
+CHUNK_ACCELERATOR = 1 << 24
 
 
 @torch.no_grad()
@@ -21,7 +22,8 @@ def measure(name: str, dense: Tensor, weight: QuantisedWeight) -> LayerError:
     n, k = weight.shape
     signal = torch.zeros((), dtype=torch.float64, device=weight.device)
     noise, largest = signal.clone(), signal.clone()
-    rows = max(1, CHUNK_WEIGHTS // max(1, k))
+    chunk = CHUNK_CPU if weight.device.type == "cpu" else CHUNK_ACCELERATOR
+    rows = max(1, chunk // max(1, k))
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         original = dense[part].to(weight.device, torch.float32)
