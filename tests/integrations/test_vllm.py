@@ -1,0 +1,321 @@
+"""vLLM's engine on fdk's layers: the same tokens as the transformers path, the same logits up to rounding.
+
+Needs vLLM: `make test-vllm` sets up an environment with its CPU build. Every engine runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import fdk
+from fdk.importers.matgptq import load_packed, to_matgptq
+from fdk.models import QuantisationConfig
+from fdk.models.folder import quantise_folder
+from fdk.models.quantise import quantise
+from fdk.models.tensors import TensorFiles
+from fdk.nn import Linear
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` sets it up"),
+]
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+VOCABULARY = 300
+TOKENS = 24
+EAGER = {"enforce_eager": True}
+TWO = {"enforce_eager": True, "tensor_parallel_size": 2}
+PROMPTS = [[5, 17, 200, 33, 42, 7], [299, 1], [11] * 20]
+FORCED = [(37 * i * i + 11 * i + 5) % VOCABULARY for i in range(40)]
+
+# Every family of formats, projections of one layer that differ, and one of them left dense.
+MIXED = QuantisationConfig(
+    format="lut4_g32",
+    codebook="kmeans",
+    overrides={
+        r"layers\.0\.self_attn\.k_proj": "lut2_g32",
+        r"layers\.0\.mlp\.down": "lut3_chan",
+        r"layers\.1\.self_attn": "uint4_g32",
+        r"layers\.1\.mlp": "int4_g32_sp16of32",
+        r"layers\.2\.self_attn\.v_proj": 16,
+        r"layers\.2\.mlp\.(gate|up)": "nest8s4_g32",
+        r"layers\.2\.mlp\.down": "nf4_g64",
+    },
+)
+
+
+def sized(kind: type, folder: Path, **changes) -> Path:
+    """A random model with weights large enough for attention and logits to be far from uniform, float32."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+    config = kind.config_class(**sizes | changes)
+    generator = torch.Generator().manual_seed(0)
+    model = kind(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                spread = 0.5 if "embed" in name else 2 * parameter.shape[1] ** -0.5
+                parameter.normal_(0, spread, generator=generator)
+            else:
+                parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def skeleton(folder: Path):
+    """The modules of a folder, without its weights."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.quantization_config = None
+    del config.quantization_config
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def widest(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in float64, its low-bit layers as the dense ones that they stand for. Changes it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            weight = fdk.dequantise(module.weight, torch.float64)
+            dense = torch.nn.Linear(*weight.T.shape, bias=module.bias is not None, dtype=torch.float64)
+            dense.weight = torch.nn.Parameter(weight)
+            if module.bias is not None:
+                dense.bias = torch.nn.Parameter(module.bias.double())
+            model.set_submodule(name, dense)
+    return model.double()
+
+
+class Expected:
+    """Greedy tokens and log probabilities of the transformers path in float32, and their distance to float64."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.tokens = []
+        with torch.inference_mode():
+            for prompt in PROMPTS:
+                ids = torch.tensor([prompt])
+                for _ in range(TOKENS):
+                    ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+                self.tokens.append(ids[0, len(prompt) :].tolist())
+            forced = torch.tensor([FORCED])
+            narrow = model(forced).logits[0, :-1].double().log_softmax(-1)
+            self.wide = widest(model)(forced).logits[0, :-1].log_softmax(-1)
+        self.rounding = (narrow - self.wide).abs().max().item()
+        assert 0 < self.rounding < 1e-4 * self.wide.abs().max()
+
+    def check(self, got: dict) -> None:
+        """Tokens equal; log probabilities no further from float64 than a few times those of the float32 model."""
+        assert got["tokens"] == self.tokens
+        assert len(got["logprobs"]) == len(self.wide)
+        for position, row in enumerate(got["logprobs"]):
+            assert len(row) >= 20
+            for token, value in row.items():
+                assert abs(value - self.wide[position, int(token)].item()) <= 4 * self.rounding, (position, token)
+
+
+def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True) -> dict | str:
+    """The result of an engine, or what it printed before it failed."""
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    job.write_text(
+        json.dumps({"folder": str(folder), "options": options, "prompts": PROMPTS, "tokens": TOKENS, "forced": FORCED})
+    )
+    run = subprocess.run(
+        [sys.executable, str(WORKER), str(job), str(result)],
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    output = run.stdout + run.stderr
+    assert (run.returncode == 0) == succeeds, output[-6000:]
+    return json.loads(result.read_text()) if succeeds else output
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], tuple[Path, object]]:
+    """Folders and what to expect of them, each made once: workshop(name, make) -> (folder, make(folder))."""
+    made: dict[str, tuple[Path, object]] = {}
+
+    def get(name: str, make: Callable[[Path], object]) -> tuple[Path, object]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name) / name
+            made[name] = folder, make(folder)
+        return made[name]
+
+    return get
+
+
+def llama(folder: Path, **changes) -> Path:
+    return sized(
+        transformers.LlamaForCausalLM, folder.with_name(folder.name + "-dense"), attention_bias=True, **changes
+    )
+
+
+def make_mixed(folder: Path) -> Expected:
+    quantise_folder(llama(folder), folder, MIXED, dtype=torch.float32)
+    return Expected(fdk.load(folder, model=skeleton(folder)))
+
+
+@pytest.mark.parametrize("options", [EAGER, {}, TWO], ids=["eager", "compiled", "two"])
+def test_mixed_formats(workshop, tmp_path, options) -> None:
+    folder, expected = workshop("mixed", make_mixed)
+    expected.check(serve(tmp_path, folder, options))
+
+
+def make_narrow(folder: Path) -> Expected:
+    # One head of keys and values for two processes, a vocabulary that is padded, and a head of low-bit weights.
+    config = QuantisationConfig(format="lut8_g32", skip="")
+    quantise_folder(llama(folder, num_key_value_heads=1), folder, config, dtype=torch.bfloat16)
+    return Expected(fdk.load(folder, model=skeleton(folder)).float())
+
+
+@pytest.mark.parametrize("options", [EAGER, TWO], ids=["eager", "two"])
+def test_repeated_heads_and_a_low_bit_head_and_bfloat16_scales(workshop, tmp_path, options) -> None:
+    folder, expected = workshop("narrow", make_narrow)
+    expected.check(serve(tmp_path, folder, options))
+
+
+def make_fused(folder: Path) -> Expected:
+    dense = sized(transformers.Phi3ForCausalLM, folder.with_name("fused-dense"))
+    quantise_folder(dense, folder, QuantisationConfig(format="lut4_g32", codebook="kmeans"), dtype=torch.float32)
+    return Expected(fdk.load(folder, model=skeleton(folder)))
+
+
+def test_projections_that_are_one_tensor_on_disk(workshop, tmp_path) -> None:
+    folder, expected = workshop("fused", make_fused)
+    expected.check(serve(tmp_path, folder, TWO))
+
+
+PRECISIONS = {"all": 4, "layers": {r"self_attn": 6, r"mlp\.down": 3}}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_nested_folders_at_chosen_precisions(workshop, tmp_path, name) -> None:
+    def make(folder: Path) -> None:
+        quantise_folder(llama(folder), folder, "nest8_g32", dtype=torch.float32)
+
+    folder, _ = workshop("nested", make)
+    model = fdk.load(folder, model=skeleton(folder))
+    fdk.set_precision(model, PRECISIONS[name])
+    options = EAGER | {"additional_config": {"fdk": {"precision": PRECISIONS[name]}}}
+    Expected(model).check(serve(tmp_path, folder, options))
+
+
+def make_matgptq(folder: Path) -> None:
+    """A folder as MatGPTQ packs it: uint8 codes and scales in place of the weights of all layers but the head."""
+    dense = llama(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    fdk.quantise_(model, "nest8_g32")
+    model.config.quantization_config = {
+        "quant_method": "matgptq_quant",
+        "group_size": 32,
+        "master_bitwidth": 8,
+        "inference_bitwidth": 4,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            stored = to_matgptq(module.weight)
+            tensors |= {f"{name}.qweight": stored["qweight"], f"{name}.scales": stored["scale"]}
+            tensors |= {} if module.bias is None else {f"{name}.bias": module.bias.detach()}
+    files = TensorFiles(dense)
+    packed = {name.removesuffix(".qweight") + ".weight" for name in tensors}
+    tensors |= {name: files.get(name) for name in files if name not in packed and name not in tensors}
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((dense / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": model.config.quantization_config}))
+
+
+@pytest.mark.parametrize(("options", "precision"), [(EAGER, None), (TWO, 3)], ids=["eager", "two"])
+def test_matgptq_folders_as_they_are(workshop, tmp_path, options, precision) -> None:
+    folder, _ = workshop("matgptq", make_matgptq)
+    expected = Expected(load_packed(folder, model=skeleton(folder), precision=precision))
+    extra = {"additional_config": {"fdk": {"precision": precision}}} if precision else {}
+    expected.check(serve(tmp_path, folder, options | extra))
+
+
+@pytest.mark.parametrize("options", [EAGER, TWO], ids=["eager", "two"])
+def test_quantised_while_loading(workshop, tmp_path, options) -> None:
+    _, dense = workshop("online", llama)
+    source = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    expected = Expected(quantise(source, MIXED, dtype=torch.float32))
+    settings = {key: value for key, value in MIXED.to_dict().items() if key not in ("dtype", "kernel")}
+    expected.check(serve(tmp_path, dense, options | {"quantization": "fdk", "additional_config": {"fdk": settings}}))
+
+
+def make_trained(folder: Path) -> Expected:
+    from safetensors.torch import save_file
+
+    from fdk.models.tiny import train
+
+    dense = folder.with_name("trained-dense")
+    dense.mkdir()
+    model = train(steps=60)
+    save_file(dict(model.state_dict()), dense / "model.safetensors")
+    (dense / "config.json").write_text(json.dumps(model.config.to_hf() | {"dtype": "float32"}))
+    quantise_folder(dense, folder, QuantisationConfig(format="lut4_g64", codebook="kmeans"), dtype=torch.float32)
+    return Expected(fdk.load(folder, model=skeleton(folder)))
+
+
+@pytest.mark.parametrize("options", [EAGER, {}, TWO], ids=["eager", "compiled", "two"])
+def test_the_trained_model(workshop, tmp_path, monkeypatch, options) -> None:
+    for name, tokens in (
+        ("PROMPTS", [[100, 101, 102], [10], list(b"import os\n")]),
+        ("FORCED", list(b"def f(x):\n" * 4)),
+    ):
+        monkeypatch.setitem(globals(), name, tokens)
+    folder, expected = workshop("trained", make_trained)
+    expected.check(serve(tmp_path, folder, options))
+
+
+BAD = {
+    "a group that two processes would split": (
+        {"format": "lut4_g128"}, {}, TWO, r"o_proj: k / 2 = 64 columns a shard are not a multiple of the 128"
+    ),
+    "a format of a newer fdk": (
+        {"format": "lut4_g32"}, {"format": "hexa4_g32"}, EAGER,
+        "layer 'model.layers.0.self_attn.q_proj': .*hexa.*pip install -U",
+    ),
+    "float16 scales under bfloat16 activations": (
+        {"format": "lut4_g32", "dtype": "float16"}, {}, EAGER | {"dtype": "bfloat16"},
+        "float16, but the model runs in bfloat16, which would round it; serve it with --dtype float16",
+    ),
+    "a width that nested codes do not have": (
+        {"format": "nest8_g32"}, {}, EAGER | {"additional_config": {"fdk": {"precision": 9}}}, "slice of 9 bits"
+    ),
+    "a setting that does not exist": (
+        {"format": "lut4_g32"}, {}, EAGER | {"additional_config": {"fdk": {"precison": 4}}}, "unknown key 'precison'"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(workshop, tmp_path, case) -> None:
+    config, changed, options, message = BAD[case]
+    _, dense = workshop("plain", llama)
+    folder = tmp_path / "folder"
+    quantise_folder(dense, folder, QuantisationConfig(**{"dtype": "float32"} | config))
+    if changed:
+        stored = json.loads((folder / "config.json").read_text())
+        stored["quantization_config"]["layers"]["model.layers.0.self_attn.q_proj"] |= changed
+        (folder / "config.json").write_text(json.dumps(stored))
+    output = serve(tmp_path, folder, options, succeeds=False)
+    assert re.search(message, output), output[-4000:]

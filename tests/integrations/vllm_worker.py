@@ -1,0 +1,41 @@
+"""One engine of vLLM in a process of its own: `python vllm_worker.py job.json result.json`.
+
+job: {folder, options of LLM, prompts: [[token]], tokens, forced: [token]}. result: {tokens: greedy tokens of every
+prompt, logprobs: [{token: log probability}] at every position of `forced`}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "max_logprobs": 20} | job["options"]
+    if options.get("tensor_parallel_size", 1) > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    else:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=job["folder"], skip_tokenizer_init=True, **options)
+    greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], greedy, use_tqdm=False)
+    forced = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=20, ignore_eos=True, detokenize=False)
+    scored = llm.generate([{"prompt_token_ids": job["forced"]}], forced, use_tqdm=False)[0]
+    result = {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "logprobs": [{token: value.logprob for token, value in at.items()} for at in scored.prompt_logprobs[1:]],
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
