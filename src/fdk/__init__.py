@@ -17,7 +17,7 @@ from fdk.weight import QuantisedWeight, concat
 
 if TYPE_CHECKING:
     from fdk import models
-    from fdk.integrations.transformers import FdkConfig
+    from fdk.integrations.transformers import FdkConfig, decode
     from fdk.models import load, save, set_precision
     from fdk.nn.convert import from_linear, quantise_
     from fdk.nn.warmup import warmup
@@ -32,6 +32,7 @@ __all__ = [
     "QuantisedWeight",
     "UnsupportedError",
     "concat",
+    "decode",
     "dequantise",
     "explain",
     "from_linear",
@@ -49,6 +50,7 @@ __all__ = [
 # Imported when first used, so that `import fdk` stays light.
 _LAZY = {
     "FdkConfig": "fdk.integrations.transformers",
+    "decode": "fdk.integrations.transformers",
     "from_linear": "fdk.nn.convert",
     "load": "fdk.models",
     "quantise_": "fdk.nn.convert",

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--overwrite", action="store_true", help="replace an output folder that fdk has written")
     quantise.set_defaults(run=run_quantise)
 
-    generate = commands.add_parser("generate", help="continue a prompt with a Llama, dense or quantised")
+    generate = commands.add_parser("generate", help="continue a prompt with a model, dense or quantised")
     generate.add_argument("model", help="folder, or id of a model in the local Hugging Face cache")
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text, read by the folder's tokenizer.json")
@@ -304,7 +305,7 @@ def _device(name: str):
 def run_quantise(args: argparse.Namespace) -> int:
     """`fdk quantise`: a model folder to a quantised one, with progress and the error of every layer."""
     from fdk.models.config import QuantisationConfig, read_overrides
-    from fdk.models.folder import quantise_folder
+    from fdk.models.folder import OtherNames, quantise_folder
     from fdk.nn.report import COLUMNS
 
     if args.format and (args.bits or args.block_size):
@@ -328,16 +329,14 @@ def run_quantise(args: argparse.Namespace) -> int:
     # A terminated process cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
-    with ExitStack() as stack:
-        report = quantise_folder(
-            args.model,
-            args.output,
-            config,
-            device=device,
-            overwrite=args.overwrite,
-            shard_bytes=int(args.shard_size * 1e9),
-            progress=_progress(stack),
-        )
+    settings = {"device": device, "overwrite": args.overwrite, "shard_bytes": int(args.shard_size * 1e9)}
+    try:
+        with ExitStack() as stack:
+            report = quantise_folder(args.model, args.output, config, **settings, progress=_progress(stack))
+    except OtherNames:
+        from fdk.integrations.transformers import convert_folder
+
+        report = convert_folder(args.model, args.output, config, **settings)
     show(COLUMNS, report.rows())
     for name, reason in report.kept.items():
         print(f"kept dense: {name}: {reason}")
@@ -350,10 +349,8 @@ def run_generate(args: argparse.Namespace) -> int:
     """`fdk generate`: the continuation on standard output as it comes, its speed on standard error."""
     import torch
 
-    from fdk.models.checkpoint import load
-    from fdk.models.folder import load_dense, resolve
+    from fdk.models.folder import resolve
     from fdk.models.generate import generate
-    from fdk.models.llama import Llama
     from fdk.models.skeleton import read_config
 
     if args.tokens < 1:
@@ -365,12 +362,8 @@ def run_generate(args: argparse.Namespace) -> int:
     config = read_config(folder)
     tokenizer = _tokenizer(folder) if args.prompt is not None else None
     ids = tokenizer.encode(args.prompt).ids if tokenizer else args.ids
-    quantised = "quantization_config" in config
-    model = load(folder, device) if quantised else load_dense(folder, device, torch.bfloat16)
-    if not isinstance(model, Llama):
-        raise FdkError(f"{type(model).__name__} is not decoded here, only Llama; use transformers' own generate")
-    stop = config.get("eos_token_id")
-    stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    model = _model(folder, config, device)
+    stop = _stops(folder, config)
     found: list[int] = []
     shown = ""
     start = first = time.perf_counter()
@@ -387,6 +380,39 @@ def run_generate(args: argparse.Namespace) -> int:
     speed = f", then {(len(found) - 1) / (end - first):.1f} tokens/s" if len(found) > 1 else ""
     print(f"{len(ids)} tokens read and 1 found in {first - start:.2f} s{speed}", file=sys.stderr)
     return 0
+
+
+def _model(folder, config: dict, device):
+    """The model of a folder for decoding: a Llama by fdk alone, others by transformers."""
+    import torch
+
+    from fdk.models.checkpoint import load, quantisation_of
+    from fdk.models.folder import load_dense
+    from fdk.models.llama import ARCHITECTURE
+    from fdk.models.skeleton import architecture
+
+    quantised = "quantization_config" in config
+    if quantised:
+        quantisation_of(config, folder)
+    if architecture(config, folder) == ARCHITECTURE:
+        return load(folder, device) if quantised else load_dense(folder, device, torch.bfloat16)
+    try:
+        from fdk.integrations.transformers import load_causal
+    except ImportError as error:
+        raise FdkError(
+            f"{folder} holds a {architecture(config, folder)}, which transformers decodes: {error}"
+        ) from None
+    return load_causal(folder, device, torch.bfloat16)
+
+
+def _stops(folder, config: dict) -> list[int]:
+    """The tokens that end a text; generation_config.json goes before config.json, as in transformers."""
+    from fdk.models.tensors import read_json
+
+    path = folder / "generation_config.json"
+    stop = read_json(path).get("eos_token_id") if path.exists() else None
+    stop = config.get("eos_token_id") if stop is None else stop
+    return stop if isinstance(stop, list) else [] if stop is None else [stop]
 
 
 def _tokenizer(folder):
@@ -453,7 +479,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             p.print_help()
             return 0
-        status = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"fdk {args.command}: {message}", file=sys.stderr)
+            status = args.run(args)
         sys.stdout.flush()
         return status
     except UsageError as error:

@@ -17,6 +17,8 @@ import fdk
 from fdk.errors import FormatError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, quantise_folder
 from fdk.models.checkpoint import guard_of
+from fdk.models.decode import LibraryStep, step_for
+from fdk.models.step import Step
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
@@ -29,13 +31,14 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+GPU_SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 IDS = torch.arange(14).view(2, 7)
 
 
 def write(folder: Path, family: str = "Llama", shard: str = "10MB", dtype=torch.bfloat16, **extra) -> Path:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0, eos_token_id=95, **extra)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "pad_token_id": 0, "eos_token_id": 95, **extra})
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
@@ -295,6 +298,77 @@ def test_it_compiles_without_breaks(source):
         expected = low(IDS, use_cache=False).logits
         compiled = torch.compile(low, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(IDS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_with_fdks_decoding_gives_the_same_tokens(tmp_path, family):
+    source = write(tmp_path / "source", family, dtype=torch.float32)
+    low = read(source, fdk.FdkConfig(4))
+    prompt = torch.randint(1, 95, (2, 11), generator=torch.Generator().manual_seed(0))
+    for settings in (
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.5},
+        {"do_sample": True, "top_p": 0.8, "temperature": 0.7, "top_k": 20},
+    ):
+        torch.manual_seed(1)
+        expected = low.generate(prompt, max_new_tokens=12, **settings)
+        torch.manual_seed(1)
+        assert torch.equal(low.generate(prompt, max_new_tokens=12, custom_generate=fdk.decode, **settings), expected)
+    stop = int(low.generate(prompt, max_new_tokens=3, do_sample=False)[0, -1])
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stop}
+    expected = low.generate(prompt, **settings)
+    assert torch.equal(low.generate(prompt, custom_generate=fdk.decode, **settings), expected)
+    with pytest.raises(UnsupportedError, match="without padding"):
+        low.generate(prompt, attention_mask=(prompt != prompt[0, 0]).long(), custom_generate=fdk.decode)
+    with pytest.raises(UnsupportedError, match="one beam"):
+        low.generate(prompt, num_beams=2, custom_generate=fdk.decode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fmt", [None, "lut4_g64"])
+def test_the_graph_follows_the_forward_of_transformers(tmp_path, family, fmt):
+    source = write(tmp_path / "source", family, **{**GPU_SIZES, "head_dim": 64})
+    low = read(source, fmt and fdk.FdkConfig(format=fmt), device_map="cuda")
+    with torch.no_grad():
+        for name, parameter in low.named_parameters():
+            if "_norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    prompt = torch.randint(1, 95, (3, 40), generator=torch.Generator().manual_seed(0)).cuda()
+    step, plain = step_for(low, 3, 128), step_for(low, 3, 128, "plain")
+    assert isinstance(step, Step) and isinstance(plain, LibraryStep)
+    step.prefill(prompt)
+    plain.prefill(prompt)
+    for _ in range(40):
+        plain.tokens = step.tokens.clone()
+        plain()
+        step()
+        # Both round every value to bfloat16 a few dozen times on the way, in another order.
+        assert (step.logits - plain.logits).abs().max() <= 32 * 2.0**-8 * plain.logits.abs().max()
+    del step
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12}
+    greedy = low.generate(prompt, custom_generate=fdk.decode, do_sample=False, **settings)
+    again = low.generate(prompt, custom_generate=fdk.decode, do_sample=False, **settings)
+    assert greedy.shape == (3, 52) and torch.equal(greedy, again)
+    drawn = low.generate(prompt, custom_generate=fdk.decode, do_sample=True, top_p=0.9, **settings)
+    assert drawn.shape == (3, 52)
+    low.save_pretrained(tmp_path / "saved")
+    assert equal_states(read(tmp_path / "saved", device_map="cuda"), low)
+
+
+@pytest.mark.gpu
+def test_weights_are_quantised_where_they_are_to_run(tmp_path, source):
+    low = read(source, fdk.FdkConfig(4, codebook="kmeans"), device_map="cuda")
+    assert {tensor.device.type for tensor in low.state_dict().values()} == {"cuda"}
+    low.save_pretrained(tmp_path / "low")
+    for device_map in ("cuda", "auto"):
+        again = read(tmp_path / "low", device_map=device_map)
+        assert equal_states(low, again)
+        assert again.generate(IDS.cuda(), max_new_tokens=3).shape == (2, 10)
+    with torch.no_grad():
+        compiled = torch.compile(low, fullgraph=True)(IDS.cuda(), use_cache=False).logits
+        expected = low(IDS.cuda(), use_cache=False).logits
+    assert (compiled - expected).abs().max() <= 32 * 2.0**-8 * expected.abs().max()
 
 
 MEMORY = """

@@ -5,13 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fdk
 from fdk.kernels.triton import interpreted
 from fdk.models import QuantisationConfig
+from fdk.models.decode import LibraryStep, step_for
 from fdk.models.llama import LlamaConfig
 from fdk.models.random import random_llama
 from fdk.models.step import Step
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="run through test_step.py, with TRITON_INTERPRET=1")
+
+
+def sharpen(model: torch.nn.Module) -> None:
+    """Weights of a size that makes attention sharp: with the initial ones every key counts the same."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 6
+        elif "_norm" in name:
+            parameter.data *= torch.rand(parameter.shape, generator=generator).to(parameter.dtype) + 1
 
 
 def config(**changes) -> LlamaConfig:
@@ -32,16 +44,14 @@ def config(**changes) -> LlamaConfig:
         ({}, None, 20),
         ({"num_key_value_heads": 6, "attention_bias": True}, None, 132),
         ({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}, "lut4_g64", 132),
+        ({"qk_norm": True, "attention_bias": True, "output_bias": False}, None, 20),
     ],
 )
 def test_logits_are_those_of_the_plain_path(changes, plan, length, dtype) -> None:
     settings = config(**changes)
     plan = plan and QuantisationConfig(format=plan)
     model = random_llama(settings, plan, dtype=dtype, seed=1)
-    for parameter in model.parameters():
-        # Weights of a size that makes attention sharp: with the initial ones every key counts the same.
-        if parameter.dim() == 2:
-            parameter.data *= 6
+    sharpen(model)
     tokens = torch.randint(0, 96, (2, length - 5), generator=torch.Generator().manual_seed(0))
     plain = model.new_cache(2, length)
     with torch.inference_mode():
@@ -59,3 +69,30 @@ def test_logits_are_those_of_the_plain_path(changes, plan, length, dtype) -> Non
     assert torch.allclose(step.cache.keys, plain.keys, atol=tolerance * plain.keys.abs().max().item())
     with pytest.raises(ValueError, match="all are taken"):
         step()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("fmt", [None, "lut4_g64"])
+def test_models_of_transformers_give_the_tokens_of_their_own_forward(family, fmt) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 96, "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**sizes, **heads)
+    ).eval()
+    sharpen(model)
+    if fmt:
+        fdk.quantise_(model, fmt)
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens).logits
+    step, plain = step_for(model, 2, 32), step_for(model, 2, 32, "plain")
+    assert isinstance(step, Step) and isinstance(plain, LibraryStep)
+    # In float32 the two differ by its rounding alone, so that no token may be another.
+    assert torch.equal(step.prefill(tokens), plain.prefill(tokens))
+    for _ in range(12):
+        assert torch.equal(step(), plain())
+        assert (step.logits - plain.logits).abs().max() <= 1e-4 * plain.logits.abs().max()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)

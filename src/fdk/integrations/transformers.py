@@ -16,17 +16,20 @@ from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fdk.errors import FdkError, FormatError, UnsupportedError
+from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format, parse
 from fdk.models.card import write_card
 from fdk.models.checkpoint import METHOD, contents, describe, guard_of, joined, layer_entry, quantisation_of
 from fdk.models.config import DTYPES, QuantisationConfig, read_overrides
+from fdk.models.decode import AnyStep, step_for
+from fdk.models.folder import copy_companions, resolve
 from fdk.models.precision import set_precision
-from fdk.models.tensors import CHECKSUMS, checksum
+from fdk.models.tensors import CHECKSUMS, SHARD_BYTES, check_target, checksum, new_folder
 from fdk.nn import Linear
 from fdk.nn.convert import DEFAULT_SKIP, Job, plan_jobs, run_job
 from fdk.nn.report import Report
@@ -41,6 +44,8 @@ except ImportError as error:
     raise ImportError(f"{error}; pip install 'fused-dequantisation-kernels[transformers]'") from None
 
 OLDEST = (5, 17)
+# Caches of `decode` grow in steps, so that a slightly longer generation does not need another graph.
+_LENGTHS = 256
 _OWN = ("quant_method", "version", "fdk_version", "layers", "tied")
 
 
@@ -89,6 +94,13 @@ class FdkConfig(QuantizationConfigMixin):
             overrides or {},
             dtype,
         )
+
+    @classmethod
+    def of(cls, recipe: QuantisationConfig) -> FdkConfig:
+        """The same as `recipe` says."""
+        config = cls(kernel=recipe.kernel)
+        config.recipe = recipe
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
@@ -362,9 +374,122 @@ def _refuse_offload(device_map: Mapping) -> None:
         )
 
 
+def load_causal(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The causal model of a folder by from_pretrained, low-bit or dense, without progress bars; `dtype` if dense."""
+    transformers.utils.logging.disable_progress_bar()
+    # accelerate, which device_map needs, is worth its installation only where the model does not start on a CPU.
+    settings = {} if device.type == "cpu" else {"device_map": str(device)}
+    if not hasattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config"):
+        settings["dtype"] = dtype
+    return _complete(folder, **settings)
+
+
+def _complete(folder: Path, **settings) -> nn.Module:
+    """from_pretrained that raises FormatError where transformers would go on with random numbers."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    if found["missing_keys"]:
+        raise FormatError(_unfilled(sorted(found["missing_keys"]), model))
+    return model
+
+
+def convert_folder(
+    source: str | Path,
+    target: str | Path,
+    config: QuantisationConfig,
+    *,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """`fdk.models.quantise_folder` for folders whose tensors transformers renames or stacks when it reads them.
+
+    The quantised model is held in memory as a whole, the dense one is not. Returns the report.
+    """
+    check_target(Path(target), overwrite)
+    folder = resolve(source)
+    stored = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
+    settings = {"dtype": config.dtype or (torch.float16 if stored == torch.float16 else torch.bfloat16)}
+    settings |= {} if device is None else {"device_map": str(device)}
+    with warnings.catch_warnings():
+        # The report, which the caller prints, says it too.
+        warnings.filterwarnings("ignore", message="fdk: ")
+        model = _complete(folder, quantization_config=FdkConfig.of(config), **settings)
+    with new_folder(Path(target), overwrite) as work:
+        model.save_pretrained(work, max_shard_size=shard_bytes)
+        copy_companions(folder, work)
+    return model.fdk_report
+
+
+_steps: WeakKeyDictionary[nn.Module, tuple[int, int, AnyStep]] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def decode(
+    model: nn.Module,
+    input_ids: Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    **model_kwargs,
+) -> Tensor:
+    """The decoding loop for `model.generate(..., custom_generate=fdk.decode)`: one CUDA graph a token.
+
+    input_ids [b, t] to tokens [b, t + new], greedy or sampled, with the processors and criteria that generate prepared.
+    Models that fdk's Llama does not cover, and those on a CPU, are decoded as `fdk.models.decode.step_for` says. The
+    step stays for the next call, until `forget(model)`. UnsupportedError for padded prompts, beams and other outputs
+    than tokens.
+    """
+    # Were it an argument of its own, generate would pass it twice.
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is not None and not attention_mask.all():
+        raise UnsupportedError(
+            "fdk.decode takes prompts without padding; generate from one at a time, or of one length"
+        )
+    if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
+        raise UnsupportedError("fdk.decode returns the tokens of one beam; leave custom_generate out for anything else")
+    batch = input_ids.shape[0]
+    step = _step(model, batch, stopping_criteria.max_length or generation_config.max_length)
+    padding = generation_config._pad_token_tensor
+    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    tokens = input_ids
+    step.prefill(input_ids)
+    while True:
+        scores = logits_processor(tokens, step.logits.to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            chosen = torch.multinomial(torch.softmax(scores, -1), 1)
+        else:
+            chosen = scores.argmax(-1, keepdim=True)
+        if padding is not None:
+            chosen = torch.where(unfinished[:, None], chosen, padding)
+        tokens = torch.cat([tokens, chosen], 1)
+        unfinished &= ~stopping_criteria(tokens, scores)
+        if not unfinished.any():
+            return tokens
+        step.tokens.copy_(chosen)
+        step()
+
+
+def _step(model: nn.Module, batch: int, length: int) -> AnyStep:
+    kept = _steps.get(model)
+    if kept is not None and kept[0] == batch and kept[1] >= length:
+        return kept[2]
+    # The old step's merged weights go before the new one's come.
+    _steps.pop(model, None)
+    kept = None
+    window = getattr(model.config, "sliding_window", None) or length
+    longest = max(length, min(-(-length // _LENGTHS) * _LENGTHS, window))
+    _steps[model] = batch, longest, step_for(model, batch, longest)
+    return _steps[model][2]
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the step that `decode` keeps of a model, with its cache and graph."""
+    _steps.pop(model, None)
+
+
 if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
     auto.register_quantization_config(METHOD)(FdkConfig)
     auto.register_quantizer(METHOD)(FdkQuantizer)
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FdkConfig,)
 
-__all__ = ["FdkConfig", "FdkError", "FdkQuantizer"]
+__all__ = ["FdkConfig", "FdkQuantizer", "decode", "forget"]

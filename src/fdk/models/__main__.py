@@ -19,6 +19,7 @@ from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
 from fdk.errors import FdkError
 from fdk.models import QuantisationConfig, quantise
+from fdk.models.adopt import as_llama
 from fdk.models.configs import CUSTOM
 from fdk.models.decode import model_bytes, time_steps
 from fdk.models.folder import load_dense, resolve
@@ -114,9 +115,11 @@ class Sweep:
         else:
             dense = load_dense(self.folder, dtype=torch.bfloat16)
             model = quantise(dense, config, self.device, torch.bfloat16).requires_grad_(False)
-        if not isinstance(model, Llama):
-            raise FdkError(f"{type(model).__name__} is not decoded here, only Llama; use transformers' own generate")
-        return model
+        if isinstance(model, Llama):
+            return model
+        llama = as_llama(model)
+        llama.fdk_report = getattr(model, "fdk_report", None)
+        return llama
 
     def run(self, writer: records.Writer) -> None:
         for name, config in self.configs.items():

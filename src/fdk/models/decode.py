@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from fdk.errors import UnsupportedError
+from fdk.models.adopt import as_llama
 from fdk.models.llama import Llama
 from fdk.models.step import Step, reason_against
 from fdk.nn import Linear
@@ -23,8 +26,9 @@ class PlainStep:
     def prefill(self, tokens: Tensor) -> Tensor:
         """Start again with tokens [b, t]; the most likely next tokens [b, 1]."""
         self.cache = self.model.new_cache(self.batch, self.length)
-        self.tokens = tokens
-        return self()
+        self.logits = self.model.prefill(tokens, self.cache)
+        self.tokens = self.logits.argmax(-1, keepdim=True)
+        return self.tokens
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
@@ -34,14 +38,52 @@ class PlainStep:
         return self.tokens
 
 
-def step_for(model: Llama, batch: int, length: int, kind: str = "auto") -> Step | PlainStep:
-    """The step that decodes `model`: "fused" (`step.Step`), "plain", or "auto", the first that can."""
+class LibraryStep:
+    """`PlainStep` by the forward of any causal model of transformers, on the cache that it makes for itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Start again with tokens [b, t]; the most likely next tokens [b, 1]."""
+        self.cache, self.tokens = None, tokens
+        return self()
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """Feed `tokens`; the most likely next ones [b, 1]."""
+        output = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True)
+        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+        self.tokens = self.logits.argmax(-1, keepdim=True)
+        return self.tokens
+
+
+AnyStep = Step | PlainStep | LibraryStep
+
+
+def step_for(model: nn.Module, batch: int, length: int, kind: str = "auto") -> AnyStep:
+    """The step that decodes `model`: "fused" (`step.Step`), "plain", its own forward, or "auto", the first that can.
+
+    model: a Llama, or a model of transformers. If `as_llama` takes it, it is decoded as a Llama; otherwise, and for
+    "plain", by its own forward, and a warning says why.
+    """
+    if not isinstance(model, Llama):
+        if kind == "plain":
+            return LibraryStep(model)
+        try:
+            model = as_llama(model)
+            model.check_length(length)
+        except UnsupportedError as reason:
+            if kind == "fused":
+                raise
+            warnings.warn(f"{type(model).__name__} is decoded by its own forward: {reason}", stacklevel=2)
+            return LibraryStep(model)
     if kind == "fused" or (kind == "auto" and reason_against(model) is None):
         return Step(model, batch, length)
     return PlainStep(model, batch, length)
 
 
-def greedy(model: Llama, tokens: Tensor, steps: int, kind: str = "auto") -> Tensor:
+def greedy(model: nn.Module, tokens: Tensor, steps: int, kind: str = "auto") -> Tensor:
     """The `steps` most likely tokens [b, steps] after tokens [b, t], one at a time on a static cache."""
     step = step_for(model, tokens.shape[0], tokens.shape[1] + steps, kind)
     chosen = [step.prefill(tokens).clone()]
@@ -68,7 +110,7 @@ def time_steps(
     return seconds
 
 
-def _time_on_gpu(step: Step | PlainStep, steps: int, device: torch.device) -> list[float]:
+def _time_on_gpu(step: AnyStep, steps: int, device: torch.device) -> list[float]:
     """Seconds between the ends of steps that follow each other without waiting for the host, as in generation."""
     with torch.cuda.device(device):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 2)]

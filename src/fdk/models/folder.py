@@ -15,6 +15,7 @@ from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.models.card import write_card
 from fdk.models.checkpoint import GUARD, describe, guard_of, joined, layer_entry, write_config
+from fdk.models.llama import Llama
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import INDEX, PICKLED, SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
 from fdk.nn.convert import Job, Plan, as_plan, plan_jobs, quantise_weight
@@ -74,8 +75,15 @@ class Source:
         return torch.float16 if floats and floats.count(torch.float16) * 2 > len(floats) else torch.bfloat16
 
 
+class OtherNames(FormatError):
+    """The tensors of a folder are not called as in the modules; transformers may know how to convert them."""
+
+
 def open_source(folder: Path) -> Source:
-    """Open a dense model folder; FormatError if it is incomplete, damaged, quantised, or not of its config."""
+    """Open a dense model folder; FormatError if it is incomplete, damaged, quantised, or not of its config.
+
+    OtherNames if it lacks a tensor, or has one too many, and the modules are not fdk's own.
+    """
     config = read_config(folder)
     if (stored := config.get("quantization_config")) is not None:
         tool = stored.get("quant_method", "an unnamed tool") if isinstance(stored, dict) else "an unnamed tool"
@@ -91,7 +99,7 @@ def open_source(folder: Path) -> Source:
     for key, names in holders.items():
         present = [name for name in names if name in files]
         if not present:
-            raise FormatError(
+            raise (FormatError if isinstance(model, Llama) else OtherNames)(
                 f"{folder} lacks the tensor {names[0]} that its {CONFIG} asks for; copy the whole folder again"
             )
         if files.spec(present[0])[1] != tuple(tensors[key].shape):
@@ -109,7 +117,7 @@ def open_source(folder: Path) -> Source:
     # Old Llama checkpoints store the rotary frequencies, which follow from the config.
     extra = [name for name in files if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise FormatError(
+        raise (FormatError if isinstance(model, Llama) else OtherNames)(
             f"{files.where(extra[0])} belongs to no layer of the model that {CONFIG} describes; correct {CONFIG}"
         )
     return Source(folder, config, model, files, held)
@@ -184,7 +192,7 @@ def quantise_folder(
         write_config(work, {**stored, "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantisation})
         if layers:
             write_card(work, quantisation)
-        _copy_companions(folder, work)
+        copy_companions(folder, work)
     return report
 
 
@@ -242,7 +250,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def _copy_companions(folder: Path, work: Path) -> None:
+def copy_companions(folder: Path, work: Path) -> None:
     """Copy tokenizer, generation settings, licence and the like."""
     for path in sorted(folder.iterdir()):
         taken = path.name in (CONFIG, INDEX) or path.name.startswith(".") or path.name.endswith(".index.json")

@@ -78,11 +78,29 @@ def gate(
 
 
 @triton.jit
-def rotated(pointer, cos, sin, HEAD_DIM: tl.constexpr, kind: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The vectors at `pointer` [..., 1] turned by the rotary angles, rounded to `kind`: channel i goes with i + d/2."""
+def rotated(
+    pointer,
+    cos,
+    sin,
+    norm_ptr,
+    eps,
+    NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    kind: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The vectors at `pointer` [..., 1] turned by the rotary angles, rounded to `kind`: channel i goes with i + d/2.
+
+    If NORM, each of them is first normed, with the weight at `norm_ptr` [d].
+    """
     channel = tl.arange(0, HEAD_DIM)[None, :]
+    partner = (channel + HEAD_DIM // 2) % HEAD_DIM
     own = tl.load(pointer + channel).to(tl.float32)
-    other = tl.load(pointer + (channel + HEAD_DIM // 2) % HEAD_DIM).to(tl.float32)
+    other = tl.load(pointer + partner).to(tl.float32)
+    if NORM:
+        size = 1.0 / tl.sqrt(tl.sum(own * own, 1)[:, None] / HEAD_DIM + eps)
+        own = own * size * tl.load(norm_ptr + channel).to(tl.float32)
+        other = other * size * tl.load(norm_ptr + partner).to(tl.float32)
     other = tl.where(channel < HEAD_DIM // 2, -other, other)
     return rounded(own * cos + other * sin, kind, INTERPRETED)
 
@@ -115,12 +133,16 @@ def attend(
     values_ptr,
     cos_ptr,
     sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     position_ptr,
     partial_ptr,
     arrived_ptr,
     out_ptr,
     length,
+    eps,
     scale,
+    NORM: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -133,8 +155,9 @@ def attend(
 ):
     """Rotary embedding of a token's queries and key, its key and value into the cache, attention to all up to it.
 
-    qkv [b, (g * HEADS + 2 * g) * d]: queries, keys, values; keys, values [b, g, length, d]; cos, sin [length, d];
-    position [1]: tokens in the cache before this one; out [b, g * HEADS * d]; scale: 1/sqrt(d) times log2(e).
+    qkv [b, (g * HEADS + 2 * g) * d]: queries, keys, values, the first two normed with q_norm, k_norm [d] if NORM;
+    keys, values [b, g, length, d]; cos, sin [length, d]; position [1]: tokens in the cache before this one; out
+    [b, g * HEADS * d]; scale: 1/sqrt(d) times log2(e).
     Grid (b * g, SPLITS): a program takes CHUNK positions of a key head. The last of a head's programs to arrive adds up
     their sums in the order of the chunks: partial [b * g, SPLITS, ROWS, d + 2], arrived [b * g], zero before and after.
     ROWS: HEADS padded to what a tensor core multiplies. Position and cache come from earlier steps, before a kernel
@@ -167,8 +190,9 @@ def attend(
     row = tl.arange(0, ROWS)[:, None]
     # Padding rows repeat the last query; they are never stored.
     query = token + (group * HEADS + tl.minimum(row, HEADS - 1)) * HEAD_DIM
-    q = rotated(query, cos, sin, HEAD_DIM, kind, INTERPRETED)
-    key = rotated(token + (KV_HEADS * HEADS + group) * HEAD_DIM, cos, sin, HEAD_DIM, kind, INTERPRETED)
+    q = rotated(query, cos, sin, q_norm_ptr, eps, NORM, HEAD_DIM, kind, INTERPRETED)
+    own = token + (KV_HEADS * HEADS + group) * HEAD_DIM
+    key = rotated(own, cos, sin, k_norm_ptr, eps, NORM, HEAD_DIM, kind, INTERPRETED)
     value = tl.load(token + (KV_HEADS * (HEADS + 1) + group) * HEAD_DIM + channel)
     new = split == active - 1
     if new:

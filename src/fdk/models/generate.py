@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdk.errors import FdkError
 from fdk.models.decode import step_for
-from fdk.models.llama import Llama
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -32,7 +31,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def generate(
-    model: Llama,
+    model: nn.Module,
     prompt: Collection[int],
     count: int,
     temperature: float = 0.0,
@@ -43,7 +42,8 @@ def generate(
 ) -> Iterator[int]:
     """Up to `count` tokens after `prompt`, as they are found; ends behind the first one in `stop`.
 
-    kind: the step, as for `decode.step_for`. FdkError for an empty prompt or a token that the model does not have.
+    model, kind: a Llama or a model of transformers, and the step, as for `decode.step_for`. FdkError for an empty
+    prompt or a token that the model does not have.
     """
     vocabulary = model.config.vocab_size
     if not prompt:

@@ -1,5 +1,6 @@
 """A minimal Llama with Hugging Face's parameter names: prefill and decoding on a static cache, nothing else.
 
+Its relatives differ in little: Mistral in a sliding window, Qwen2 in biases, Qwen3 in norms of queries and keys.
 Written after transformers' LlamaForCausalLM, whose logits the tests compare. Shapes: b sequences, t tokens,
 h query heads, g key/value heads, d = head_dim.
 """
@@ -19,11 +20,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fdk.errors import FormatError, UnsupportedError
 
 ARCHITECTURE = "LlamaForCausalLM"
+RELATIVES = (ARCHITECTURE, "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Tokens of all sequences together that a prefill takes at a time: enough for the products, few enough for memory.
+PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a Hugging Face Llama config that change the arithmetic; `rope_scaling` as there (type llama3)."""
+    """The fields of a Hugging Face Llama config that change the arithmetic; `rope_scaling` as there (type llama3).
+
+    output_bias     whether o_proj has a bias; None: as the other projections of the attention.
+    qk_norm         whether queries and keys are normed, head by head, before they are turned.
+    sliding_window  positions that a token sees, itself included; None: all. Caches may not be longer.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +48,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    output_bias: bool | None = None
+    qk_norm: bool = False
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -53,7 +65,11 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping, where: str = "config.json") -> LlamaConfig:
-        """From a Hugging Face config; FormatError for a missing field, UnsupportedError for other arithmetic."""
+        """From the Hugging Face config of a Llama or one of its RELATIVES, whichever `architectures` names first.
+
+        FormatError for a missing field, UnsupportedError for other arithmetic.
+        """
+        family = (config.get("architectures") or [ARCHITECTURE])[0]
         values = {}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             values[name] = _positive(config, name, where)
@@ -76,15 +92,23 @@ class LlamaConfig:
             values[name] = config.get(name, fallback)
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             values[name] = bool(config.get(name, False))
+        if family == "Qwen2ForCausalLM":
+            values |= {"attention_bias": True, "output_bias": False}
+        values["qk_norm"] = family == "Qwen3ForCausalLM"
+        if family != ARCHITECTURE and config.get("use_sliding_window", family == "MistralForCausalLM"):
+            values["sliding_window"] = config.get("sliding_window")
         return cls(**values)
 
     def to_hf(self) -> dict:
-        """A config.json that transformers and `from_hf` read."""
+        """A config.json that transformers and `from_hf` read; UnsupportedError for a relative, which has its own."""
+        own = {name: getattr(self, name) for name in ("output_bias", "qk_norm", "sliding_window")}
+        if any(own.values()):
+            raise UnsupportedError(f"no Llama of transformers has {own}; keep the config.json of the original")
         return {
             "architectures": [ARCHITECTURE],
             "model_type": "llama",
             "hidden_act": "silu",
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name not in own},
             "rope_scaling": None if self.rope_scaling is None else dict(self.rope_scaling),
         }
 
@@ -94,7 +118,9 @@ class LlamaConfig:
         d, attention = self.hidden_size, self.num_attention_heads * self.head_dim
         kv = self.num_key_value_heads * self.head_dim
         layer = 2 * d * attention + 2 * d * kv + 3 * d * self.intermediate_size + 2 * d
-        layer += self.attention_bias * (attention + 2 * kv + d) + self.mlp_bias * (2 * self.intermediate_size + d)
+        output_bias = self.attention_bias if self.output_bias is None else self.output_bias
+        layer += self.attention_bias * (attention + 2 * kv) + output_bias * d + 2 * self.qk_norm * self.head_dim
+        layer += self.mlp_bias * (2 * self.intermediate_size + d)
         return self.num_hidden_layers * layer + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
 
@@ -182,14 +208,19 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=bias)
+        output_bias = bias if config.output_bias is None else config.output_bias
+        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = self.q_proj(x).view(b, t, self.heads, self.head_dim)
+        k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
         start = 0
         if cache is not None:
             start = cache.filled
@@ -298,8 +329,24 @@ class Llama(nn.Module):
         return self.model.norm.weight.dtype
 
     def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of at most `length` tokens."""
+        """An empty cache for `batch` sequences of at most `length` tokens; UnsupportedError as for `check_length`."""
+        self.check_length(length)
         return Cache(self.config, batch, length, self.device, self.dtype)
+
+    def check_length(self, length: int) -> None:
+        """UnsupportedError if a token may not see `length` positions, because the attention slides."""
+        window = self.config.sliding_window
+        if window is not None and length > window:
+            raise UnsupportedError(
+                f"a token sees {window} positions (sliding_window), but {length} are asked for; ask for fewer tokens, "
+                "or decode by transformers' own generate"
+            )
+
+    def prefill(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Fill the cache with tokens [b, t], PREFILL_TOKENS at a time; logits [b, vocab] of the last ones."""
+        for part in tokens.split(max(1, PREFILL_TOKENS // max(1, tokens.shape[0])), 1):
+            logits = self(part, cache, last_only=True)
+        return logits[:, -1]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
         start, t = (0 if cache is None else cache.filled), tokens.shape[1]

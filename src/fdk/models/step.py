@@ -119,7 +119,7 @@ class Step:
     def prefill(self, tokens: Tensor) -> Tensor:
         """Start again with tokens [b, t] by the model's own forward; the most likely next tokens [b, 1]."""
         self.cache.filled = 0
-        self.logits = self.model(tokens, self.cache, last_only=True)[:, -1]
+        self.logits = self.model.prefill(tokens, self.cache)
         self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
         self.position.fill_(self.cache.filled)
         return self.tokens
@@ -195,6 +195,7 @@ class Step:
         from fdk.models.fused import attend
 
         config, cache = self.config, self.cache
+        attention = self.model.model.layers[index].self_attn
         out = qkv.new_empty(self.batch, config.num_attention_heads * config.head_dim)
         attend[(self.batch * config.num_key_value_heads, self.splits)](
             qkv,
@@ -202,12 +203,15 @@ class Step:
             cache.values[index],
             cache.cos,
             cache.sin,
+            *((attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (qkv, qkv)),
             self.position,
             self.partial,
             self.arrived,
             out,
             cache.length,
+            config.rms_norm_eps,
             math.log2(math.e) / math.sqrt(config.head_dim),
+            NORM=config.qk_norm,
             KV_HEADS=config.num_key_value_heads,
             HEADS=config.num_attention_heads // config.num_key_value_heads,
             HEAD_DIM=config.head_dim,
