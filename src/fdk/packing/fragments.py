@@ -10,6 +10,9 @@ column 16*s + p: the other operand's columns stay as they lie in memory, where t
 
 Parts of an [n, k] weight with B blocks, U units and G groups:
     codes   int32 [B, U, bits, 32, 4]  the words of a lane are [r, word] in order, four to a 16-byte load
+            int32 [B, U, 8, 32, 4]     nested formats: the planes of the master codes, the most significant first;
+                                       word r of a lane is row tile r, code e at bit 16*(e % 2) + e // 2. The leading
+                                       planes of a unit, which are all that a slice reads, are one piece
     scales  [B*G + spare, 64]          row 16*r + 8*h + g at g*8 + r*2 + h: one 16-byte load per lane
     zeros   [B*G + spare, 64]          in the order of the scales
     table   [tables, 2^bits]           as canonical; every table's range of rows starts a block of its own
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fdk.packing.bits import pack_codes, unpack_codes
+from fdk.packing.bits import pack_codes, pack_planes, unpack_codes, unpack_planes
 from fdk.packing.layouts import Geometry, Layout, Parts, register_layout
 
 BLOCK = 64
@@ -151,23 +154,54 @@ def _unpad_ranges(rows: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat(parts)
 
 
-def _pack_block_codes(stream: Tensor, bits: int, k: int) -> Tensor:
-    """Canonical codes uint8 [b*64, ...] to int32 [b, U, bits, 32, 4]."""
-    codes = pad(unpack_codes(stream, bits, k), (0, -k % UNIT))
+def _lane_codes(codes: Tensor) -> Tensor:
+    """uint8 [b*64, k] to [b, U, 32, 4, 32]: by lane, row tile and e, with zeros past k."""
+    codes = pad(codes, (0, -codes.shape[1] % UNIT))
     b, u = codes.shape[0] // BLOCK, codes.shape[1] // UNIT
     # [b, r, h, g, u, s, j // 2, t, j % 2] to [b, u, g, t, r, s, h, j // 2, j % 2]
-    codes = codes.view(b, 4, 2, 8, u, 4, 2, 4, 2).permute(0, 4, 3, 7, 1, 5, 2, 6, 8).reshape(b, u, 32, 4, 32)
-    words = _words_from_codes(codes, bits)
-    return words.view(b, u, 32, bits, 4).transpose(2, 3).contiguous()
+    return codes.view(b, 4, 2, 8, u, 4, 2, 4, 2).permute(0, 4, 3, 7, 1, 5, 2, 6, 8).reshape(b, u, 32, 4, 32)
+
+
+def _row_codes(codes: Tensor, k: int) -> Tensor:
+    """Inverse of `_lane_codes`."""
+    b, u = codes.shape[:2]
+    rows = codes.view(b, u, 8, 4, 4, 4, 2, 2, 2).permute(0, 4, 6, 2, 1, 5, 7, 3, 8)
+    return rows.reshape(b * BLOCK, u * UNIT)[:, :k].contiguous()
+
+
+def _pack_block_codes(stream: Tensor, bits: int, k: int) -> Tensor:
+    """Canonical codes uint8 [b*64, ...] to int32 [b, U, bits, 32, 4]."""
+    words = _words_from_codes(_lane_codes(unpack_codes(stream, bits, k)), bits)
+    return words.view(*words.shape[:3], bits, 4).transpose(2, 3).contiguous()
 
 
 def _unpack_block_codes(packed: Tensor, bits: int, k: int) -> Tensor:
     """Inverse of `_pack_block_codes`."""
     b, u = packed.shape[:2]
     words = packed.transpose(2, 3).reshape(b, u, 32, 4, bits)
-    codes = _codes_from_words(words, bits).view(b, u, 8, 4, 4, 4, 2, 2, 2)
-    codes = codes.permute(0, 4, 6, 2, 1, 5, 7, 3, 8).reshape(b * BLOCK, u * UNIT)
-    return pack_codes(codes[:, :k].contiguous(), bits)
+    return pack_codes(_row_codes(_codes_from_words(words, bits), k), bits)
+
+
+def _plane_shifts(device: torch.device) -> Tensor:
+    """Bit of each of a lane's 32 codes in the words of every plane."""
+    return torch.tensor([16 * (e % 2) + e // 2 for e in range(32)], dtype=torch.int32, device=device)
+
+
+def _pack_block_planes(planes: Tensor, bits: int, k: int) -> Tensor:
+    """Canonical planes uint8 [b*64, bits * ...] of all `bits` planes of a row to int32 [b, U, bits, 32, 4]."""
+    codes = _lane_codes(unpack_planes(planes.unflatten(1, (bits, -1)), k))
+    shifts = _plane_shifts(planes.device)
+    words = [((codes >> (bits - 1 - p) & 1).int() << shifts).sum(-1, dtype=torch.int32) for p in range(bits)]
+    return torch.stack(words, 2)
+
+
+def _unpack_block_planes(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of `_pack_block_planes`."""
+    shifts = _plane_shifts(packed.device)
+    codes = torch.zeros((*packed.shape[:2], 32, 4, 32), dtype=torch.uint8, device=packed.device)
+    for p, words in enumerate(packed.unbind(2)):
+        codes |= (words[..., None] >> shifts & 1).to(torch.uint8) << (bits - 1 - p)
+    return pack_planes(_row_codes(codes, k)).flatten(1)
 
 
 def spare_groups(geometry: Geometry) -> int:
@@ -193,15 +227,17 @@ class Fragments(Layout):
     """See the module; works on any device, the CPU and meta included."""
 
     name = "fragments"
+    storages = ("plain", "nested")
 
     def pack(self, geometry: Geometry, parts: Parts) -> Parts:
-        bits, u = geometry.format.bits, units(geometry.k)
-        stream = _pad_ranges(parts["codes"], geometry)
-        b = stream.shape[0] // BLOCK
+        nested, bits, k = geometry.format.is_nested, geometry.format.bits, geometry.k
+        stream = _pad_ranges(parts["planes"].flatten(1) if nested else parts["codes"], geometry)
+        b, u = stream.shape[0] // BLOCK, units(k)
         codes = torch.empty((b, u, bits, 32, 4), dtype=torch.int32, device=stream.device)
         step = max(1, _CHUNK // max(1, BLOCK * u * UNIT))
         for i in range(0, b, step):
-            codes[i : i + step] = _pack_block_codes(stream[i * BLOCK : (i + step) * BLOCK], bits, geometry.k)
+            rows = stream[i * BLOCK : (i + step) * BLOCK]
+            codes[i : i + step] = (_pack_block_planes if nested else _pack_block_codes)(rows, bits, k)
         packed = {"codes": codes, "scales": _pack_groups(parts["scales"], geometry)}
         if "zeros" in parts:
             packed["zeros"] = _pack_groups(parts["zeros"], geometry)
@@ -210,13 +246,12 @@ class Fragments(Layout):
         return packed
 
     def unpack(self, geometry: Geometry, parts: Parts) -> Parts:
-        bits, codes = geometry.format.bits, parts["codes"]
-        step = max(1, _CHUNK // max(1, BLOCK * units(geometry.k) * UNIT))
-        streams = [_unpack_block_codes(chunk, bits, geometry.k) for chunk in codes.split(step)]
-        canonical = {
-            "codes": _unpad_ranges(torch.cat(streams), geometry),
-            "scales": _unpack_groups(parts["scales"], geometry),
-        }
+        nested, bits, k, codes = geometry.format.is_nested, geometry.format.bits, geometry.k, parts["codes"]
+        step = max(1, _CHUNK // max(1, BLOCK * units(k) * UNIT))
+        unpack_block = _unpack_block_planes if nested else _unpack_block_codes
+        rows = _unpad_ranges(torch.cat([unpack_block(chunk, bits, k) for chunk in codes.split(step)]), geometry)
+        canonical = {"planes": rows.unflatten(1, (bits, -1))} if nested else {"codes": rows}
+        canonical["scales"] = _unpack_groups(parts["scales"], geometry)
         if "table" in parts:
             canonical["table"] = parts["table"]
         if "zeros" in parts:

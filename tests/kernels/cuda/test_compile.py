@@ -21,10 +21,14 @@ SHAPES = [
     (64, 512, 32),
     (128, 1024, 128),
 ]
+KINDS = [
+    (bits, kind, 0) for bits in range(1, 9) for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT)
+]
+NESTED = [(min(served + 1, 8), decode.ROUNDED, served) for served in range(2, 9)]
+NESTED += [(served, decode.CUT, served) for served in range(2, 9)]
 VARIANTS = [
-    (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind), m)
-    for bits in range(1, 9)
-    for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT)
+    (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind, served), m)
+    for bits, kind, served in KINDS + NESTED
     for i, (n, k, group) in enumerate(SHAPES)
     for m in ((1, 8, 16) if i == 0 else (1, 2) if i == 1 else (1,) if (bits + kind + i) % 2 else (2,))
 ]
@@ -67,6 +71,12 @@ def test_epilogues(arch: str, bits: int, m: int) -> None:
         check(Shape(n, k, bits, 64, True, decode.TABLE), m, arch, epilogue)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_token_of_nested_slices(arch: str) -> None:
+    for bits, kind, served in NESTED:
+        check(Shape(4096, 4096, bits, 64, served % 3 > 0, kind, served), 1, arch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -92,9 +102,10 @@ def test_dequantisation_of_every_width(arch: str, bits: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_dequantisation(bits: int, arch: str) -> None:
-    for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT):
-        for group in (0, 16, 32, 48, 128):
-            check_dequantise(dense.Variant(bits, group, (bits + kind) % 2 == 0, kind), arch)
+    for planes, kind, served in KINDS + NESTED:
+        if planes == bits:
+            for group in (0, 16, 32, 48, 128):
+                check_dequantise(dense.Variant(bits, group, (bits + kind) % 2 == 0, kind, served), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -6,6 +6,7 @@ import torch
 from fdk import testing
 from fdk.formats import parse
 from fdk.packing import fragments, layout, unpack_codes
+from fdk.packing.bits import unpack_planes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -34,6 +35,23 @@ def test_codes_lie_where_the_module_says(bits: int) -> None:
         for e, first, width, word, bit in fragments.pieces(bits):
             if e == 8 * s + 4 * h + j:
                 code |= (lane_words[word] >> bit & ((1 << width) - 1)) << first
+        assert code == int(codes[row, column]), (row, column)
+
+
+def test_planes_lie_where_the_module_says() -> None:
+    n, k = 128, 192
+    weight = testing.random_weight(parse("nest8_g64"), n, k, seed=1)
+    codes = unpack_planes(weight.parts["planes"], k)
+    packed = weight.to_layout("fragments").parts["codes"]
+    assert packed.shape == (n // 64, k // 64, 8, 32, 4)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        row, column = (int(torch.randint(0, limit, (), generator=generator)) for limit in (n, k))
+        r, h, g = row % 64 // 16, row % 16 // 8, row % 8
+        s, t, j = column % 64 // 16, column % 8 // 2, column % 16 // 8 * 2 + column % 2
+        pair, second = 4 * s + 2 * h + j // 2, j % 2
+        words = packed[row // 64, column // 64, :, 4 * g + t, r].tolist()
+        code = sum((word >> 16 * second + pair & 1) << 7 - p for p, word in enumerate(words))
         assert code == int(codes[row, column]), (row, column)
 
 

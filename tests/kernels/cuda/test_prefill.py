@@ -117,6 +117,16 @@ def test_four_bits_compile_without_spills(config: Config) -> None:
 
 @needs_nvrtc
 @pytest.mark.slow
+@pytest.mark.parametrize("served", range(2, 9))
+def test_every_slice_compiles_without_spills(served: int) -> None:
+    for bits, kind in ((min(8, served + 1), decode.ROUNDED), (served, decode.CUT)):
+        for group, m in ((32, 64), (128, 16), (128, 256), (4096, 8192)):
+            shape = Shape(4096, 4096, bits, group, (served + kind) % 2 > 0, kind, served)
+            check_code(shape, chosen(shape, m))
+
+
+@needs_nvrtc
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_variant_compiles_without_spills(bits: int) -> None:
     for kind in KINDS:
@@ -140,6 +150,11 @@ FORMATS = [
     ("lut6_g128", 192, 640, {}),
     ("int7_g64", 192, 576, {}),
     ("lut8_g48", 192, 960, {}),
+    ("nest8s2_g64", 192, 1024, {"dtype": torch.float16}),
+    ("nest8s4_g32", 200, 992, {}),
+    ("nest8_g128", 192, 640, {}),
+    ("trunc8s3_g64", 192, 576, {"dtype": torch.float16}),
+    ("trunc8s7_chan", 129, 776, {}),
 ]
 
 

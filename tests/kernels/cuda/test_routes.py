@@ -15,9 +15,9 @@ def best(shape: Shape, m: int, capability: tuple[int, int] = (9, 0)) -> routes.R
 
 @pytest.mark.parametrize("capability", DEVICES)
 @pytest.mark.parametrize("n,k", SHAPES)
-@pytest.mark.parametrize("bits", [1, 4, 8])
-def test_no_cliff_between_neighbours(bits: int, n: int, k: int, capability: tuple[int, int]) -> None:
-    shape = Shape(n, k, bits, 64, True, decode.TABLE)
+@pytest.mark.parametrize("bits,served", [(1, 0), (4, 0), (8, 0), (3, 2), (8, 8)])
+def test_no_cliff_between_neighbours(bits: int, served: int, n: int, k: int, capability: tuple[int, int]) -> None:
+    shape = Shape(n, k, bits, 64, True, decode.ROUNDED if served else decode.TABLE, served)
     times = {m: best(shape, m, capability).us for m in {*range(1, 200), *(int(200 * 1.1**i) for i in range(40))}}
     ordered = sorted(times)
     for m in ordered:

@@ -26,7 +26,7 @@ RESIDENT_SHARED = _SHARED_PER_SM // 2 - _SHARED_PER_CTA_EXTRA
 # What it has to ask for so that no third one does: launches then spread evenly over the multiprocessors.
 _TWO_AT_ONCE = _SHARED_PER_SM // 3
 
-TABLE, INT, UINT_U8, UINT_FLOAT = range(4)
+TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT = range(6)
 
 
 def table_bytes(bits: int) -> int:
@@ -38,7 +38,10 @@ def table_bytes(bits: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is fixed at compile time about a weight; `group` is k for one scale per row."""
+    """What is fixed at compile time about a weight; `group` is k for one scale per row.
+
+    Nested weights (kinds ROUNDED and CUT): `bits` planes of their codes are read, for a slice of `served` bits.
+    """
 
     n: int
     k: int
@@ -46,6 +49,11 @@ class Shape:
     group: int
     bf16: bool
     kind: int
+    served: int = 0
+
+    @property
+    def nested(self) -> bool:
+        return self.kind in (ROUNDED, CUT)
 
     @property
     def units(self) -> int:
@@ -65,7 +73,7 @@ class Shape:
     @property
     def lean(self) -> bool:
         """Whether a unit has one scale per row and no zeros, so that 16 warps have registers enough for it."""
-        return self.subs == 1 and self.kind in (TABLE, INT)
+        return self.subs == 1 and self.kind not in (UINT_U8, UINT_FLOAT)
 
     @property
     def unit_groups(self) -> int:
@@ -78,12 +86,13 @@ class Shape:
     @property
     def table_bytes(self) -> int:
         """Bytes of the replicated table in shared memory."""
-        return table_bytes(self.bits)
+        return 0 if self.nested else table_bytes(self.bits)
 
     @property
     def allows_digits(self) -> bool:
         """Whether integer products can serve it: values affine in the code, codes that a mask turns into bytes."""
-        return self.bits in (1, 2, 4, 8) and (self.kind != TABLE or self.bits == 1) and self.subs == 1
+        affine = self.kind in (INT, UINT_U8, UINT_FLOAT) or (self.kind == TABLE and self.bits == 1)
+        return self.bits in (1, 2, 4, 8) and affine and self.subs == 1
 
     def stage_groups(self, stage_units: int) -> int:
         """Groups that a stage of that many units holds."""
@@ -204,6 +213,7 @@ class Config:
             "FDK_GROUP": shape.group,
             "FDK_BF16": int(shape.bf16),
             "FDK_KIND": shape.kind,
+            "FDK_SLICE": shape.served,
             "FDK_M": self.tokens,
             "FDK_CLUSTER": self.cluster,
             "FDK_K_WARPS": self.k_warps,
@@ -227,13 +237,16 @@ class Config:
 def shape_of(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Shape:
     """The compile-time shape of a weight whose zeros, if any, have `zeros_dtype`."""
     fmt = geometry.format
-    if fmt.is_table:
+    if fmt.is_nested:
+        kind = CUT if fmt.kind.cuts else ROUNDED
+    elif fmt.is_table:
         kind = TABLE
     elif not fmt.has_zeros:
         kind = INT
     else:
         kind = UINT_U8 if zeros_dtype == torch.uint8 else UINT_FLOAT
-    return Shape(geometry.n, geometry.k, fmt.bits, geometry.group_size, geometry.dtype == torch.bfloat16, kind)
+    bf16 = geometry.dtype == torch.bfloat16
+    return Shape(geometry.n, geometry.k, fmt.read_bits, geometry.group_size, bf16, kind, fmt.served or 0)
 
 
 def token_tile(m: int) -> int:

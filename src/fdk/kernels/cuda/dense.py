@@ -30,16 +30,17 @@ _WARPS, _BUFFER, _WINDOW = 8, 16 * 144, 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """What is fixed at compile time; `group` is 0 for one scale per row."""
+    """What is fixed at compile time, as in `decode.Shape`; `group` is 0 for one scale per row."""
 
     bits: int
     group: int
     bf16: bool
     kind: int
+    served: int = 0
 
     def shared_bytes(self, hopper: bool) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/dequantise_weights.cuh, which asserts it."""
-        table = decode.table_bytes(self.bits)
+        table = 0 if self.served else decode.table_bytes(self.bits)
         window = _WINDOW if hopper else 0
         before = table - window if table > window and window else 0
         end = before + table
@@ -52,13 +53,14 @@ class Variant:
             "FDK_GROUP": self.group,
             "FDK_BF16": int(self.bf16),
             "FDK_KIND": self.kind,
+            "FDK_SLICE": self.served,
             "FDK_SHARED_BYTES": self.shared_bytes(hopper),
         }
 
 
 def variant_of(shape: decode.Shape) -> Variant:
     """The variant that dequantises weights of this shape."""
-    return Variant(shape.bits, 0 if shape.groups == 1 else shape.group, shape.bf16, shape.kind)
+    return Variant(shape.bits, 0 if shape.groups == 1 else shape.group, shape.bf16, shape.kind, shape.served)
 
 
 class Params(ctypes.Structure):

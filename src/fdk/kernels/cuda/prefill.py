@@ -116,6 +116,7 @@ class Config:
             "FDK_GROUP": shape.group,
             "FDK_BF16": int(shape.bf16),
             "FDK_KIND": shape.kind,
+            "FDK_SLICE": shape.served,
             "FDK_TOKENS": self.tokens,
             "FDK_TOKEN_TILES": self.tokens // 8,
             "FDK_BLOCKS": self.blocks,
@@ -160,7 +161,7 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
     """Predicted time: waves of tiles, each some rounds of a unit per k group; at least that of bytes or operations."""
     late = shape.groups > 1 and not config.rounds
     start, per_round, per_token, meeting, per_output = _TIMES[config.blocks, config.k_groups, late]
-    extra = _SINGLE_LOOKUPS * (shape.bits > 4) + _ZEROS * (shape.kind == UINT_U8)
+    extra = _SINGLE_LOOKUPS * (shape.bits > 4 and not shape.nested) + _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups

@@ -21,6 +21,7 @@ _SMS = 132
 # columns, at one token by width and on top of that by tokens.
 _DECODE_START, _DECODE_CLOCKS_PER_US = 2.5, 1830
 _UNIT_CLOCKS = (78, 94, 118, 128, 225, 233, 245, 250)
+_NESTED_CLOCKS, _PLANE_CLOCKS = 20, 33  # a unit of planes, and each of them
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 13, 8: 25, 16: 70, 32: 230, 64: 510}
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
@@ -55,7 +56,8 @@ def decode_us(shape: decode.Shape, m: int, rows: int, sms: int = _SMS) -> float:
     total = 0.0
     for part, launches in ((rows, m // rows), (m % rows, 1)):
         if part and launches:
-            clocks = _UNIT_CLOCKS[shape.bits - 1] + _TOKEN_CLOCKS[decode.token_tile(part)]
+            unit = _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
+            clocks = unit + _TOKEN_CLOCKS[decode.token_tile(part)]
             total += launches * (_DECODE_START + units * clocks / _DECODE_CLOCKS_PER_US)
     return total
 

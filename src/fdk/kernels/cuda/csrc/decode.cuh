@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     float low = -1.f, high = 0.f;
     if constexpr (BITS == 1 || DIGITS) {
         if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
-    } else {
+    } else if constexpr (!NESTED) {
         for (int i = 0; i < TABLES; ++i)
             fill_table<BITS, WARPS>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, [&](int code) -> u16 {
                 if constexpr (TABLE) return table[(i << BITS) + code];
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     wait_for_previous_kernel();
     const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
-    const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
+    const Lookup lookup = {(table_at + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u};
     Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);

@@ -4,21 +4,21 @@
 // A CTA takes a block of 64 rows and one unit of 64 columns per warp at a time. A row tile goes from fragment order
 // through the warp's own shared memory to rows, which leave as whole lines of 128 bytes. Bytes written are the cost, so
 // an item is loaded while the one before it is written, as far as registers allow, and nothing else overlaps.
-// Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND (as in shape.cuh) FDK_SHARED_BYTES.
+// Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND FDK_SLICE (as in shape.cuh) FDK_SHARED_BYTES.
 #pragma once
-#include "dequantise.cuh"
+#include "planes.cuh"
 
 namespace fdk {
 
 constexpr int BITS = FDK_BITS, GROUP = FDK_GROUP, KIND = FDK_KIND;
-constexpr bool BF16 = FDK_BF16, ZEROS = KIND >= 2;
+constexpr bool BF16 = FDK_BF16, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND >= 4;
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SUBS = GROUP % 64 == 0 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit, at most
 constexpr int ROW = 144, BUFFER = 16 * ROW;                           // rows start in different banks
 
 struct Smem {
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_BYTES = Table<BITS>::BYTES;
+    static constexpr int TABLE_BYTES = NESTED ? 0 : Table<BITS>::BYTES;
     // A multiple of its size, counted from the start of the shared window; see shape.cuh.
     static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
     static constexpr int BUFFERS = TABLE >= WARPS * BUFFER ? 0 : TABLE + TABLE_BYTES;
@@ -33,7 +33,7 @@ struct Range {
     i64 first_row, end_row;
 };
 struct Params {
-    const char* codes;   // [B, units, BITS, 32, 4] words
+    const char* codes;   // [B, units, BITS (nested: 8), 32, 4] words
     const char* scales;  // [B * groups + spare, 64]
     const char* zeros;   // [B * groups + spare, 64]
     const u16* table;    // [tables, 2^BITS]
@@ -61,7 +61,7 @@ struct Unit {
     u32x4 zeros[ZEROS ? SUBS : 1];  // bytes in x and y, or halves like the scales
 
     __device__ __forceinline__ void load(const Params& p, int block, int unit, int lane, u64 policy) {
-        const char* from = p.codes + (i64(block) * p.units + unit) * (BITS * 512) + lane * 16;
+        const char* from = p.codes + (i64(block) * p.units + unit) * ((NESTED ? 8 : BITS) * 512) + lane * 16;
 #pragma unroll
         for (int i = 0; i < BITS; ++i) {
             const u32x4 v = stream_16(from + i * 512, policy);
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
     char* buffer = smem + Smem::BUFFERS + warp * BUFFER;
     const i64 items = i64(p.end_block - p.first_block) * ((p.end_unit - p.first_unit + WARPS - 1) / WARPS);
     const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
-    Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, 0, 0, 0, 0, 0};
+    Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : 0, 0, 0, 0, 0};
 
     int which = -1;
     const auto fetch = [&](Unit& unit, i64 index) {
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
             };
             if constexpr (BITS == 1) {
                 lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
-            } else {
+            } else if constexpr (!NESTED) {
                 __syncthreads();
                 fill_table<BITS, WARPS>(smem + Smem::TABLE, warp, lane, entry);
                 __syncthreads();
@@ -148,7 +148,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
             u32 a[4][4];
-            dequantise<BITS, BF16, BITS == 1>(a, u.words, tile, lookup);
+            if constexpr (NESTED)
+                dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a, u.words, tile, lookup);
+            else
+                dequantise<BITS, BF16, BITS == 1>(a, u.words, tile, lookup);
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
                 const int sub = s * SUBS / 4;

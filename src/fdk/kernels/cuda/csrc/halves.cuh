@@ -149,7 +149,12 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
     for (int first = 0; first < 4; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) dequantise<BITS, BF16, SELECT>(a[i], u.words, first + i, lookup);
+        for (int i = 0; i < TILES; ++i) {
+            if constexpr (NESTED)
+                dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a[i], u.words, first + i, lookup);
+            else
+                dequantise<BITS, BF16, SELECT>(a[i], u.words, first + i, lookup);
+        }
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 (&bt)[8] = b[NT > 2 ? 0 : nt];

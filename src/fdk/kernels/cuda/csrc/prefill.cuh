@@ -13,11 +13,11 @@
 // a CTA, add their sums up through shared memory in the order of k, one tile per CTA. No result depends on timing.
 //
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
-//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND  as for decode.cuh (kind 3 is not served)
+//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kind 3 is not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
 //   FDK_AHEAD FDK_TURNS FDK_ROUND
 #pragma once
-#include "dequantise.cuh"
+#include "planes.cuh"
 #include "wgmma.cuh"
 
 namespace fdk {
@@ -26,7 +26,7 @@ constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP;
 constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
-constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2;
+constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND >= 4;
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
 constexpr bool AHEAD = FDK_AHEAD, ROUND = FDK_ROUND;
@@ -45,7 +45,7 @@ static_assert(WARPGROUPS <= 7, "named barriers 1 to 15: one of a warpgroup, one 
 static_assert(SLICES == 1 || PAIR == 1, "CTAs that share x take many tiles");
 static_assert(PAIR == 1 || SPLIT == 1, "a cluster either shares x or splits k");
 static_assert(TOKENS % (8 * PAIR) == 0, "x is fetched in atoms of 8 tokens");
-static_assert(KIND <= 2, "fractional zero points are not served");
+static_assert(KIND != 3, "fractional zero points are not served");
 
 constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
 constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
@@ -58,10 +58,11 @@ constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that s
 
 struct Smem {
     static constexpr int WINDOW = 1024;  // what the system keeps in front
-    static constexpr int TABLE_BYTES = Table<BITS>::BYTES;
+    static constexpr int TABLE_BYTES = NESTED ? 0 : Table<BITS>::BYTES;
     static constexpr int TABLE = TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
     static constexpr int X_BYTES = TOKENS * 128;
-    static constexpr int CODE_BYTES = BITS * 512, GROUP_ZERO_BYTES = ZEROS ? 64 : 0;
+    static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
+    static constexpr int GROUP_ZERO_BYTES = ZEROS ? 64 : 0;
     static constexpr int STAGED_GROUPS = GROUPED || ZEROS ? UNIT_GROUPS : 0;
     static constexpr int SCALES = CODE_BYTES, ZEROS_AT = SCALES + STAGED_GROUPS * 128;
     static constexpr int BLOCK_BYTES = ZEROS_AT + STAGED_GROUPS * GROUP_ZERO_BYTES;  // of one block of rows
@@ -99,7 +100,7 @@ struct Range {
 };
 struct __align__(64) Params {
     u64 x_map[16];       // tensor map of x[m, K] with boxes of 64 columns x TOKENS / PAIR tokens
-    const char* codes;   // [B, UNITS, BITS, 32, 4] words
+    const char* codes;   // [B, UNITS, BITS (nested: 8), 32, 4] words
     const char* scales;  // [B * GROUPS + spare, 64]
     const char* zeros;   // [B * GROUPS + spare, 64]
     const u16* table;    // [tables, 2^BITS]
@@ -252,7 +253,7 @@ struct Producer {
                     // Past the last block its neighbour is repeated; nothing of it is written.
                     const i64 block = min(tile.block + w, last);
                     const u32 to = smem + Smem::stage(stage) + Smem::CODES + w * Smem::BLOCK_BYTES;
-                    copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::CODE_BYTES, Smem::CODE_BYTES, full(stage), policy);
+                    copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE, Smem::CODE_BYTES, full(stage), policy);
                     if constexpr (Smem::STAGED_GROUPS > 0) {
                         const i64 group = block * GROUPS + staged_group(unit);
                         copy_bulk(to + Smem::SCALES, p.scales + group * 128, Smem::STAGED_GROUPS * 128, full(stage), policy);
@@ -273,13 +274,16 @@ struct Unit {
     float scale[LATE ? SUBS : 1][2];
 };
 
-// A lane's words of row tile r lie at word r*BITS + i of the unit, four words to a piece of 512 bytes.
+// A lane's words of row tile r lie at word r*BITS + i of the unit, four words to a piece of 512 bytes; those of planes at
+// word r of every piece.
 struct WordOffsets {
-    static constexpr int WIDTH = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1, COUNT = BITS / WIDTH;
+    static constexpr int WIDTH = NESTED ? 1 : BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1, COUNT = BITS / WIDTH;
     u32 at[COUNT];
     __device__ __forceinline__ WordOffsets(int r, int lane) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) at[i] = (r * BITS + i * WIDTH) / 4 * 512 + lane * 16 + (r * BITS + i * WIDTH) % 4 * 4;
+        for (int i = 0; i < COUNT && NESTED; ++i) at[i] = i * 512 + lane * 16 + r * 4;
+#pragma unroll
+        for (int i = 0; i < COUNT && !NESTED; ++i) at[i] = (r * BITS + i * WIDTH) / 4 * 512 + lane * 16 + (r * BITS + i * WIDTH) % 4 * 4;
     }
 };
 
@@ -294,7 +298,7 @@ __device__ __forceinline__ void load_words(u32 (&words)[4 * BITS], const char* c
             const u32x2 v = *reinterpret_cast<const u32x2*>(from);
             words[2 * i] = v.x, words[2 * i + 1] = v.y;
         } else {
-            words[i] = *reinterpret_cast<const u32*>(from);
+            words[NESTED ? 4 * i : i] = *reinterpret_cast<const u32*>(from);
         }
     }
 }
@@ -338,7 +342,10 @@ __device__ __forceinline__ void prepare(Unit& u, const char* block, const WordOf
             }
         }
     }
-    dequantise<BITS, BF16, BITS == 1>(u.a, words, 0, lookup);
+    if constexpr (NESTED)
+        dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(u.a, words, 0, lookup);
+    else
+        dequantise<BITS, BF16, BITS == 1>(u.a, words, 0, lookup);
     if constexpr (ZEROS) {
         // Codes and zero points are integers below 2^8, so their difference is exact in 16 bits.
 #pragma unroll
@@ -431,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         const WordOffsets offsets(r, lane);
         char* const staged = smem + Smem::OUT + group_index * Smem::CHUNK * Smem::OUT_STRIDE;
         const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
-        Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, 0, 0, 0, 0, 0};
+        Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : 0, 0, 0, 0, 0};
         int range_of_table = -1;
         Turn turn;
         turn.stage = k_group;
@@ -447,7 +454,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 };
                 if constexpr (BITS == 1) {
                     lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
-                } else {
+                } else if constexpr (!NESTED) {
                     if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
                     fill_table<BITS, CONSUMERS / 32>(smem + Smem::TABLE, warp, lane, entry);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);

@@ -1,11 +1,12 @@
 // What the host fixes at compile time, the shared-memory layout that follows from it, and a warp's stream of units.
 //
 // The host passes the shape as macros (see fdk/kernels/cuda/decode.py, whose Config.shared_bytes mirrors `Smem`):
-//   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros)
+//   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros,
+//   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
 //   FDK_BATCH FDK_MIN_CTAS FDK_LATE, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
-#include "dequantise.cuh"
+#include "planes.cuh"
 
 namespace fdk {
 
@@ -13,7 +14,7 @@ constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP, M = FDK_M;
 constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
-constexpr bool TABLE = KIND == 0, ZEROS = KIND >= 2;
+constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND >= 4;
 constexpr int CLUSTER = FDK_CLUSTER, K_WARPS = FDK_K_WARPS, ROW_WARPS = FDK_ROW_WARPS, STAGES = FDK_STAGES;
 constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES = FDK_PHASES;
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
@@ -54,12 +55,12 @@ constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
 struct Smem {
     static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_BYTES = DIGITS ? 0 : Table<BITS>::BYTES;
+    static constexpr int TABLE_BYTES = DIGITS || NESTED ? 0 : Table<BITS>::BYTES;
     static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
     static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 16 + 15) / 16 * 16;  // of the rings, for x, for sums
-    static constexpr int CODE_BYTES = BITS * 512;
+    static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
     static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + STAGE_GROUPS * 128;
     static constexpr int STAGE = ZEROS_AT + STAGE_GROUPS * GROUP_ZERO_BYTES;
@@ -106,7 +107,7 @@ struct Range {
     i64 first_row, end_row;
 };
 struct Params {
-    const char* codes;   // [B, UNITS, BITS, 32, 4] words
+    const char* codes;   // [B, UNITS, BITS (nested: 8), 32, 4] words
     const char* scales;  // [B * GROUPS + spare, 64]
     const char* zeros;   // [B * GROUPS + spare, 64]
     const u16* table;    // [tables, 2^BITS]
@@ -149,22 +150,22 @@ struct Warp {
     u64 policy;
 
     __device__ __forceinline__ Cursor start() const {
-        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::CODE_BYTES, first_block * GROUPS};
+        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::UNIT_STRIDE, first_block * GROUPS};
     }
     __device__ __forceinline__ void advance(Cursor& c) const {
-        c.codes += STAGE_UNITS * Smem::CODE_BYTES;
+        c.codes += STAGE_UNITS * Smem::UNIT_STRIDE;
         c.unit += STAGE_UNITS;
         if (STEPS_PER_CTA > 1 && c.unit == end_unit) {
             c.unit = first_unit;
             c.step += 1;
-            c.codes += (ROW_STRIDE * UNITS - (end_unit - first_unit)) * i64(Smem::CODE_BYTES);
+            c.codes += (ROW_STRIDE * UNITS - (end_unit - first_unit)) * i64(Smem::UNIT_STRIDE);
             c.group_row += ROW_STRIDE * GROUPS;
         }
         if (PHASES > 1 && c.unit == c.step * Smem::CTA_UNITS + end_unit) {
             const int skipped = Smem::CTA_UNITS - (end_unit - first_unit);
             c.unit += skipped;
             c.step += 1;
-            c.codes += skipped * Smem::CODE_BYTES;
+            c.codes += skipped * Smem::UNIT_STRIDE;
         }
     }
     __device__ __forceinline__ bool more(const Cursor& c) const {
@@ -174,18 +175,22 @@ struct Warp {
         if (more(c)) {
             const i64 group = c.group_row + stage_group(cta_unit + c.unit);
             const u32 to = shared_address(ring) + stage * Smem::STAGE;
+            // Planes that are not read lie between the units of a nested weight.
+            constexpr int PIECES = NESTED ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
             if constexpr (FDK_HOPPER) {
                 if (lane == 0) {
                     const u32 barrier = barriers + stage * 8;
                     barrier_expect(barrier, Smem::STAGE);
-                    copy_bulk(to, c.codes, STAGE_UNITS * Smem::CODE_BYTES, barrier, policy);
+#pragma unroll
+                    for (int i = 0; i < PIECES; ++i) copy_bulk(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE, PIECE, barrier, policy);
                     copy_bulk(to + Smem::SCALES, p.scales + group * 128, STAGE_GROUPS * 128, barrier, policy);
                     if constexpr (ZEROS)
                         copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES,
                                   STAGE_GROUPS * Smem::GROUP_ZERO_BYTES, barrier, policy);
                 }
             } else {
-                copy_lanes<STAGE_UNITS * Smem::CODE_BYTES>(to, c.codes);
+#pragma unroll
+                for (int i = 0; i < PIECES; ++i) copy_lanes<PIECE>(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE);
                 copy_lanes<STAGE_GROUPS * 128>(to + Smem::SCALES, p.scales + group * 128);
                 if constexpr (ZEROS)
                     copy_lanes<STAGE_GROUPS * Smem::GROUP_ZERO_BYTES>(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES);
