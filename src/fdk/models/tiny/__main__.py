@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m fdk.models.tiny", description=__doc__)
     p.add_argument("--size", choices=tuple(COURSES), default="tiny", help="0.66 or 25 million parameters (tiny)")
-    p.add_argument("--steps", type=int, help="training steps (600; 1400 for small)")
+    p.add_argument("--steps", type=int, help="training steps (600; 800 for small)")
     p.add_argument("--folder", type=Path, help="load the trained model from there, or train and save it there")
     p.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2, 1], help="widths (8 to 1)")
     p.add_argument("--block-size", type=int, default=64, help="weights that share a scale (64)")
