@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -197,11 +197,21 @@ class Explanation:
 
 def explain(x: Tensor, weight: QuantisedWeight, kernel: str = "auto") -> Explanation:
     """Which kernel serves x [..., k] times the weight, and why the others were passed over."""
-    from fdk.kernels import names
-
     geometry = weight.geometry
     check_operands(x, geometry, weight.device, None)
-    problem = Problem(x.numel() // max(1, geometry.k), geometry, x.device)
+    explanation = explain_problem(Problem(x.numel() // max(1, geometry.k), geometry, x.device), kernel)
+    note = None
+    if not x.is_contiguous():
+        note = "x is copied first: its elements are not contiguous"
+    elif explanation.choice.kernel.name == "cuda" and x.storage_offset() * x.element_size() % 16:
+        note = "x is copied first: it does not start at a multiple of 16 bytes"
+    return replace(explanation, note=note)
+
+
+def explain_problem(problem: Problem, kernel: str = "auto") -> Explanation:
+    """The same for a product that is described, not made."""
+    from fdk.kernels import names
+
     choice = choose(problem, kernel)
     seen = {choice.kernel.name, *(name for name, _ in choice.rejected)}
     others = []
@@ -209,12 +219,7 @@ def explain(x: Tensor, weight: QuantisedWeight, kernel: str = "auto") -> Explana
         if name not in seen:
             reason = reason_against(kernel_named(name), problem)
             others.append((name, f"not needed: {reason}" if reason else "able, but later in the order of preference"))
-    note = None
-    if not x.is_contiguous():
-        note = "x is copied first: its elements are not contiguous"
-    elif choice.kernel.name == "cuda" and x.storage_offset() * x.element_size() % 16:
-        note = "x is copied first: it does not start at a multiple of 16 bytes"
-    return Explanation(choice, tuple(others), note)
+    return Explanation(choice, tuple(others))
 
 
-__all__ = ["Explanation", "UnsupportedError", "dequantise", "explain", "linear", "prepare", "run"]
+__all__ = ["Explanation", "UnsupportedError", "dequantise", "explain", "explain_problem", "linear", "prepare", "run"]

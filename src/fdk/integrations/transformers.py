@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -25,10 +26,11 @@ from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format, parse
 from fdk.models.card import write_card
 from fdk.models.checkpoint import METHOD, contents, describe, guard_of, joined, layer_entry, quantisation_of
-from fdk.models.config import DTYPES, QuantisationConfig, read_overrides
+from fdk.models.config import DTYPES, QuantisationConfig, check_dtype, read_overrides
 from fdk.models.decode import AnyStep, step_for
 from fdk.models.folder import copy_companions, resolve
 from fdk.models.precision import set_precision
+from fdk.models.room import check_room
 from fdk.models.tensors import CHECKSUMS, SHARD_BYTES, check_target, checksum, new_folder
 from fdk.nn import Linear
 from fdk.nn.convert import DEFAULT_SKIP, Job, plan_jobs, run_job
@@ -185,11 +187,15 @@ class FdkQuantizer(HfQuantizer):
         fmt, (n, k) = self.jobs[param_name.removesuffix(".weight")].recipe.format, param.shape
         return fmt.nbytes(n, k, param.element_size()) / max(1, n * k)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, dtype: torch.dtype | None = None, **_) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, dtype: torch.dtype | None = None, device_map=None, **_
+    ) -> None:
         if self.pre_quantized:
             self._place(model, dtype or model.dtype)
         else:
             self._plan(model)
+            if (device := _only_device(device_map)) is not None:
+                self._check_room(model, device, dtype or model.dtype)
 
     def _plan(self, model: nn.Module) -> None:
         """Choose the layers to quantise when their weights come; until then they stay what they are."""
@@ -204,6 +210,12 @@ class FdkQuantizer(HfQuantizer):
             else:
                 self.jobs[job.name] = job
         self.report = Report.of(model, kept)
+
+    def _check_room(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        shapes = {name: tuple(job.layers[name].weight.shape) for name, job in self.jobs.items()}
+        packed = sum(job.recipe.format.nbytes(*shapes[name], dtype.itemsize) for name, job in self.jobs.items())
+        rest = (self.report.parameters - sum(n * k for n, k in shapes.values())) * dtype.itemsize
+        check_room(str(model.config.name_or_path), packed + rest, shapes.values(), rest, device)
 
     def _place(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Replace the layers that are low-bit in the folder by empty ones, to be filled under the same names."""
@@ -296,6 +308,7 @@ class FdkQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from fdk import dequantise
 
+        dtype = check_dtype(dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -312,6 +325,16 @@ def _save_pretrained(model: nn.Module, save_directory, *args, **kwargs) -> None:
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         write_card(Path(save_directory), model.config.quantization_config.to_dict())
+
+
+def _only_device(device_map) -> torch.device | None:
+    """The device that all of the model goes to; None if there are several, or transformers is to choose."""
+    if device_map is None:
+        return torch.device("cpu")
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(places) > 1 or (isinstance(place := places.pop(), str) and place.startswith(("auto", "balanced", "seq"))):
+        return None
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def _empty(module: nn.Module, entry: Mapping, dtype: torch.dtype, kernel: str, name: str) -> nn.Module:
@@ -377,11 +400,12 @@ def _refuse_offload(device_map: Mapping) -> None:
 def load_causal(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The causal model of a folder by from_pretrained, low-bit or dense, without progress bars; `dtype` if dense."""
     transformers.utils.logging.disable_progress_bar()
-    # accelerate, which device_map needs, is worth its installation only where the model does not start on a CPU.
-    settings = {} if device.type == "cpu" else {"device_map": str(device)}
+    # device_map needs accelerate; without it the packed model passes through the host's memory.
+    direct = device.type != "cpu" and find_spec("accelerate") is not None
+    settings = {"device_map": str(device)} if direct else {}
     if not hasattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config"):
         settings["dtype"] = dtype
-    return _complete(folder, **settings)
+    return _complete(folder, **settings).to(device)
 
 
 def _complete(folder: Path, **settings) -> nn.Module:
@@ -400,7 +424,6 @@ def convert_folder(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    texts: Mapping[str, str] | None = None,
 ) -> Report:
     """`fdk.models.quantise_folder` for folders whose tensors transformers renames or stacks when it reads them.
 
@@ -417,7 +440,7 @@ def convert_folder(
         model = _complete(folder, quantization_config=FdkConfig.of(config), **settings)
     with new_folder(Path(target), overwrite) as work:
         model.save_pretrained(work, max_shard_size=shard_bytes)
-        copy_companions(folder, work, texts)
+        copy_companions(folder, work)
     return model.fdk_report
 
 

@@ -5,6 +5,7 @@ A tensor's CRC-32 stands in the metadata of the file that fdk wrote, so that a d
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -298,8 +299,10 @@ def check_target(target: Path, overwrite: bool) -> None:
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and is removed otherwise.
 
-    Everything is on the disk before the rename, so that `target` is whole or not there.
+    Everything is on the disk before the rename, so that `target` is whole or not there. What a killed process has left
+    of an earlier attempt is cleared away.
     """
+    _tidy(target)
     check_target(target, overwrite)
     for parent in target.parents:
         if parent.is_dir():
@@ -310,6 +313,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     token = uuid.uuid4().hex[:8]
     work = target.parent / f".{target.name}.partial-{token}"
     work.mkdir()
+    lock = os.open(work, os.O_RDONLY)
+    # Tells the next one that this folder is being worked on; the system lets go of it when the process ends.
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield work
         for path in (*work.iterdir(), work):
@@ -331,6 +337,38 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _tidy(target: Path) -> None:
+    """Clear away what a process that was killed has left beside `target`; put back what it had moved aside."""
+    for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+        if path.name.startswith(f".{target.name}.partial-") and _abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(f".{target.name}.replaced-"):
+            token = path.name.rpartition("-")[2]
+            if (target.parent / f".{target.name}.partial-{token}").exists():
+                continue
+            if target.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(target)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether no process works on a temporary folder of `new_folder` any more."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _sync(path: Path) -> None:
