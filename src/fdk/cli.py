@@ -1,4 +1,4 @@
-"""The fdk command: info, explain, quantise, generate, bench, plot.
+"""The fdk command: info, explain, quantise, eval, generate, bench, plot.
 
 Exit status 0, 1 if it failed, 2 for a wrong command line.
 """
@@ -18,9 +18,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from fdk.errors import FdkError
 
+WIDTHS_FILE = "widths.txt"
 OPTIONAL = ("safetensors", "numpy", "rich", "transformers", "huggingface_hub", "triton", "bitsandbytes", "matplotlib")
 
 
@@ -65,11 +67,29 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--scale", default="auto", help="auto, absmax, absmean, search (auto)")
     quantise.add_argument("--skip", default="^lm_head$", metavar="REGEX", help="layers that stay dense (^lm_head$)")
     quantise.add_argument("--overrides", metavar="FILE", help="lines 'layer.name: bits', or a format name for the bits")
+    quantise.add_argument("--target-bits", type=float, help="choose widths by layer: mean stored bits a weight")
+    quantise.add_argument("--max-memory", metavar="SIZE", help="choose widths by layer: the model's size, such as 8GB")
+    quantise.add_argument("--widths", type=int, nargs="+", help="bits on offer then, 16 for dense (1 to 8)")
+    quantise.add_argument("--calibration", type=Path, metavar="FILE", help="text on which their errors are measured")
+    quantise.add_argument("--calibration-tokens", type=int, default=4096, help="of its beginning (4096)")
     quantise.add_argument("--dtype", help="of scales and dense tensors: bf16, fp16, fp32 (as the source, fp32 as bf16)")
     quantise.add_argument("--device", help="where to quantise: cpu or cuda (cpu)")
     quantise.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (5)")
     quantise.add_argument("--overwrite", action="store_true", help="replace an output folder that fdk has written")
     quantise.set_defaults(run=run_quantise)
+
+    evaluate = commands.add_parser("eval", help="perplexity, KL and agreement with the 16-bit model on a text file")
+    evaluate.add_argument("model", help="folder or cached id of a model, dense or quantised by fdk")
+    evaluate.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text to predict")
+    evaluate.add_argument("--reference", metavar="MODEL", help="the 16-bit model to compare with")
+    evaluate.add_argument("--ids", action="store_true", help="FILE holds token ids, where there is no tokenizer")
+    evaluate.add_argument("--length", type=int, default=512, help="tokens of a segment; context starts anew (512)")
+    evaluate.add_argument("--segments", type=int, help="at most so many, spread evenly over the text (all)")
+    evaluate.add_argument("--batch", type=int, default=8, help="segments at a time (8)")
+    evaluate.add_argument("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
+    evaluate.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    evaluate.add_argument("--output-dir", type=Path, help="also write a record into this folder")
+    evaluate.set_defaults(run=run_eval)
 
     generate = commands.add_parser("generate", help="continue a prompt with a model, dense or quantised")
     generate.add_argument("model", help="folder, or id of a model in the local Hugging Face cache")
@@ -289,10 +309,14 @@ def run_quantise(args: argparse.Namespace) -> int:
     except FdkError as error:
         raise UsageError(str(error)) from None
     device = _device(args.device) if args.device else None
+    choice = _chosen_widths(args, config, device)
+    if choice:
+        config = choice.config
     # A terminated process cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
     settings = {"device": device, "overwrite": args.overwrite, "shard_bytes": int(args.shard_size * 1e9)}
+    settings["texts"] = {WIDTHS_FILE: choice.text()} if choice else {}
     try:
         with ExitStack() as stack:
             report = quantise_folder(args.model, args.output, config, **settings, progress=_progress(stack))
@@ -301,11 +325,53 @@ def run_quantise(args: argparse.Namespace) -> int:
 
         report = convert_folder(args.model, args.output, config, **settings)
     show(COLUMNS, report.rows())
+    if choice:
+        print(f"{choice.summary}; widths in {Path(args.output) / WIDTHS_FILE}")
     for name, reason in report.kept.items():
         print(f"kept dense: {name}: {reason}")
     print(f"{report.summary}; {time.perf_counter() - start:.1f} s")
     print(f"{args.output} is ready: fdk.load({args.output!r}) in Python, or fdk info {args.output}")
     return 0
+
+
+def _chosen_widths(args: argparse.Namespace, config, device):
+    """The widths that a budget asks for, or None if none was given."""
+    import torch
+
+    from fdk.models.budget import choose_for_folder, choose_widths, parse_size, sequences
+    from fdk.models.folder import OtherNames, resolve
+    from fdk.models.skeleton import read_config
+    from fdk.models.text import read_tokens
+
+    if args.target_bits is None and args.max_memory is None:
+        if args.widths or args.calibration:
+            raise UsageError("--widths and --calibration need a budget; add --target-bits or --max-memory")
+        return None
+    if args.target_bits is not None and args.max_memory is not None:
+        raise UsageError("--target-bits and --max-memory are two budgets; give one")
+    if args.bits:
+        raise UsageError("--bits has no meaning beside a budget, which chooses the widths; leave it out")
+    if wrong := [bits for bits in args.widths or () if bits != 16 and not 1 <= bits <= 8]:
+        raise UsageError(f"--widths {wrong[0]}: widths are 1 to 8 bits, and 16 for a layer that stays dense")
+    try:
+        size = None if args.max_memory is None else parse_size(args.max_memory)
+    except FdkError as error:
+        raise UsageError(f"--max-memory: {error}") from None
+    folder = resolve(args.model)
+    tokens = None
+    if args.calibration:
+        tokens = read_tokens(args.calibration, folder, read_config(folder))[: args.calibration_tokens]
+    with ExitStack() as stack:
+        progress = _bar(stack, "measuring")
+        try:
+            return choose_for_folder(folder, config, args.target_bits, size, args.widths, tokens, device, progress)
+        except OtherNames:
+            from fdk.integrations.transformers import load_causal
+
+            model = load_causal(folder, device or torch.device("cpu"), config.dtype or torch.bfloat16)
+            budget = {"target_bits": args.target_bits, "max_bytes": size, "widths": args.widths}
+            calibration = None if tokens is None else sequences(tokens)
+            return choose_widths(model, config, calibration=calibration, progress=progress, **budget)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -315,6 +381,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from fdk.models.folder import resolve
     from fdk.models.generate import generate
     from fdk.models.skeleton import read_config
+    from fdk.models.text import tokenizer
 
     if args.tokens < 1:
         raise UsageError(f"--tokens {args.tokens}: at least 1 is needed")
@@ -323,8 +390,8 @@ def run_generate(args: argparse.Namespace) -> int:
     device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = resolve(args.model)
     config = read_config(folder)
-    tokenizer = _tokenizer(folder) if args.prompt is not None else None
-    ids = tokenizer.encode(args.prompt).ids if tokenizer else args.ids
+    reader = tokenizer(folder) if args.prompt is not None else None
+    ids = reader.encode(args.prompt).ids if reader else args.ids
     model = _model(folder, config, device)
     stop = _stops(folder, config)
     found: list[int] = []
@@ -333,7 +400,7 @@ def run_generate(args: argparse.Namespace) -> int:
     for token in generate(model, ids, args.tokens, args.temperature, args.top_p, args.seed, stop, args.step):
         found.append(token)
         first = time.perf_counter() if len(found) == 1 else first
-        text = tokenizer.decode(found) if tokenizer else " ".join(map(str, found))
+        text = reader.decode(found) if reader else " ".join(map(str, found))
         # A character may be spread over several tokens; until it is whole it decodes to a replacement character.
         if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
@@ -380,26 +447,57 @@ def _stops(folder, config: dict) -> list[int]:
     return stop if isinstance(stop, list) else [] if stop is None else [stop]
 
 
-def _tokenizer(folder):
-    """The tokenizer of a model folder; FdkError if it has none, or the package that reads it is missing."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise FdkError(f"{folder} has no tokenizer.json; copy the original model's there, or give token ids with --ids")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise FdkError(
-            "reading tokenizer.json needs the package tokenizers: pip install "
-            "'fused-dequantisation-kernels[transformers]', or give token ids with --ids"
-        ) from None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise FdkError(f"{path} cannot be read ({error}); restore it from the original model, or use --ids") from None
+def run_eval(args: argparse.Namespace) -> int:
+    """`fdk eval`: how well a model predicts a text, alone and beside the model it was made from."""
+    from fdk.models.evaluate import score, segments
+    from fdk.models.folder import resolve
+    from fdk.models.skeleton import read_config
+    from fdk.models.text import read_tokens
+
+    for flag, value in (("--length", args.length), ("--batch", args.batch), ("--segments", args.segments or 1)):
+        if value < 1:
+            raise UsageError(f"{flag} {value}: at least 1 is needed")
+    if not 0 < args.confidence < 1:
+        raise UsageError(f"--confidence {args.confidence}: a number between 0 and 1 is needed")
+    device = _device(args.device)
+    folder = resolve(args.model)
+    config = read_config(folder)
+    # A quantised folder may lack the tokenizer that the original has.
+    original = resolve(args.reference) if args.reference else None
+    named = folder if original is None or (folder / "tokenizer.json").exists() else original
+    windows = segments(read_tokens(args.text, named, config, args.ids), args.length, args.segments)
+    model = _model(folder, config, device)
+    reference = None if original is None else _model(original, read_config(original), device)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        advance = _bar(stack, "evaluating")
+        progress = None if advance is None else lambda done, total: advance("segments", done, total)
+        found = score(model, windows, reference, args.batch, progress)
+    estimates = found.estimates(args.confidence)
+    names = {
+        "perplexity": "perplexity", "perplexity_ratio": "perplexity over the reference's",
+        "kl": "mean KL to the reference, nats per token", "top1": "same most likely token as the reference",
+    }  # fmt: skip
+    rows = [(names[name], *(f"{x:.5g}" for x in (e.value, e.low, e.high))) for name, e in estimates.items()]
+    show(("quantity", "value", f"{args.confidence:.0%} from", "to"), rows)
+    tokens = windows.shape[0] * args.length
+    print(f"{tokens:,} tokens in {len(windows)} segments of {args.length}; {time.perf_counter() - start:.1f} s")
+    if args.output_dir:
+        from fdk.bench import records
+
+        environment = records.environment(device)
+        entry = {"test": "eval", "model": str(args.model), "reference": args.reference, "text": str(args.text)}
+        entry |= {"length": args.length, "segments": len(windows), "confidence": args.confidence}
+        for name, e in estimates.items():
+            entry |= {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
+        with records.Writer(args.output_dir, f"eval-{environment['id']}") as writer:
+            writer.write({**entry, **environment})
+        print(f"record: {writer.path}")
+    return 0
 
 
-def _progress(stack: ExitStack):
-    """A progress callback with a bar on standard error if that is a terminal, else None."""
+def _bar(stack: ExitStack, what: str):
+    """A function of (text, done, total) that moves a bar on standard error if that is a terminal, else None."""
     if not sys.stderr.isatty():
         return None
     from rich.console import Console
@@ -407,15 +505,23 @@ def _progress(stack: ExitStack):
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-    task = bar.add_task("quantising")
+    task = bar.add_task(what)
+    return lambda text, done, total: bar.update(task, completed=done, total=total, description=f"{what} {text}")
+
+
+def _progress(stack: ExitStack):
+    """A progress callback of quantisation with the mean SQNR so far, or None without a terminal."""
+    advance = _bar(stack, "quantising")
+    if advance is None:
+        return None
     noise = [0, 0.0]
 
-    def advance(layer, done: int, total: int) -> None:
+    def progress(layer, done: int, total: int) -> None:
         noise[0] += 1
         noise[1] += layer.error.sqnr_db
-        bar.update(task, completed=done, total=total, description=f"SQNR {noise[1] / noise[0]:.1f} dB  {layer.name}")
+        advance(f"SQNR {noise[1] / noise[0]:.1f} dB  {layer.name}", done, total)
 
-    return advance
+    return progress
 
 
 def _run_module(name: str, what: str, argv: list[str]) -> int:
@@ -472,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    names = {"info", "explain", "quantise", "generate"}
+    names = {"info", "explain", "quantise", "eval", "generate"}
     command = f"fdk {arguments[0]}" if arguments and arguments[0] in names else "fdk"
     print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
     return status

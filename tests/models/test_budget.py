@@ -173,8 +173,11 @@ def test_calibration_tells_layers_apart_that_weights_cannot(llama, tokens):
     with torch.no_grad():
         # What the first layer's MLP adds to the stream is lost, so its widths do not matter.
         llama.model.layers[0].mlp.down_proj.weight.mul_(1e-6)
-    choice = choose_widths(llama, QuantisationConfig(4, 32), target_bits=3.5, calibration=tokens)
+    config = QuantisationConfig(4, 32)
+    choice = choose_widths(llama, config, target_bits=3.5, calibration=tokens)
     chosen = bits_of(choice)
+    without = measure_model(llama, config, calibration=tokens).by_weights().choose(3.5)
+    assert without == choose_widths(llama, config, target_bits=3.5)
     assert chosen["model.layers.0.mlp.up_proj"] == chosen["model.layers.0.mlp.gate_proj"] == 1
     assert "nats" in choice.summary
 

@@ -128,3 +128,43 @@ def test_the_default_device_is_what_is_there(command):
     assert command.module.parser().parse_args([]).model == (
         "custom-llama-4B" if torch.cuda.is_available() else "custom-llama-tiny"
     )
+
+
+@pytest.mark.parametrize("budget", [("--target-bits", "3.2"), ("--max-memory", "50KB")])
+def test_a_budget_chooses_widths_by_layer(command, capsys, tmp_path, budget):
+    status, found = command("--model", "custom-llama-mini", "--block-size", "32", *budget)
+    assert status == 0
+    name = "lut_g32 in " + {"3.2": "3.2 bits", "50KB": "50KB"}[budget[1]]
+    assert [(r["format"], r["status"]) for r in found] == [("bf16", "ok"), (name, "ok")]
+    if budget[0] == "--target-bits":
+        assert 3.0 < found[1]["bits"] <= 3.2
+    else:
+        assert 47_000 < found[1]["model_bytes"] <= 50_000
+    (path,) = (tmp_path / "out").glob("widths-*.txt")
+    out = capsys.readouterr().out
+    assert "the optimum" in out
+    # The saved widths are those of a second run that is told them.
+    status, again = command(
+        "--model", "custom-llama-mini", "--block-size", "32", "--bits", "4", "--overrides", str(path)
+    )
+    assert status == 0
+    assert again[-1]["model_bytes"] == found[1]["model_bytes"]
+
+
+def test_a_budget_of_a_folder(command, tmp_path, llama):
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    save_file(llama.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(llama.config.to_hf()))
+    status, found = command("--model", str(folder), "--bits", "16", "--target-bits", "2.9")
+    assert status == 0
+    assert [record["status"] for record in found] == ["ok", "ok"]
+    assert 2.7 < found[1]["bits"] <= 2.9
+
+
+def test_a_budget_that_does_not_fit_is_a_skip(command, capsys):
+    status, found = command("--model", "custom-llama-mini", "--max-memory", "1KB")
+    assert status == 0
+    assert found[-1]["status"] == "skipped"
+    assert "bytes too small" in capsys.readouterr().out
+    assert command("--model", "custom-llama-mini", "--max-memory", "lots")[0] == 2

@@ -424,6 +424,7 @@ def convert_folder(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
 ) -> Report:
     """`fdk.models.quantise_folder` for folders whose tensors transformers renames or stacks when it reads them.
 
@@ -440,7 +441,7 @@ def convert_folder(
         model = _complete(folder, quantization_config=FdkConfig.of(config), **settings)
     with new_folder(Path(target), overwrite) as work:
         model.save_pretrained(work, max_shard_size=shard_bytes)
-        copy_companions(folder, work)
+        copy_companions(folder, work, texts)
     return model.fdk_report
 
 

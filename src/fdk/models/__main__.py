@@ -18,14 +18,17 @@ from fdk.bench.command import rebind
 from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
 from fdk.errors import FdkError
-from fdk.models import QuantisationConfig, quantise
+from fdk.models import QuantisationConfig, quantise, read_overrides
 from fdk.models.adopt import as_llama
+from fdk.models.budget import COLUMNS as WIDTH_COLUMNS
+from fdk.models.budget import choose_for_folder, choose_widths, parse_size
 from fdk.models.configs import CUSTOM
 from fdk.models.decode import model_bytes, time_steps
 from fdk.models.folder import load_dense, resolve
 from fdk.models.llama import Llama
-from fdk.models.random import estimated_bytes, random_llama
+from fdk.models.random import estimated_bytes, random_llama, random_tensor
 from fdk.models.skeleton import read_config
+from fdk.nn.convert import Job
 
 COLUMNS = ("format", "batch", "tokens/s", "ms/step (p20-p80)", "GB/s", "x floor", "x 16 bits", "GB")
 MEMORY_SHARE = 0.8
@@ -50,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", default="^lm_head$", metavar="REGEX", help="layers that stay dense (^lm_head$)")
     p.add_argument("--block-size", default="64", help="weights that share a scale, or chan (64)")
     p.add_argument("--codebook", default="uniform", help="uniform, kmeans or int (uniform)")
+    p.add_argument("--overrides", type=Path, metavar="FILE", help="lines 'layer.name: bits', or a format for the bits")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--target-bits", type=float, metavar="B", help="widths by layer: B stored bits a weight on average"
+    )
+    budget.add_argument("--max-memory", metavar="SIZE", help="widths by layer: a model of this size, such as 8GB")
     p.add_argument("--kernel", default="auto", help="auto, a kernel's name, marlin or marlin-lut (auto)")
     p.add_argument(
         "--step",
@@ -72,6 +81,7 @@ class Sweep:
         self.args = args
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.environment = records.environment(self.device)
+        self.max_bytes = None if args.max_memory is None else parse_size(args.max_memory)
         self.configs = self._configs()
         self.custom = CUSTOM.get(args.model)
         self.folder = None if self.custom else resolve(args.model)
@@ -86,7 +96,8 @@ class Sweep:
     def _configs(self) -> dict[str, QuantisationConfig | None]:
         args = self.args
         found: dict[str, QuantisationConfig | None] = {}
-        common = {"kernel": args.kernel, "skip": args.skip}
+        overrides = read_overrides(args.overrides) if args.overrides else {}
+        common = {"kernel": args.kernel, "skip": args.skip, "overrides": overrides}
         for name in args.format:
             config = QuantisationConfig(format=name, **common)
             found[str(config.format)] = config
@@ -96,7 +107,43 @@ class Sweep:
                 continue
             config = QuantisationConfig(bits, args.block_size, codebook=args.codebook, **common)
             found[str(config.format)] = config
-        return found
+        if not self.by_layer:
+            return found
+        # The base's width plays no part, so one is enough.
+        base = next((config for config in found.values() if config), None)
+        base = base or QuantisationConfig(4, args.block_size, codebook=args.codebook, **common)
+        budget = args.max_memory or f"{args.target_bits:g} bits"
+        fmt = base.format
+        name = str(fmt).replace(f"{fmt.kind.name}{fmt.bits}", fmt.kind.name, 1)
+        return {**({"bf16": None} if "bf16" in found else {}), f"{name} in {budget}": base}
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a budget chooses the width of each layer."""
+        return self.args.target_bits is not None or self.max_bytes is not None
+
+    def chosen(self, base: QuantisationConfig) -> QuantisationConfig:
+        """`base` with the widths of least error that the budget allows; printed, and saved beside the records."""
+        args = self.args
+        if self.custom:
+
+            def weight_of(job: Job) -> torch.Tensor:
+                shape = next(iter(job.layers.values())).weight.shape
+                return random_tensor(f"{job.name}.weight", shape, args.seed, self.device, torch.bfloat16)
+
+            choice = choose_widths(
+                Llama.skeleton(self.custom),
+                base,
+                target_bits=args.target_bits,
+                max_bytes=self.max_bytes,
+                weight_of=weight_of,
+            )
+        else:
+            choice = choose_for_folder(self.folder, base, args.target_bits, self.max_bytes, device=self.device)
+        show_plain((WIDTH_COLUMNS, *choice.rows()), choice.summary)
+        path = choice.save(args.output_dir / f"widths-{self.environment['id']}.txt")
+        print(f"widths: {path}", flush=True)
+        return choice.config
 
     def model(self, config: QuantisationConfig | None) -> Llama:
         """The model in one format, or an FdkError that says why not."""
@@ -125,6 +172,8 @@ class Sweep:
         for name, config in self.configs.items():
             gc.collect()
             try:
+                if self.by_layer and config is not None:
+                    config = self.chosen(config)
                 model = self.model(config)
             except Exception as error:
                 for batch in self.args.batch_size:
@@ -170,7 +219,7 @@ class Sweep:
             {
                 **self.base(name, batch),
                 "g": None if config is None else config.block_size,
-                "bits": 16 if config is None else config.bits,
+                "bits": 16 if config is None else report.bits_per_weight if self.by_layer else config.bits,
                 "kernel": args.kernel,
                 "status": "ok",
                 "reason": None,

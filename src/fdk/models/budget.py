@@ -23,8 +23,10 @@ from fdk import reference
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.formats.registry import LUT
+from fdk.models.checkpoint import joined
 from fdk.models.config import DENSE_BITS, QuantisationConfig
 from fdk.models.evaluate import Calibration
+from fdk.models.folder import load_dense, open_source
 from fdk.models.skeleton import persistent
 from fdk.nn.convert import Job, plan_jobs, quantise_weight
 from fdk.nn.report import measure
@@ -32,6 +34,7 @@ from fdk.weight import QuantisedWeight
 
 WIDTHS = tuple(range(1, 9))
 MOST_STATES = 1 << 16
+CALIBRATION_LENGTH = 512
 MEASURED_BITS = 4
 """Wider layers change predictions by less than rounding to 16 bits does; there the divergence at 4 bits is scaled by
 the error of the weights, to which it is proportional when small."""
@@ -172,13 +175,17 @@ def _greedy(costs: list[np.ndarray], errors: list[np.ndarray], budget: int) -> A
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What a layer may become: formats (None: it stays dense), the bytes of each and the error that it makes."""
+    """What a layer may become: formats (None: it stays dense), the bytes of each and the error that it makes.
+
+    relative: squared error of the weights over their square; `errors` are the same, or divergences where calibrated.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, int]
     formats: tuple[Format | None, ...]
     nbytes: tuple[int, ...]
     errors: tuple[float, ...]
+    relative: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -261,6 +268,11 @@ class Measured:
     other_bytes: int
     calibrated: bool
     widths_named: bool
+
+    def by_weights(self) -> Measured:
+        """The same by the errors of the weights alone."""
+        layers = tuple(replace(layer, errors=layer.relative) for layer in self.layers)
+        return replace(self, layers=layers, calibrated=False)
 
     def choose(self, target_bits: float | None = None, max_bytes: int | None = None) -> Choice:
         """The widths of least error within one of the two budgets, as `choose_widths` describes them."""
@@ -357,6 +369,43 @@ def choose_widths(
     return measured.choose(target_bits, max_bytes)
 
 
+def sequences(tokens: Tensor) -> Tensor:
+    """Token ids [t] of a text as sequences [s, 512] to calibrate on, or one shorter sequence; a rest is left out."""
+    length = min(CALIBRATION_LENGTH, len(tokens))
+    if length < 2:
+        raise FormatError(f"the calibration text has {len(tokens)} tokens; give a longer one")
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def choose_for_folder(
+    folder: Path,
+    config: QuantisationConfig,
+    target_bits: float | None = None,
+    max_bytes: int | None = None,
+    widths: Sequence[int] | None = None,
+    tokens: Tensor | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Choice:
+    """`choose_widths` for a dense model folder.
+
+    tokens: ids [t] of a text to calibrate on (see `sequences`); then the whole model is loaded in 16 bits. Without it
+    one dense tensor is in memory at a time.
+    """
+    opened = open_source(folder)
+    dtype = config.dtype or opened.dtype
+    common = {"target_bits": target_bits, "max_bytes": max_bytes, "widths": widths, "dtype": dtype}
+    if tokens is not None:
+        model = load_dense(folder, device, opened.dtype)
+        return choose_widths(model, config, calibration=sequences(tokens), progress=progress, **common)
+
+    def weight_of(job: Job) -> Tensor:
+        tensor = opened.files.get(opened.held[joined(job.name, "weight")])
+        return tensor if device is None else tensor.to(device)
+
+    return choose_widths(opened.model, config, weight_of=weight_of, progress=progress, **common)
+
+
 def _allocate(layers: Sequence[LayerOptions], budget: int) -> Allocation | None:
     return allocate([layer.nbytes for layer in layers], [layer.errors for layer in layers], budget)
 
@@ -365,7 +414,8 @@ def _without_one_bit(layer: LayerOptions) -> LayerOptions:
     """The options of more than one bit, if there are several."""
     if len(layer.formats) == 1 or layer.formats[0] is None or layer.formats[0].bits > 1:
         return layer
-    return replace(layer, formats=layer.formats[1:], nbytes=layer.nbytes[1:], errors=layer.errors[1:])
+    rest = {name: getattr(layer, name)[1:] for name in ("formats", "nbytes", "errors", "relative")}
+    return replace(layer, **rest)
 
 
 def measure_options(
@@ -382,16 +432,18 @@ def measure_options(
     if not any(re.search(pattern, job.name) for pattern in config.overrides):
         base = job.recipe.format
         formats = [None if bits == DENSE_BITS else replace(base, bits=bits) for bits in sorted(set(widths))]
-    sizes, errors = [], []
+    sizes, errors, relatives = [], [], []
     measured: tuple[float, float] | None = None
     for fmt in formats:
         if fmt is None:
             sizes.append(n * k * dtype.itemsize)
             errors.append(0.0)
+            relatives.append(0.0)
             continue
         weight = quantise_weight(dense, replace(job.recipe, format=fmt), job.name, dtype)
         sizes.append(weight.nbytes)
         relative = 10 ** (-measure(job.name, dense, weight).sqnr_db / 10)
+        relatives.append(relative)
         if calibration is None:
             errors.append(relative)
         elif measured is None or fmt.bits <= MEASURED_BITS:
@@ -399,7 +451,7 @@ def measure_options(
             errors.append(measured[0])
         else:
             errors.append(measured[0] * relative / measured[1] if measured[1] else 0.0)
-    return LayerOptions(tuple(job.layers), (n, k), tuple(formats), tuple(sizes), tuple(errors))
+    return LayerOptions(tuple(job.layers), (n, k), tuple(formats), tuple(sizes), tuple(errors), tuple(relatives))
 
 
 def _divergence(job: Job, weight: QuantisedWeight, calibration: Calibration) -> float:

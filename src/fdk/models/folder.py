@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,13 +151,14 @@ def quantise_folder(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
     progress: Callable[[LayerReport, int, int], None] | None = None,
 ) -> Report:
     """Quantise the model in the folder (or cached id) `source` into the new folder `target`. Returns the report.
 
     Tensors are mapped, quantised on `device` and written one at a time: memory is one dense tensor and its low-bit
     form. dtype: of scales and dense tensors; None: the config's, else float16 or bfloat16 as the source stores most.
-    Tokenizer and other small files are copied. `target` appears whole or not at all.
+    Tokenizer and other small files are copied; `texts` are files to add, by name. `target` appears whole or not at all.
     """
     target = Path(target)
     check_target(target, overwrite)
@@ -192,7 +193,7 @@ def quantise_folder(
         write_config(work, {**stored, "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantisation})
         if layers:
             write_card(work, quantisation)
-        copy_companions(folder, work)
+        copy_companions(folder, work, texts)
     return report
 
 
@@ -250,9 +251,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def copy_companions(folder: Path, work: Path) -> None:
-    """Copy tokenizer, generation settings, licence and the like."""
+def copy_companions(folder: Path, work: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Copy tokenizer, generation settings, licence and the like; then write `texts` by name."""
     for path in sorted(folder.iterdir()):
         taken = path.name in (CONFIG, INDEX) or path.name.startswith(".") or path.name.endswith(".index.json")
         if path.is_file() and not taken and path.suffix not in _LEFT and path.stat().st_size <= LARGEST_COPY:
             shutil.copyfile(path, work / path.name)
+    for name, text in (texts or {}).items():
+        (work / name).write_text(text, encoding="utf-8")

@@ -24,9 +24,12 @@ from fdk.models.tiny import COURSES, Course, corpus, held_out, save_dense, train
 from fdk.nn import Linear
 from fdk.nn.report import measure
 
+PARTS = ("tables", "four", "nested", "budget")
+"""lut formats of every width, other 4-bit formats dense and sparse, slices of 8-bit masters, widths by layer."""
 COLUMNS = ("weights", "bits/weight", "mean KL (95 %)", "top-1 %", "perplexity / bf16 (95 %)", "mean SQNR dB")
 BUDGET_WIDTHS = (2, 3, 4)
 CALIBRATION_TOKENS = 8192
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m fdk.models.tiny", description=__doc__)
     p.add_argument("--size", choices=tuple(COURSES), default="tiny", help="0.66 or 25 million parameters (tiny)")
-    p.add_argument("--steps", type=int, help="training steps (600; 1400 for small)")
+    p.add_argument("--steps", type=int, help="training steps (600; 800 for small)")
     p.add_argument("--folder", type=Path, help="load the trained model from there, or train and save it there")
     p.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2, 1], help="widths (8 to 1)")
     p.add_argument("--block-size", type=int, default=64, help="weights that share a scale (64)")
     p.add_argument("--scale", default="auto", help="auto, absmax, absmean or search (auto)")
     p.add_argument("--sequences", type=int, default=512, help="held-out sequences (512)")
+    p.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help=f"rows to make ({' '.join(PARTS)})")
     p.add_argument("--kernel", default="auto", help="which kernel multiplies (auto)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train and evaluate (cpu)")
     p.add_argument("--seed", type=int, default=0)
@@ -97,25 +101,28 @@ def variants(args: argparse.Namespace, course: Course, model: Llama, dense: Llam
         found = quantise(model, config, args.device)
         return Variant(found, format, config.bits, codebook)
 
-    for bits in args.bits:
+    for bits in args.bits if "tables" in args.parts else ():
         yield low(f"lut{bits}_{group}")
         yield low(f"lut{bits}_{group}", "kmeans")
-    yield low(f"nf4_{group}")
-    yield low(f"int4_{group}")
-    yield low(f"int4_{group}_sp16of32")
-    yield low(f"lut4_{group}_sp16of32", "kmeans")
-    for kind in ("nest8", "trunc8"):
+    if "four" in args.parts:
+        yield low(f"nf4_{group}")
+        yield low(f"int4_{group}")
+        yield low(f"int4_{group}_sp16of32")
+        yield low(f"lut4_{group}_sp16of32", "kmeans")
+    for kind in ("nest8", "trunc8") if "nested" in args.parts else ():
         master = low(f"{kind}_{group}").model
         for bits in args.bits:
             if bits > 1:
                 set_precision(master, bits)
                 yield Variant(master, str(parse(f"{kind}_{group}").at(bits)), bits, "uniform")
+    if "budget" not in args.parts:
+        return
     text, _ = corpus(course.broad)
     length = course.length
     calibration = text[: CALIBRATION_TOKENS // length * length].view(-1, length).long()
     base = QuantisationConfig(4, args.block_size, codebook="kmeans", scale=args.scale, kernel=args.kernel)
-    for note, tokens in (("budget, weights alone", None), ("budget, calibrated", calibration)):
-        measured = measure_model(dense, base, calibration=tokens)
+    calibrated = measure_model(dense, base, calibration=calibration)
+    for note, measured in (("budget, weights alone", calibrated.by_weights()), ("budget, calibrated", calibrated)):
         for bits in BUDGET_WIDTHS:
             flat = sum(layer.nbytes[bits - 1] for layer in measured.layers) + measured.other_bytes
             chosen = measured.choose(max_bytes=flat)
@@ -152,7 +159,7 @@ def run(args: argparse.Namespace, course: Course) -> int:
     environment = records.environment(torch.device(args.device))
     windows = held_out(args.sequences, course)
     dense = quantise(model, None, args.device)
-    original = score(dense, windows).estimates()
+    original = score(dense, windows, batch=BATCH).estimates()
     base = {
         "test": "quality", "model": args.size, "parameters": course.config.parameters, "kernel": args.kernel,
         "steps": args.steps or course.steps, "seed": args.seed, "training_seconds": seconds,
@@ -164,7 +171,7 @@ def run(args: argparse.Namespace, course: Course) -> int:
     with records.Writer(args.output_dir, f"quality-{environment['id']}") as writer:
         writer.write({**base, "format": "bf16", "bits": 16, "bits_per_weight": 16.0, **flat(original), **environment})
         for variant in variants(args, course, model, dense):
-            found = score(variant.model, windows, dense).estimates()
+            found = score(variant.model, windows, dense, BATCH).estimates()
             sqnr = variant.mean_sqnr_db(model)
             writer.write(
                 {

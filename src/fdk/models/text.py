@@ -1,0 +1,53 @@
+"""Texts as token ids: by a folder's tokenizer, as bytes, or as ids that are written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fdk.errors import FdkError, FormatError
+
+BYTES = 256
+"""A model of so many tokens that has no tokenizer reads bytes."""
+
+
+def tokenizer(folder: Path):
+    """The tokenizer of a model folder; FdkError if it has none, or the package that reads it is missing."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise FdkError(f"{folder} has no tokenizer.json; copy the original model's there, or give token ids with --ids")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise FdkError(
+            "reading tokenizer.json needs the package tokenizers: pip install "
+            "'fused-dequantisation-kernels[transformers]', or give token ids with --ids"
+        ) from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise FdkError(f"{path} cannot be read ({error}); restore it from the original model, or use --ids") from None
+
+
+def read_tokens(path: Path, folder: Path, config: Mapping, ids: bool = False) -> Tensor:
+    """int64 [tokens] of the text in the file `path`, for the model in `folder` with that config.json.
+
+    ids: the file holds token ids, separated by blanks. FormatError, naming the file, if it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+        if ids:
+            return torch.tensor([int(word) for word in raw.split()], dtype=torch.int64)
+        if not (folder / "tokenizer.json").exists() and config.get("vocab_size") == BYTES:
+            return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0).long()
+        text = raw.decode()
+    except OSError as error:
+        raise FormatError(f"cannot read {path} ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not UTF-8 (byte {error.start}); convert it, or use --ids") from None
+    except ValueError:
+        raise FormatError(f"{path} holds something other than token ids; leave --ids out to read it as text") from None
+    return torch.tensor(tokenizer(folder).encode(text, add_special_tokens=False).ids, dtype=torch.int64)
