@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def memory(device: torch.device) -> tuple[int, int]:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = total
     return _within_group(total, free)
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has held so far, mapped files and libraries included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _within_group(total: int, free: int) -> tuple[int, int]:

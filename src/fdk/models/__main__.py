@@ -238,6 +238,7 @@ class Sweep:
                 "x_bf16": None if dense is None else dense / times.p50,
                 "read_bandwidth": self.ceilings.read,
                 "threads": torch.get_num_threads(),
+                "host_peak_bytes": device.peak_host_bytes(),
                 "quantise_seconds": report.seconds if report else None,
                 "share_quantised": report.share if report else None,
                 **self.environment,

@@ -29,23 +29,33 @@ def add_norm(
     y_ptr,
     weight_ptr,
     out_ptr,
+    token_ptr,
     position_ptr,
     size,
     eps,
+    EMBED: tl.constexpr,
     ADD: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """x [b, size] += y, if ADD; out = weight * x / sqrt(mean(x^2) + eps); position += 1, if COUNT. A program a row."""
+    """out = weight * x / sqrt(mean(x^2) + eps), a program for each row of x [b, size].
+
+    ADD: first x += y. EMBED: first x = y[token], with token [b] and y [tokens, size]. COUNT: position += 1.
+    """
     kind: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < size
     weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
     follow(PDL)
-    x = tl.load(x_ptr + row * size + column, mask=inside, other=0).to(tl.float32)
+    if EMBED:
+        stored = tl.load(y_ptr + tl.load(token_ptr + row) * size + column, mask=inside, other=0)
+        tl.store(x_ptr + row * size + column, stored, mask=inside)
+        x = stored.to(tl.float32)
+    else:
+        x = tl.load(x_ptr + row * size + column, mask=inside, other=0).to(tl.float32)
     if ADD:
         x += tl.load(y_ptr + row * size + column, mask=inside, other=0).to(tl.float32)
         stored = rounded(x, kind, INTERPRETED)

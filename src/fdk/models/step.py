@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fdk.errors import UnsupportedError
+from fdk.kernels.cuda import attend, jit
 from fdk.kernels.triton import interpreted
 from fdk.models.chain import Normed, Products, fuse
 from fdk.models.llama import Llama, RMSNorm
@@ -65,7 +65,7 @@ class Step:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Llama, batch: int, length: int, epilogues: bool = False) -> None:
+    def __init__(self, model: Llama, batch: int, length: int, epilogues: bool = True) -> None:
         if reason := reason_against(model):
             raise UnsupportedError(f"Step cannot decode this model: {reason}; call the model itself")
         config = self.config = model.config
@@ -94,11 +94,21 @@ class Step:
         if self.on_gpu and epilogues:
             self.fused = fuse(self.products, batch, config.rms_norm_eps)
         self.common = {"PDL": False, "INTERPRETED": interpreted()}
+        self.attention = self._cuda_attention(heads, length) if self.on_gpu else None
         self.graph = None
         if self.on_gpu:
             pdl = torch.cuda.get_device_capability(model.device) >= (9, 0)
             self.common |= {"PDL": pdl, "launch_pdl": pdl}
             self._capture()
+
+    def _cuda_attention(self, heads: int, length: int) -> attend.Config | None:
+        """The configuration of the CUDA kernel for the attention, which has none before Hopper; None: fused.attend."""
+        if torch.cuda.get_device_capability(self.model.device) < (9, 0) or jit.unavailable():
+            return None
+        config, sms = self.config, torch.cuda.get_device_properties(self.model.device).multi_processor_count
+        queries = config.num_attention_heads // config.num_key_value_heads
+        bf16 = self.model.dtype == torch.bfloat16
+        return attend.choose_config(config.head_dim, queries, heads, length, bf16, config.qk_norm, sms)
 
     def _capture(self) -> None:
         """Run twice to compile everything, then record; a prefill overwrites what these put into the cache."""
@@ -140,8 +150,9 @@ class Step:
     def _run(self) -> Tensor:
         """Feed `tokens`; the logits, whose most likely tokens they then are."""
         body = self.model.model
-        x = F.embedding(self.tokens[:, 0], body.embed_tokens.weight)
-        normed = self._norm(x, None, body.layers[0].input_layernorm)
+        embedding = body.embed_tokens.weight
+        x = embedding.new_empty(self.batch, embedding.shape[1])
+        normed = self._norm(x, embedding, body.layers[0].input_layernorm, embed=True)
         next_norms = [*(layer.input_layernorm for layer in body.layers[1:]), body.norm]
         for index, (layer, next_norm) in enumerate(zip(body.layers, next_norms, strict=True)):
             products, fused = self.products[index], self.fused[index]
@@ -162,20 +173,22 @@ class Step:
         self._choose(logits)
         return logits
 
-    def _norm(self, x: Tensor, y: Tensor | None, norm: RMSNorm, count: bool = False) -> Normed:
-        """The norm of x + y, which x becomes."""
+    def _norm(self, x: Tensor, y: Tensor, norm: RMSNorm, count: bool = False, embed: bool = False) -> Normed:
+        """The norm of x + y, which x becomes; embed: of the rows of y [vocab, size] for `tokens`."""
         from fdk.models.fused import add_norm
 
         out, size = torch.empty_like(x), x.shape[1]
         add_norm[(self.batch,)](
             x,
-            x if y is None else y,
+            y,
             norm.weight,
             out,
+            self.tokens,
             self.position,
             size,
             norm.eps,
-            ADD=y is not None,
+            EMBED=embed,
+            ADD=not embed,
             COUNT=count,
             BLOCK=1 << (size - 1).bit_length(),
             num_warps=8 if size > 2048 else 4,
@@ -192,25 +205,34 @@ class Step:
         return out
 
     def _attend(self, qkv: Tensor, index: int) -> Tensor:
-        from fdk.models.fused import attend
-
         config, cache = self.config, self.cache
         attention = self.model.model.layers[index].self_attn
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else None
         out = qkv.new_empty(self.batch, config.num_attention_heads * config.head_dim)
-        attend[(self.batch * config.num_key_value_heads, self.splits)](
+        scale = math.log2(math.e) / math.sqrt(config.head_dim)
+        keys, values = cache.keys[index], cache.values[index]
+        if self.attention is not None:
+            eps = config.rms_norm_eps
+            attend.attend(
+                self.attention, qkv, keys, values, cache.cos, cache.sin, self.position, out, scale, norms, eps
+            )
+            return out
+        from fdk.models import fused
+
+        fused.attend[(self.batch * config.num_key_value_heads, self.splits)](
             qkv,
-            cache.keys[index],
-            cache.values[index],
+            keys,
+            values,
             cache.cos,
             cache.sin,
-            *((attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (qkv, qkv)),
+            *(norms or (qkv, qkv)),
             self.position,
             self.partial,
             self.arrived,
             out,
             cache.length,
             config.rms_norm_eps,
-            math.log2(math.e) / math.sqrt(config.head_dim),
+            scale,
             NORM=config.qk_norm,
             KV_HEADS=config.num_key_value_heads,
             HEADS=config.num_attention_heads // config.num_key_value_heads,

@@ -11,13 +11,13 @@ from fdk.kernels.cuda.decode import Epilogue
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = ["lut1_g64", "lut2_g64", "lut3_g32", "lut4_g64", "nf4_g64", "lut8_chan", "int1_chan", "int8_g64", "uint4_g48"]
+FORMATS = ["lut1_g64", "lut2_g64", "lut3_g32", "lut4_g64", "nf4_g64", "int8_chan", "uint4_g48"]
 EPS = 1e-5
 BF16 = testing.UNIT_ROUNDOFF[torch.bfloat16]
 
 
 def weight_of(name: str, n: int, k: int, **more):
-    return testing.random_weight(parse(name), n, k, device="cuda:0", **more)
+    return testing.random_weight(parse(name), n, k, device="cuda:0", **more).to_layout("fragments")
 
 
 def inputs(m: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -29,18 +29,17 @@ def float32_bound(x: torch.Tensor, weight, y: torch.Tensor) -> torch.Tensor:
     return testing.error_bound(x, weight, y, torch.bfloat16) - 1.01 * BF16 * y.abs()
 
 
-@pytest.mark.parametrize("shape", [(192, 512), (70, 960), (3072, 3072), (3072, 11264)])
-@pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("shape", [(70, 960), (3072, 3072)])
+@pytest.mark.parametrize("m", [1, 5, 16, 40])
 @pytest.mark.parametrize("name", FORMATS)
 def test_residual_sum_and_the_next_norm(name: str, m: int, shape: tuple[int, int]) -> None:
     n, k = shape
-    weight = weight_of(name, n, k - k % 48 if "48" in name else k, seed=m)
-    k = weight.shape[1]
+    weight = weight_of(name, n, k, seed=m)
     x, before, gamma, bias = inputs(m, k), inputs(m, n, 1) * 16, inputs(1, n, 2)[0], inputs(1, n, 3)[0]
     expected = testing.exact(x, weight, bias) + before.double()
     bound = float32_bound(x, weight, testing.exact(x, weight)) + 1.01 * BF16 * expected.abs()
     bound += 2.0**-22 * (expected.abs() + bias.double().abs() + before.double().abs())
-    plan = KERNEL.chained(weight.to_layout("fragments"), m, Epilogue(residual=True))
+    plan = KERNEL.chained(weight, m, Epilogue(residual=True))
     runs = []
     for _ in range(3):
         residual, out = before.clone(), testing.poisoned(m, n, torch.bfloat16, "cuda:0")
@@ -62,8 +61,8 @@ def norms(m: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return squares, squares.double().sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("count", [6, 96, 130])
-@pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("count", [6, 96])
+@pytest.mark.parametrize("m", [1, 2, 16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_of_what_is_still_to_be_normalised(name: str, m: int, count: int) -> None:
     n, k = (5120, 3072) if count == 96 else (200, 960)
@@ -75,19 +74,19 @@ def test_a_product_of_what_is_still_to_be_normalised(name: str, m: int, count: i
     bound = float32_bound(x, weight, expected) * scale + 1.01 * BF16 * expected.abs()
     # The sum of squares and the root of it: a rounding for each addition of a lane and of the tree, four for the rest.
     bound += (count / 32 + 10) * 2.0**-23 * ((expected - bias.double()).abs() + bias.double().abs() + expected.abs())
-    plan = KERNEL.chained(weight.to_layout("fragments"), m, Epilogue(squares=count))
+    plan = KERNEL.chained(weight, m, Epilogue(squares=count))
     out = testing.poisoned(m, n, torch.bfloat16, "cuda:0")
     plan(x, bias, out, squares=squares, eps=EPS)
     assert testing.violation(out, expected, bound) is None
 
 
-@pytest.mark.parametrize("shape", [(256, 512), (640, 960), (22528, 3072)])
-@pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("shape", [(640, 960), (22528, 3072)])
+@pytest.mark.parametrize("m", [1, 2, 16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_gate_times_up(name: str, m: int, shape: tuple[int, int]) -> None:
     n, k = shape
     halves = [weight_of(name, n // 2, k, seed=seed) for seed in (m, m + 50)]
-    merged = fdk.concat(list(halves)).to_layout("fragments")
+    merged = fdk.concat(halves).to_layout("fragments")
     x, bias = inputs(m, k), inputs(1, n, 3)[0]
     squares, total = norms(m, 96)
     scale = (total / k + EPS).rsqrt()
@@ -113,7 +112,7 @@ def test_a_wrong_norm_is_caught() -> None:
     weight = weight_of("lut4_g64", 128, 512)
     x, (squares, total) = inputs(2, 512), norms(2, 96)
     out = testing.poisoned(2, 128, torch.bfloat16, "cuda:0")
-    KERNEL.chained(weight.to_layout("fragments"), 2, Epilogue(squares=96))(x, None, out, squares=squares, eps=EPS)
+    KERNEL.chained(weight, 2, Epilogue(squares=96))(x, None, out, squares=squares, eps=EPS)
     dense = reference.dequantise(weight, torch.float64)
     for factor, right in ((1.0, True), (1.01, False)):
         scale = (total * factor / 512 + EPS).rsqrt()

@@ -25,6 +25,8 @@ MAX_SHARED = 227 * 1024
 RESIDENT_SHARED = _SHARED_PER_SM // 2 - _SHARED_PER_CTA_EXTRA
 # What it has to ask for so that no third one does: launches then spread evenly over the multiprocessors.
 _TWO_AT_ONCE = _SHARED_PER_SM // 3
+# What it has to ask for so that no second one of the same launch does.
+_ALONE = _SHARED_PER_SM // 2
 
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT = range(6)
 
@@ -140,6 +142,7 @@ class Config:
     blocks     blocks of rows per cluster
     batch      row steps whose partial sums are kept before they are added up: 1, or all of them
     min_ctas   CTAs per multiprocessor that registers are limited for
+    alone      ask for so much shared memory that a multiprocessor takes one CTA of the launch
     late       let the next launch start once the activations are here, not at once
     digits     integer products (csrc/digits.cuh) instead of bf16 or fp16 ones
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
@@ -159,6 +162,7 @@ class Config:
     digits: bool = False
     phases: int = 1
     epilogue: Epilogue = PLAIN
+    alone: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -268,16 +272,40 @@ _CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
 _CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
 
 
-def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int, gated: bool) -> tuple[int, int]:
+def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
     if tokens <= 4:
-        row_warps = 1 if blocks == 1 else 2 if blocks < 4 or gated else 4
+        row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
         # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
         warps = 16 if tokens == 1 and shape.bits >= 3 and shape.lean and cta_units * blocks > 32 else 8
         return min(max(4, warps // row_warps), cta_units), row_warps
-    least = 2 if gated else 1
-    row_warps = next(r for r in range(min(blocks, 8), 0, -least) if r == least or -(-blocks // r) * r <= blocks)
+    row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
     return max(1, min(8 // row_warps, cta_units)), row_warps
+
+
+def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int]:
+    """(k_warps, row_warps) in a chain, where a CTA has its multiprocessor to itself: 8 to 16 warps keep it busy.
+
+    Measured in the step of custom-llama-4B on an H200, 2026-11-21; docs/findings.md.
+    """
+    tokens, blocks = config.tokens, config.blocks
+    work, least = cta_units * blocks, 2 if config.epilogue.gated else 1
+    if not config.alone:
+        most = 8
+    elif tokens <= 4:
+        most = 16 if work > (64 if shape.bits == 1 else 32) else 8
+    else:
+        # Gates of many tokens keep two sums of an output, and have registers for 12 warps.
+        most = 8 if work <= 64 else 12 if config.epilogue.gated else 16
+    whole = [r for r in range(least, min(blocks, 8) + 1, least) if -(-blocks // r) * r <= blocks] or [least]
+    row_warps = max(whole, key=lambda r: (most // r * r if tokens > 4 else 0, r))
+    most = min(max(1, most // row_warps), cta_units)
+    if config.digits and most > 8 and (even := [w for w in range(most, 7, -1) if cta_units % (4 * w) == 0]):
+        # Stages of four units are waited for a quarter as often.
+        return even[0], row_warps
+    # The fewest warps with which the longest share of k is as short.
+    share = -(-cta_units // most)
+    return -(-cta_units // share), row_warps
 
 
 def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
@@ -286,9 +314,13 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     if shape.kind in (UINT_U8, UINT_FLOAT):
         return [(1, 2), (1, 1)]
     if config.digits:
-        return [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
+        found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
+        return found[config.warps > 12 :]
     if config.warps > 8 and config.row_warps <= 2:
         return [(1, 1)]
+    if config.warps > 12:
+        # 128 registers are not enough for two units.
+        return [(1, 2), (1, 1)]
     if config.tokens <= 4 and per_warp <= 4:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
@@ -319,7 +351,7 @@ def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
                 if shared <= MAX_SHARED:
                     per_warp = config.steps * -(-shape.units // slices)
                     # Two CTAs of 16 warps would have 64 registers a thread, and spill.
-                    fits = shared <= RESIDENT_SHARED and config.warps <= 8
+                    fits = shared <= RESIDENT_SHARED and config.warps <= 8 and not config.alone
                     beside = hopper and config.tokens == 1 and per_warp <= 4 and fits
                     return replace(filled, min_ctas=2 if beside else 1)
     return None
@@ -334,6 +366,7 @@ def choose_config(
     Measured on an H200 (CUDA 13.0), 2026-11-20, at 4096^2 and 8192^2, 1 to 8 bits, m = 1 to 64; docs/findings.md.
     """
     tokens = token_tile(m)
+    chained = epilogue != PLAIN
     best = None
     for cluster in (1, 2, 4, 8) if hopper else (1,):
         at_once = clusters_at_once(sms, cluster)
@@ -341,17 +374,26 @@ def choose_config(
         if epilogue.gated:
             per_cluster += per_cluster % 2
         cta_units = -(-shape.units // cluster)
-        most, row_warps = _warps(shape, tokens, per_cluster, cta_units, epilogue.gated)
+        start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=chained and hopper)
+        if tokens == 1 and shape.allows_digits:
+            large = shape.n * shape.k >= 1 << 25
+            if (shape.bits == 1 and (large or chained)) or (shape.bits == 8 and not large):
+                start = replace(start, digits=True, late=large and not chained)
+        if chained:
+            most, row_warps = _chain_warps(start, shape, cta_units)
+        else:
+            most, row_warps = _warps(shape, tokens, per_cluster, cta_units)
         for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
-            config = Config(tokens, cluster, k_warps, row_warps, 1, 1, per_cluster, 1, 1, epilogue=epilogue)
-            if tokens == 1 and shape.allows_digits:
-                large = shape.n * shape.k >= 1 << 25
-                if (shape.bits == 1 and large) or (shape.bits == 8 and not large):
-                    config = replace(config, digits=True, late=large)
+            config = replace(start, k_warps=k_warps, row_warps=row_warps)
             filled = _fill(shape, config, hopper)
             if filled is None:
                 continue
-            score = blocks / (per_cluster * at_once) * cta_units / k_warps / -(-cta_units // k_warps)
+            score = blocks / (per_cluster * at_once)
+            # In a chain more warps are worth more than an even share of k for each.
+            score *= 1 if chained and k_warps == most else cta_units / k_warps / -(-cta_units // k_warps)
+            if chained and tokens >= 8 and per_cluster == 1:
+                # Activations of many tokens cost nearly as much as the weights of the one block that they are for.
+                score /= 1.4
             score *= (_CLUSTER_WORTH_FEW if tokens <= 4 else _CLUSTER_WORTH_MANY)[cluster]
             # A CTA that goes through its activations more than once waits for them each time.
             score *= 0.9 ** (filled.phases - 1) * (0.25 + 0.09375 * min(8, filled.warps))
@@ -433,7 +475,7 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     capability = torch.cuda.get_device_capability(device)
     hopper = capability >= (9, 0)
     cubin = jit.cubin("decode.cuh", config.defines(shape, hopper), jit.architecture(capability))
-    shared = max(config.shared_bytes(shape, hopper), _TWO_AT_ONCE)
+    shared = max(config.shared_bytes(shape, hopper), _ALONE if config.alone else _TWO_AT_ONCE)
     return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
 
 

@@ -56,16 +56,16 @@ struct Outputs {
 
     struct Place {
         int row_warp, row, token;
-        i64 n;  // of the output
-        bool inside;
+        i64 n;                 // of the output
+        bool written, inside;  // whether it belongs to this thread, and to the matrix
     };
     __device__ __forceinline__ Place place(int trip, int block, int end_block) const {
         const int i = trip * THREADS + threadIdx.x, row = i % SHARE_ROWS, token = i / SHARE_ROWS % M;
         const int row_warp = i / (SHARE_ROWS * M) * PER_ROW;
         const i64 n = GATED ? i64(block + row_warp) / 2 * 64 + share + row
                             : range.first_row + i64(block + row_warp - range.first_block) * 64 + share + row;
-        const bool inside = (COUNT % THREADS == 0 || i < COUNT) && block + row_warp < end_block && n < (GATED ? N / 2 : range.end_row);
-        return {row_warp, row, token, n, inside && token < p.m};
+        const bool written = (COUNT % THREADS == 0 || i < COUNT) && block + row_warp < end_block && token < p.m;
+        return {row_warp, row, token, n, written, written && n < (GATED ? N / 2 : range.end_row)};
     }
     __device__ __forceinline__ void fetch(const Place& at, int slot) {
         residual[slot] = gamma[slot] = 0;
@@ -110,8 +110,9 @@ struct Outputs {
                 float square = at.inside ? sum * sum : 0.f;
 #pragma unroll
                 for (int other = SQUARE_ROWS / 2; other; other /= 2) square += __shfl_xor_sync(0xffffffffu, square, other);
+                // Rows past n count as zeros: the next product reads the sums of whole blocks.
                 const int row = share + at.row;
-                if (row % SQUARE_ROWS == 0 && at.inside)
+                if (row % SQUARE_ROWS == 0 && at.written)
                     p.squares_out[at.token * SQUARES_OUT + (block + at.row_warp) * (64 / SQUARE_ROWS) + row / SQUARE_ROWS] = square;
             } else if (at.inside) {
                 float result = value[0];

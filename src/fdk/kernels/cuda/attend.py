@@ -1,0 +1,133 @@
+"""Attention of one new token (csrc/attend.cuh): configuration and launcher; Hopper only."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fdk.kernels.cuda import driver, jit
+
+_MOST_OWN = 4
+"""Query heads of a warp: their queries and sums fill its registers."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile configuration of the attention kernel.
+
+    heads       query heads for each key/value head;  head_warps: groups of warps that share them
+    warps       warps of a CTA that share the positions
+    cluster     CTAs that share them
+    norm        queries and keys are normed before they are turned
+    """
+
+    head_dim: int
+    heads: int
+    bf16: bool
+    head_warps: int
+    warps: int
+    cluster: int
+    norm: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.head_warps * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a CTA: the sums of all warps for its outputs, and a barrier."""
+        return self.cluster * self.warps * (self.heads * self.head_dim // 4 // self.cluster + self.heads) * 16 + 16
+
+    def defines(self) -> dict[str, int]:
+        """Macros that the kernel is compiled with."""
+        return {
+            "FDK_BF16": int(self.bf16),
+            "FDK_HEAD_DIM": self.head_dim,
+            "FDK_HEADS": self.heads,
+            "FDK_HEAD_WARPS": self.head_warps,
+            "FDK_WARPS": self.warps,
+            "FDK_CLUSTER": self.cluster,
+            "FDK_NORM": int(self.norm),
+            "FDK_SHARED_BYTES": self.shared_bytes,
+        }
+
+
+def choose_config(
+    head_dim: int, heads: int, key_heads: int, length: int, bf16: bool, norm: bool = False, sms: int = 132
+) -> Config | None:
+    """The configuration for a cache of `length` positions; key_heads: key/value heads of all sequences together.
+
+    None where the kernel has none. Measured on an H200, 2026-11-21; docs/findings.md.
+    """
+    if head_dim not in (32, 64, 128, 256) or heads > 4 * _MOST_OWN:
+        return None
+    head_warps = -(-heads // _MOST_OWN)
+    # As many CTAs as multiprocessors hold one of, if there are positions enough.
+    fitting = (
+        cluster
+        for cluster in (16, 8, 4, 2)
+        if cluster * key_heads <= sms and cluster * 2048 // head_dim <= length and heads * head_dim // 4 % cluster == 0
+    )
+    cluster = next(fitting, 1)
+    warps = 8 if (cluster == 1 or length > 1024) and head_warps == 1 else 4
+    return Config(head_dim, heads, bf16, head_warps, warps, cluster, norm)
+
+
+class Params(ctypes.Structure):
+    """Twin of fdk::Params in csrc/attend.cuh."""
+
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+        ("groups", ctypes.c_int),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+@cache
+def load(config: Config, device: int) -> driver.Function:
+    """The compiled kernel on CUDA device `device`, which must be the current one."""
+    arch = jit.architecture(torch.cuda.get_device_capability(device))
+    cubin = jit.cubin("attend.cuh", config.defines(), arch)
+    return driver.Function(cubin, "fdk_attend", config.threads, config.shared_bytes, config.cluster)
+
+
+def attend(
+    config: Config,
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    out: Tensor,
+    scale: float,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotary embedding of a token's queries and key, its key and value into the cache, attention to all up to it.
+
+    qkv [b, (g * h + 2 * g) * d]: queries, keys, values; keys, values [b, g, length, d]; cos, sin [length, d];
+    position [1] int32: tokens in the cache before this one; out [b, g * h * d]; scale: 1/sqrt(d) times log2(e);
+    norms: weights [d] of the norms of queries and keys, with `eps`, if config.norm.
+    """
+    batch, groups, length, _ = keys.shape
+    tensors = (qkv, keys, values, cos, sin, position, out, *(norms or (qkv, qkv)))
+    assert config.norm == (norms is not None)
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale)
+    function = load(config, qkv.device.index)
+    function(batch * groups * config.cluster, torch.cuda.current_stream(qkv.device).cuda_stream, params)

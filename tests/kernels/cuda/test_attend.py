@@ -1,0 +1,97 @@
+"""The attention of one new token: host arithmetic, compilation, and on a GPU its values against float64."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from fdk.kernels.cuda import attend, jit
+from fdk.testing import UNIT_ROUNDOFF
+
+
+@pytest.mark.parametrize("length", [1, 100, 1000, 8256, 131072])
+@pytest.mark.parametrize("key_heads", [1, 8, 128, 1000])
+@pytest.mark.parametrize("heads", [1, 3, 4, 6, 7, 8, 16])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_configurations_are_possible(head_dim: int, heads: int, key_heads: int, length: int) -> None:
+    config = attend.choose_config(head_dim, heads, key_heads, length, True)
+    assert config.threads <= 1024 and config.shared_bytes <= 228 * 1024
+    assert heads * head_dim // 4 % config.cluster == 0
+    assert config.cluster == 1 or config.cluster * key_heads <= 132
+
+
+def test_no_configuration_for_other_heads() -> None:
+    assert attend.choose_config(96, 4, 8, 100, True) is None
+    assert attend.choose_config(128, 17, 8, 100, True) is None
+
+
+@pytest.mark.skipif(jit.unavailable() is not None, reason=jit.unavailable() or "")
+@pytest.mark.parametrize("heads", [1, 3, 4, 6])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_compiles_without_spills(arch: str, head_dim: int, heads: int) -> None:
+    config = attend.choose_config(head_dim, heads, 8, 8256, heads % 2 == 0, heads % 3 == 0)
+    _, log = jit.build("attend.cuh", config.defines(), arch)
+    assert re.search(r" 0 bytes spill stores, 0 bytes spill loads", log), log
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [64, 300, 2500])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "norm"),
+    [(128, 3, False), (128, 6, False), (128, 2, True), (64, 4, False), (32, 1, True), (256, 2, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_of_a_new_token(dtype, head_dim: int, heads: int, norm: bool, length: int) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters, of compute capability 9.0")
+    batch, groups = 2, 3
+    config = attend.choose_config(head_dim, heads, batch * groups, length, dtype == torch.bfloat16, norm)
+    generator = torch.Generator().manual_seed(length)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).cuda()
+
+    qkv = random(batch, groups * (heads + 2) * head_dim)
+    past = random(batch, groups, length, head_dim), random(batch, groups, length, head_dim)
+    angles = torch.rand(length, head_dim // 2, generator=generator).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype).cuda(), angles.sin().to(dtype).cuda()
+    scale = math.log2(math.e) / math.sqrt(head_dim)
+    u, eps = UNIT_ROUNDOFF[dtype], 1e-5
+    norms = (random(head_dim), random(head_dim)) if norm else None
+    for filled in (0, 1, 15, length // 2, length - 1):
+        keys, values = past[0].clone(), past[1].clone()
+        position = torch.tensor([filled], dtype=torch.int32, device="cuda")
+        runs = []
+        for _ in range(2):
+            out = torch.full((batch, groups * heads * head_dim), torch.nan, dtype=dtype, device="cuda")
+            attend.attend(config, qkv, keys, values, cos, sin, position, out, scale, norms, eps)
+            runs.append(out)
+        assert torch.equal(*runs)
+        q, k, v = qkv.double().view(batch, -1, head_dim).split([groups * heads, groups, groups], 1)
+        if norm:
+            q, k = (
+                torch.nn.functional.rms_norm(x, x.shape[-1:], w.double(), eps)
+                for x, w in zip((q, k), norms, strict=True)
+            )
+        turned = [
+            (x * cos[filled].double() + x.roll(head_dim // 2, -1) * sin[filled].double() * flip).to(dtype).double()
+            for flip in [torch.ones(head_dim).cuda().double().index_fill_(0, torch.arange(head_dim // 2).cuda(), -1)]
+            for x in (q, k)
+        ]
+        # A rotated value next to the middle of two 16-bit numbers may be rounded to the other one.
+        assert ((keys[:, :, filled].double() - turned[1]).abs() <= 2 * u * turned[1].abs()).all()
+        assert torch.equal(values[:, :, filled], v.to(dtype))
+        others = [i for i in range(length) if i != filled]
+        assert torch.equal(keys[:, :, others], past[0][:, :, others])
+        k, v = keys[:, :, : filled + 1].double(), values[:, :, : filled + 1].double()
+        q = turned[0].view(batch, groups, heads, head_dim)
+        scores = q @ k.mT / math.sqrt(head_dim)
+        weights = scores.softmax(-1)
+        expected = (weights @ v).view(batch, -1)
+        # A score is off by roundings of q that fell to the other side and by float32 sums; weights by twice that.
+        products = (q.square() @ k.square().mT).sqrt().amax(-1, keepdim=True) / math.sqrt(head_dim)
+        off = (6 * u / math.sqrt(3) + 6 * math.sqrt(head_dim) * 2.0**-24) * products + 2.0**-20
+        bound = (2 * off * (weights @ v.abs())).view(batch, -1) + 1.01 * u * expected.abs() + 2.0**-24
+        assert ((out.double() - expected).abs() <= bound).all()
