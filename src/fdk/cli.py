@@ -1,4 +1,4 @@
-"""The fdk command: info, explain, quantise, eval, generate, bench, plot.
+"""The fdk command: info, explain, quantise, eval, generate, bench, serve-bench, plot.
 
 Exit status 0, 1 if it failed, 2 for a wrong command line.
 """
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, without the flags of bench and plot, which read their own."""
+    """The command line, without the flags of bench, serve-bench and plot, which read their own."""
     p = _Parser(prog="fdk", description="Low-bit weights: quantise models, see which kernel serves them, measure.")
     p.add_argument("--version", action="store_true", help="print the version")
     commands = p.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=run_generate)
 
     commands.add_parser("bench", help="measure the kernels; the same as python -m fdk.bench", add_help=False)
+    commands.add_parser("serve-bench", help="measure vLLM with formats beside each other", add_help=False)
     commands.add_parser("plot", help="draw figures from records; fdk plot --help", add_help=False)
     return p
 
@@ -538,6 +539,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["bench"]:
             return _run_module("fdk.bench", "benchmark", arguments[1:])
+        if arguments[:1] == ["serve-bench"]:
+            return _run_module("fdk.bench.serve", "benchmark of vLLM", arguments[1:])
         if arguments[:1] == ["plot"]:
             return _run_module("fdk.bench.plots", "plots", arguments[1:])
         p = parser()

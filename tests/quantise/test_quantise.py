@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fdk.formats import all_formats, parse
+from fdk.formats.registry import LUT
 from fdk.packing.bits import row_bytes, unpack_codes
 from fdk.quantise import fixed_table, quantise, rtn, sqnr_db, uniform_table
 from fdk.quantise.scales import base_scales, round_scales
@@ -102,3 +103,18 @@ def test_cuda_parts_decode_as_well_as_cpu_parts(options, normal, dequantise):
         ours = sqnr_db(weight, dequantise({key: part.cpu() for key, part in parts.items()}, name, 1024))
         reference = sqnr_db(weight, dequantise(quantise(weight, name, **options), name, 1024))
         assert abs(ours - reference) < 0.01
+
+
+@pytest.mark.parametrize("fmt", all_formats((32,)), ids=str)
+def test_the_default_dtype_changes_nothing(fmt) -> None:
+    # Loaders of models set it to the model's while weights are read.
+    dense = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codebook = "kmeans" if fmt.kind is LUT else "uniform"
+    expected = quantise(dense, fmt, codebook=codebook, scale="search")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = quantise(dense, fmt, codebook=codebook, scale="search")
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(got[name], part) for name, part in expected.items())

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,9 +32,12 @@ QUANTISED = (
 )  # fmt: skip
 
 
-def overhead() -> records.Record:
-    """Seconds of a call of a module with a 4-bit weight [64, 64] and one row of bf16, and beside it, in rounds that
-    take turns, of the C function alone: what the module adds is the median of the differences."""
+def overhead(through: str = "module") -> records.Record:
+    """Seconds of a call of a layer with a 4-bit weight [64, 64] and one row of bf16, and beside it, in rounds that
+    take turns, of the C function alone: what the layer adds is the median of the differences.
+
+    through: "module" (fdk.nn.Linear) or "vllm" (the linear method of the plugin, which needs vLLM).
+    """
     from fdk.kernels.cpu.launch import handle_of
     from fdk.kernels.cpu.library import library, why_not
 
@@ -42,18 +48,36 @@ def overhead() -> records.Record:
     dense = torch.nn.Linear(SMALL, SMALL, bias=False)
     module = fdk.models.quantise(dense, config, device="cpu", dtype=torch.bfloat16)
     x, out = torch.randn(1, SMALL).bfloat16(), torch.empty(1, SMALL, dtype=torch.bfloat16)
-    module(x)
+    call = partial(vllm_method(module.weight), x) if through == "vllm" else partial(module, x)
+    call()
     handle, threads = handle_of(module.weight), torch.get_num_threads()
     kernel, arguments = loaded.linear, (handle.address, x.data_ptr(), None, out.data_ptr(), 1, threads)
     blocks = {
-        "module": timing.CpuBlock(lambda _: module(x), CALLS),
+        "module": timing.CpuBlock(lambda _: call(), CALLS),
         "kernel": timing.CpuBlock(lambda _: kernel(*arguments), CALLS),
     }
     times = timing.rounds(blocks, dict.fromkeys(blocks, ROUNDS))
     added = [a - b for a, b in zip(times["module"], times["kernel"], strict=True)]
-    entry = {"test": "overhead", "status": "ok", "format": str(config.format), "n": SMALL, "k": SMALL, "m": 1}
+    entry = {
+        "test": "overhead",
+        "status": "ok",
+        "through": through,
+        "format": str(config.format),
+        "n": SMALL,
+        "k": SMALL,
+        "m": 1,
+    }
     entry |= {f"added_p{q}": timing.percentile(added, q) for q in (20, 50, 80)}
     return entry | {f"{name}_p50": timing.median(values) for name, values in times.items()}
+
+
+def vllm_method(weight: fdk.QuantisedWeight) -> Callable[[Tensor], Tensor]:
+    """What vLLM's linear layers call: apply of the plugin's method, on a layer that holds this weight."""
+    from fdk.integrations.vllm.linear import FdkLinearMethod, hold
+
+    layer, method = torch.nn.Module(), FdkLinearMethod(None, ["layer"])
+    layer.fdk_products, layer.fdk_missing_rows = (hold(layer, weight, 0),), 0
+    return partial(method.apply, layer)
 
 
 def quantisation(weight: Tensor, format: str, codebook: str, rounds: int) -> records.Record:
@@ -86,14 +110,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     with writer, torch.inference_mode():
         print(f"{environment['device']}, {environment['isa']}, {environment['threads']} threads")
-        entry = overhead()
-        writer.write({**entry, **environment})
-        if entry["status"] == "ok":
-            added, low, high = (significant(entry[f"added_p{q}"] * 1e6) for q in (50, 20, 80))
-            kernel = significant(entry["kernel_p50"] * 1e6)
-            print(f"a module's call adds {added} us ({low}-{high}) to the {kernel} us of its kernel [{SMALL}, {SMALL}]")
-        else:
-            print(f"no overhead: {entry['reason']}")
+        for through, name in (("module", "a module"), ("vllm", "vLLM's linear method")):
+            if through == "vllm" and find_spec("vllm") is None:
+                continue
+            entry = overhead(through)
+            writer.write({**entry, **environment})
+            if entry["status"] == "ok":
+                added, low, high = (significant(entry[f"added_p{q}"] * 1e6) for q in (50, 20, 80))
+                kernel = significant(entry["kernel_p50"] * 1e6)
+                print(f"a call of {name} adds {added} us ({low}-{high}) to the {kernel} us of [{SMALL}, {SMALL}]")
+            else:
+                print(f"no overhead: {entry['reason']}")
         weight = torch.randn(args.n, args.k, generator=torch.Generator().manual_seed(0)).bfloat16()
         for format, codebook in QUANTISED:
             entry = quantisation(weight, format, codebook, args.rounds)

@@ -49,7 +49,8 @@ class Nearest:
             count = torch.bincount(cell, minlength=cells)
             if count.max() <= 1:
                 self._below = (count.cumsum(0) - count).to(torch.uint8)
-                self._bound = torch.full((cells,), torch.inf, device=cell.device).scatter_(0, cell, self._bounds)
+                unbounded = torch.full((cells,), torch.inf, dtype=torch.float32, device=cell.device)
+                self._bound = unbounded.scatter_(0, cell, self._bounds)
                 return cells
         return 0
 
@@ -82,4 +83,4 @@ def _last_of_lower_entry(ascending: Tensor, entry: Tensor) -> Tensor:
     bound = middle.to(torch.float32)
     # x on the midpoint is a tie, which the lower entry wins only if its index is lower too.
     too_high = (bound.double() > middle) | ((bound.double() == middle) & (entry[1:] < entry[:-1]))
-    return torch.where(too_high, torch.nextafter(bound, torch.tensor(-torch.inf)), bound)
+    return torch.where(too_high, torch.nextafter(bound, torch.full_like(bound, -torch.inf)), bound)

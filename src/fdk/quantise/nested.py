@@ -226,7 +226,7 @@ def _compensated(weight: Tensor, steps: Tensor, best: BestCode, factor: Tensor) 
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, k, COLUMNS):
         end = min(start + COLUMNS, k)
-        errors = torch.empty(weight.shape[0], end - start, device=weight.device)
+        errors = torch.empty(weight.shape[0], end - start, dtype=torch.float32, device=weight.device)
         for column in range(start, end):
             step = steps[:, column]
             code = best.codes(weight[:, column] / step)

@@ -85,7 +85,7 @@ class FdkLinearMethod(vllm.LinearMethodBase):
             index = len(products)
             weight, count = _first_run(weights)
             del weights[:count]
-            products.append(_hold(layer, weight, index))
+            products.append(hold(layer, weight, index))
         layer.fdk_products = tuple(products)
         _warm(products)
 
@@ -184,7 +184,7 @@ def _first_run(weights: list[QuantisedWeight | Tensor]) -> tuple[QuantisedWeight
     return (torch.cat(run) if isinstance(run[0], Tensor) else concat(run)), len(run)
 
 
-def _hold(layer: torch.nn.Module, weight: QuantisedWeight | Tensor, index: int) -> Product:
+def hold(layer: torch.nn.Module, weight: QuantisedWeight | Tensor, index: int) -> Product:
     """Put a weight's tensors into the layer, in the layout of the kernel that serves it."""
     if isinstance(weight, Tensor):
         parts, rows, spec = {"weight": weight}, weight.shape[0], ""
