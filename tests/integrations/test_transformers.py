@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fdk
+from fdk import cli
 from fdk.errors import FdkError, FormatError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, quantise_folder
 from fdk.models.checkpoint import guard_of
@@ -328,6 +332,55 @@ def test_generate_with_fdks_decoding_gives_the_same_tokens(tmp_path, family):
         low.generate(prompt, attention_mask=(prompt != prompt[0, 0]).long(), custom_generate=fdk.decode)
     with pytest.raises(UnsupportedError, match="one beam"):
         low.generate(prompt, num_beams=2, custom_generate=fdk.decode)
+
+
+def test_another_precision_is_another_decoding(source):
+    low = read(source, fdk.FdkConfig(format="nest8_g64", dtype="float32"))
+    prompt = torch.randint(1, 95, (1, 11), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    for bits in (8, 2, 4):
+        fdk.set_precision(low, bits)
+        expected = low.generate(prompt, **settings)
+        assert torch.equal(low.generate(prompt, custom_generate=fdk.decode, **settings), expected)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma"])
+def test_a_model_that_is_let_go_is_gone_at_once(tmp_path, family):
+    low = read(write(tmp_path / "source", family), fdk.FdkConfig(4))
+    low.generate(IDS + 1, max_new_tokens=2, custom_generate=fdk.decode)
+    low.save_pretrained(tmp_path / "low")
+    gc.collect()
+    layer = weakref.ref(low.model.layers[0].mlp.up_proj)
+    gc.disable()
+    try:
+        del low
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_save_themselves(tmp_path, source):
+    low = read(source, fdk.FdkConfig(4))
+    other = copy.deepcopy(low)
+    with torch.no_grad():
+        other.model.norm.weight.fill_(3)
+    other.save_pretrained(tmp_path / "other")
+    assert (read(tmp_path / "other").model.norm.weight == 3).all()
+    assert (tmp_path / "other" / "README.md").exists()
+
+
+@pytest.mark.parametrize("tool", ["gptq", "awq", "compressed-tensors"])
+def test_folders_of_other_tools_are_named(capsys, source, tool):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": tool, "bits": 4}})
+    )
+    capsys.readouterr()
+    commands = (["info", source], ["generate", source, "--ids", 1], ["quantise", source, "--output", source / "low"])
+    for command in commands:
+        assert cli.main([str(part) for part in command]) == 1
+        err = capsys.readouterr().err
+        assert f"{tool!r}" in err and "original model" in err and err.count("\n") == 1
 
 
 @pytest.mark.gpu

@@ -11,13 +11,13 @@ import copy
 import json
 import re
 import warnings
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from fdk.formats import Format, parse
 from fdk.models.card import write_card
 from fdk.models.checkpoint import METHOD, contents, describe, guard_of, joined, layer_entry, quantisation_of
 from fdk.models.config import DTYPES, QuantisationConfig, check_dtype, read_overrides
-from fdk.models.decode import AnyStep, step_for
+from fdk.models.decode import AnyStep, LibraryStep, step_for
 from fdk.models.folder import copy_companions, resolve
 from fdk.models.precision import set_precision
 from fdk.models.room import check_room
@@ -272,7 +272,7 @@ class FdkQuantizer(HfQuantizer):
             config.stored = describe(self.layers, {}, model.fdk_recipe)
         if config.precision is not None:
             set_precision(model, config.precision)
-        model.save_pretrained = MethodType(_save_pretrained, model)
+        model.save_pretrained = SaveWithCard(model, copy.copy(model))
         return model
 
     def _fill(self, model: nn.Module) -> None:
@@ -320,11 +320,26 @@ class FdkQuantizer(HfQuantizer):
         return model
 
 
-def _save_pretrained(model: nn.Module, save_directory, *args, **kwargs) -> None:
-    """The class's save_pretrained, and the model card that it has no place for."""
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        write_card(Path(save_directory), model.config.quantization_config.to_dict())
+class SaveWithCard:
+    """A model's save_pretrained, and after it the model card, for which transformers has no place.
+
+    It knows the model weakly, so that a model that is let go is gone at once. A second frame around the same modules
+    stands in for it in `from_pretrained(...).save_pretrained(...)`, where nothing else holds the model any more.
+    """
+
+    def __init__(self, model: nn.Module, stand_in: nn.Module | None = None) -> None:
+        self.model, self.stand_in = weakref.ref(model), stand_in
+
+    def __call__(self, save_directory, *args, **kwargs) -> None:
+        model = self.model()
+        model = self.stand_in if model is None else model
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(Path(save_directory), model.config.quantization_config.to_dict())
+
+    def __reduce__(self) -> tuple:
+        # A copy of the model gets one of its own.
+        return SaveWithCard, (self.model(),)
 
 
 def _only_device(device_map) -> torch.device | None:
@@ -445,7 +460,18 @@ def convert_folder(
     return model.fdk_report
 
 
-_steps: WeakKeyDictionary[nn.Module, tuple[int, int, AnyStep]] = WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A step that `decode` has made, for prompts and answers of `length` tokens together at most."""
+
+    step: AnyStep
+    batch: int
+    length: int
+    weights: tuple
+    """What it decodes with: another width, device or weight makes it another model's."""
 
 
 @torch.inference_mode()
@@ -496,15 +522,23 @@ def decode(
 
 def _step(model: nn.Module, batch: int, length: int) -> AnyStep:
     kept = _steps.get(model)
-    if kept is not None and kept[0] == batch and kept[1] >= length:
-        return kept[2]
+    if kept and kept.batch == batch and kept.length >= length and kept.weights == _weights(model):
+        return kept.step
     # The old step's merged weights go before the new one's come.
     _steps.pop(model, None)
     kept = None
     window = getattr(model.config, "sliding_window", None) or length
     longest = max(length, min(-(-length // _LENGTHS) * _LENGTHS, window))
-    _steps[model] = batch, longest, step_for(model, batch, longest)
-    return _steps[model][2]
+    step = step_for(model, batch, longest)
+    if not isinstance(step, LibraryStep):
+        _steps[model] = Kept(step, batch, longest, _weights(model))
+    return step
+
+
+def _weights(model: nn.Module) -> tuple:
+    low = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    where = tuple(parameter.data_ptr() for parameter in model.parameters())
+    return (*((weight.format, *(part.data_ptr() for part in weight.parts.values())) for weight in low), *where)
 
 
 def forget(model: nn.Module) -> None:
