@@ -11,10 +11,11 @@ VLLM_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM_VENV)/bin/python -m pip --qui
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test check bench bench-gpu figures test-gpu test-vllm lint clean
+.PHONY: help test test-arm check bench bench-gpu figures test-gpu test-vllm lint clean
 
 help:
 	@echo "make test      environment, install, lint and the whole CPU suite"
+	@echo "make test-arm  the CPU kernels' whole contract on emulated ARM processors, 2000 random problems on each"
 	@echo "make check     environment, install, lint and the quick part of the CPU suite"
 	@echo "make bench     environment, install, kernel benchmark and tiny model; records and plots in out/"
 	@echo "make bench-gpu kernel benchmark on a CUDA device: the sizes and formats of docs/benchmarking.md, records in out/"
@@ -28,6 +29,11 @@ test: lint
 
 check: lint
 	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-arm: export FDK_TEST_EMULATED = 1
+test-arm: export FDK_FUZZ_CASES ?= 2000
+test-arm: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q tests/kernels/cpu/test_kernels.py -k "cortex or neoverse or max or sve"
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check --quiet .

@@ -40,16 +40,16 @@ def test_without_library_and_compiler_the_reason_is_given(tmp_path: Path) -> Non
     assert "compiler" in facts["reason"]
 
 
-@pytest.mark.parametrize("isa", library.ISAS)
-def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+@pytest.mark.parametrize("name", library.ISAS)
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
     if library.library() is None:
         pytest.skip(library.why_not())
-    done = python(INFO, FDK_CPU_ISA=isa)
-    if isa in library.library().isas():
+    done = python(INFO, FDK_CPU_ISA=name)
+    if name in library.library().isas():
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["isa"] == isa
+        assert json.loads(done.stdout)["isa"] == name
     else:
-        assert "this machine" in done.stderr and isa in done.stderr
+        assert "this machine" in done.stderr and name in done.stderr
 
 
 def test_an_unknown_instruction_set_names_those_there_are() -> None:

@@ -26,6 +26,8 @@ FLAGS = (
 )  # fmt: skip
 LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-pthread")
 X86 = ("x86_64", "AMD64")
+ARM = ("aarch64", "arm64")
+ARM_LINUX = ("aarch64",)  # macOS says arm64, and has no SVE
 # GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
 AVX512 = (
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c",
@@ -45,6 +47,11 @@ UNITS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...] = (
         X86,
         ("-O2", *AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"),
     ),
+    ("arm_neon.cpp", ARM, ("-O2",)),
+    ("arm_bf16.cpp", ARM, ("-O2", "-march=armv8.2-a+bf16")),
+    ("arm_sve.cpp", ARM_LINUX, ("-O2", "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=128")),
+    ("arm_sve.cpp", ARM_LINUX, ("-O2", "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=256")),
+    ("arm_sve.cpp", ARM_LINUX, ("-O2", "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=512")),
 )
 
 
@@ -84,9 +91,9 @@ def source_digest() -> str:
     return digest.hexdigest()[:20]
 
 
-def cache_key(compiler: list[str]) -> str:
-    """A digest of all sources, flags, the architecture and the compiler's version."""
-    text = source_digest() + platform.machine() + version_of(compiler)
+def cache_key(compiler: list[str], *more: Path) -> str:
+    """A digest of all sources, `more` files, flags, the architecture and the compiler's version."""
+    text = source_digest() + platform.machine() + version_of(compiler) + "".join(path.read_text() for path in more)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -100,27 +107,37 @@ def build(output: Path, compiler: list[str] | None = None, machine: str | None =
 
     Raises BuildError without a compiler, or with the compiler's messages if it fails.
     """
+    return _build(output, compiler, units(machine), LINK_FLAGS)
+
+
+def build_program(source: Path, output: Path, compiler: list[str] | None = None, machine: str | None = None) -> Path:
+    """Compile `source` with the kernels into a program that needs no shared library; as `build` otherwise."""
+    own = (source, (*FLAGS, "-O2", "-I", str(CSRC)))
+    return _build(output, compiler, [*units(machine), own], ("-static", "-pthread", "-s"))
+
+
+def _build(output: Path, compiler: list[str] | None, sources, link_flags: tuple[str, ...]) -> Path:
     compiler = compiler or find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
     output = Path(output)
     with tempfile.TemporaryDirectory(prefix="fdk-build-") as folder:
         running = []
-        for source, flags in units(machine):
-            target = Path(folder) / (source.stem + ".o")
+        for number, (source, flags) in enumerate(sources):
+            target = Path(folder) / f"{number}-{source.stem}.o"
             command = [*compiler, *flags, "-c", str(source), "-o", str(target)]
             running.append((command, target, _start(command)))
         for command, _, process in running:
             _finish(command, process)
-        library = Path(folder) / output.name
-        command = [*compiler, *(str(target) for _, target, _ in running), *LINK_FLAGS, "-o", str(library)]
+        built = Path(folder) / output.name
+        command = [*compiler, *(str(target) for _, target, _ in running), *link_flags, "-o", str(built)]
         _finish(command, _start(command))
         output.parent.mkdir(parents=True, exist_ok=True)
         # The temporary folder may be on another file system: copy next to the target, then rename.
         handle, staged = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
         os.close(handle)
         try:
-            shutil.copy(library, staged)
+            shutil.copy(built, staged)
             os.chmod(staged, 0o755)
             os.replace(staged, output)
         except BaseException:

@@ -7,6 +7,7 @@ import mmap
 import weakref
 from array import array
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,40 @@ def plane_table(format: Format, dtype: torch.dtype) -> Tensor:
     return values[leading].to(dtype)
 
 
+class Description(NamedTuple):
+    """What the library is told about a weight besides its sizes and bytes (fdk_weight_init)."""
+
+    bits: int
+    group: int
+    dtype: int
+    family: int
+    storage: int
+    row_ends: tuple[int, ...]
+    table: Tensor | None
+
+
+def _description(geometry: Geometry, zeros_dtype: torch.dtype | None, table: Tensor | None) -> Description:
+    fmt = geometry.format
+    if fmt.is_nested:
+        table = plane_table(fmt, geometry.dtype)
+    if table is not None:
+        family = _TABLE
+    elif zeros_dtype is None:
+        family = _INT
+    else:
+        family = _UINT_U8 if zeros_dtype == torch.uint8 else _UINT_FLOAT
+    return Description(
+        fmt.read_bits, fmt.group or 0, _DTYPES[geometry.dtype], family, _STORAGES.index(fmt.storage),
+        tuple(geometry.row_ends), table,
+    )  # fmt: skip
+
+
+def description(weight: QuantisedWeight) -> Description:
+    """The description of a weight in rows16."""
+    zeros = weight.parts.get("zeros")
+    return _description(weight.geometry, None if zeros is None else zeros.dtype, weight.parts.get("table"))
+
+
 class Handle:
     """The library's description of one weight (struct fdk_weight), valid as long as this object lives."""
 
@@ -54,22 +89,14 @@ class Handle:
         zeros_dtype: torch.dtype | None,
         table: Tensor | None,
     ) -> None:
-        fmt = geometry.format
-        if fmt.is_nested:
-            table = plane_table(fmt, geometry.dtype)
-        if table is not None:
-            family = _TABLE
-        elif zeros_dtype is None:
-            family = _INT
-        else:
-            family = _UINT_U8 if zeros_dtype == torch.uint8 else _UINT_FLOAT
-        ends = array("q", geometry.row_ends)
+        arguments = _description(geometry, zeros_dtype, table)
+        ends, table = array("q", arguments.row_ends), arguments.table
         self._memory = ctypes.create_string_buffer(loaded.weight_size(len(ends)) + 64)
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
         status = loaded.weight_init(
-            self.address, data.data_ptr(), geometry.n, geometry.k, fmt.read_bits, fmt.group or 0,
-            _DTYPES[geometry.dtype], family, ends.buffer_info()[0], len(ends),
-            table.data_ptr() if table is not None else None, _STORAGES.index(fmt.storage),
+            self.address, data.data_ptr(), geometry.n, geometry.k, arguments.bits, arguments.group, arguments.dtype,
+            arguments.family, ends.buffer_info()[0], len(ends), table.data_ptr() if table is not None else None,
+            arguments.storage,
         )  # fmt: skip
         if status:
             raise AssertionError(f"the CPU library refused {geometry}")

@@ -17,14 +17,16 @@ import torch
 from fdk.errors import UnsupportedError
 from fdk.kernels.cpu import build
 
-ABI = 2
-ISAS = ("generic", "avx2", "avx512", "avx512bf16")
-"""Instruction sets in ascending order of preference; the position is the number the library knows them by."""
+ABI = 3
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "neon", "neonbf16", "sve")
+"""Instruction sets of all architectures, ascending in each; the position is the number the library knows them by."""
 
 _SIGNATURES = {
     "fdk_abi": (c_int32,),
     "fdk_sources": (c_char_p,),
     "fdk_isa_available": (c_int32, c_int32),
+    "fdk_isa_missing": (c_char_p, c_int32),
+    "fdk_preferred_isa": (c_int32,),
     "fdk_use_isa": (c_int32, c_int32),
     "fdk_current_isa": (c_int32,),
     "fdk_exact_rows": (c_int64,),
@@ -65,7 +67,7 @@ class Library:
             self._runtime = ctypes.CDLL(openmp)
             names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
             self.use_openmp(*(ctypes.cast(getattr(self._runtime, name), c_void_p) for name in names))
-        self.use(requested_isa() or self.isas()[-1])
+        self.use(requested_isa() or ISAS[self.preferred_isa()])
 
     def isas(self) -> tuple[str, ...]:
         """The instruction sets that library and machine have, in ascending order."""
@@ -82,8 +84,8 @@ class Library:
             raise UnsupportedError(f"FDK_CPU_ISA={isa!r} is not an instruction set; choose one of {', '.join(ISAS)}")
         if self.use_isa(ISAS.index(isa)) < 0:
             raise UnsupportedError(
-                f"FDK_CPU_ISA={isa!r}: this machine ({platform.machine()}) has only {', '.join(self.isas())}; "
-                "choose one of these, or unset FDK_CPU_ISA"
+                f"FDK_CPU_ISA={isa!r}: {self.isa_missing(ISAS.index(isa)).decode()}; this machine "
+                f"({platform.machine()}) has only {', '.join(self.isas())}; choose one of these, or unset FDK_CPU_ISA"
             )
 
 

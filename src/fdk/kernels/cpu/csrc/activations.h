@@ -45,8 +45,8 @@ void pack_floats(const fdk_weight& w, const uint8_t* x, const fdk_tile& tile, fl
     }
 }
 
-// The same for the bf16 dot instruction: dst :: [k_padded / 2][width] pairs of bf16.
-template <class I>
+// The same for bf16 instructions: dst :: [k_padded / 2 / TOGETHER][width][TOGETHER] pairs of bf16.
+template <class I, int TOGETHER = 1>
 void pack_bf16_pairs(const fdk_weight& w, const uint16_t* x, const fdk_tile& tile) {
     const int64_t pairs = w.k_padded / 2, width = tile.width;
     // A stretch at a time, so that what every row writes into is in the first-level cache.
@@ -55,11 +55,12 @@ void pack_bf16_pairs(const fdk_weight& w, const uint16_t* x, const fdk_tile& til
         for (int i = 0; i < width; i++) {
             const uint16_t* src = x + i * w.k;
             const int64_t have = i < tile.rows ? w.k / 2 : 0, whole = have < end ? have : end;
-            uint32_t* dst = (uint32_t*)tile.x + i;
+            uint32_t* dst = (uint32_t*)tile.x;
+            const auto at = [=](int64_t p) { return (p / TOGETHER * width + i) * TOGETHER + p % TOGETHER; };
             int64_t p = first;
-            for (; p < whole; p++) memcpy(dst + p * width, src + 2 * p, 4);
-            if (i < tile.rows && w.k % 2 && p < end && p == have) dst[p++ * width] = src[w.k - 1];
-            for (; p < end; p++) dst[p * width] = 0;
+            for (; p < whole; p++) memcpy(dst + at(p), src + 2 * p, 4);
+            if (i < tile.rows && w.k % 2 && p < end && p == have) dst[at(p++)] = src[w.k - 1];
+            for (; p < end; p++) dst[at(p)] = 0;
         }
     }
     if (tile.sums) pack_floats<I>(w, (const uint8_t*)x, tile, nullptr);

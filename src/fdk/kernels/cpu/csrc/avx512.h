@@ -60,8 +60,7 @@ struct Avx512 {
     // Up to 5 bits one or two registers hold the float32 table; above, its upper and lower halves are looked up
     // for both k of a pair at once, which takes half the registers.
     template <int B, bool SMALL = B <= 5>
-    struct Values {
-        static constexpr int SHARE = 1;
+    struct Values : Halves<Avx512, B> {
         vf t[B <= 4 ? 1 : 2];
         FDK_INLINE explicit Values(const fdk_range& r) {
             for (int i = 0; i < (B <= 4 ? 1 : 2); i++) t[i] = _mm512_loadu_ps(r.value + 16 * i);
@@ -77,8 +76,7 @@ struct Avx512 {
         }
     };
     template <int B>
-    struct Values<B, false> {
-        static constexpr int SHARE = 1;
+    struct Values<B, false> : Halves<Avx512, B> {
         Words<B> high, low;
         FDK_INLINE explicit Values(const fdk_range& r) : high(r.value_high), low(r.value_low) {}
         template <int>
@@ -97,6 +95,8 @@ struct Avx512 {
     static FDK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
     static FDK_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
     static FDK_INLINE vf broadcast(const void* p) { return _mm512_set1_ps(*(const float*)p); }
+    template <int AT>
+    static FDK_INLINE vf fma_at(vf a, const uint32_t* x, vf c) { return fma(a, broadcast(x + AT), c); }
     static FDK_INLINE void keep(float* p, vf v) { _mm512_storeu_ps(p, v); }
     static FDK_INLINE vf kept(const float* p) { return _mm512_loadu_ps(p); }
     static FDK_INLINE void keep_partial(float* p, vf v, int lanes) {
@@ -195,12 +195,6 @@ struct Avx512 {
 };
 
 typedef FloatPath<Avx512> Avx512Path;
-
-// By width, as cut_unevenly(12) chooses them.
-#define FDK_PANEL_TILES(PATH)                                                                                        \
-    {{}, FDK_PANEL_TILE(PATH, 1), FDK_PANEL_TILE(PATH, 2), FDK_PANEL_TILE(PATH, 3), FDK_PANEL_TILE(PATH, 4),          \
-     FDK_PANEL_TILE(PATH, 5), FDK_PANEL_TILE(PATH, 6), FDK_PANEL_TILE(PATH, 7), FDK_PANEL_TILE(PATH, 8), {}, {}, {}, \
-     FDK_PANEL_TILE(PATH, 12)}
 
 // 1 bit, one row of x: four codes select one of 16 precomputed sums of four values times x, so one look-up and one
 // addition replace four multiply-adds. nibbles :: [ranges][k_padded / 32][8][16] float32; in a unit, entry half * 4 + j

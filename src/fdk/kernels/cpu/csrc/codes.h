@@ -48,4 +48,32 @@ FDK_INLINE typename I::vi pair_codes(const uint8_t* unit) {
     }
 }
 
+// How tables get the codes of a pair, for tables that look up the low bits of both halves. Of pair P,
+//     plain<P>(unit), nested<P>(fields)      the word that holds its codes; equal words of several pairs are one
+//     plain_place<P>(), nested_place<P>()    where in that word they are: PLACE of the look-up
+template <class I, int B, int SHARED = 1>
+struct Halves {
+    static constexpr int SHARE = SHARED;
+    static constexpr bool BYTES = B > 6 && SHARE == 2;  // look-ups serve all bytes of a word at once
+    template <int P>
+    static constexpr int plain_place() { return place<B, P, SHARE>(); }
+    template <int P>
+    static constexpr int nested_place() { return BYTES ? 2 + P % 8 / 4 : 0; }
+    template <int P>
+    static FDK_INLINE typename I::vi plain(const uint8_t* unit) { return pair_codes<I, B, P, SHARE>(unit); }
+    template <int P, class Fields>
+    static FDK_INLINE typename I::vi nested(const Fields& fields) { return fields.template codes<P, BYTES>(); }
+};
+
+// What a path may do otherwise: how many vectors of rows are decoded together for M rows of x, how many pairs a step of
+// `multiply` takes, in what order a panel holds a unit, and in what order the accumulators of a panel's product are.
+struct PlainPath {
+    template <int B, int M>
+    static constexpr int together() { return 1; }
+    static constexpr int pairs_per_step = 1;
+    static FDK_INLINE void arrange(uint32_t*) {}
+    template <int T, int M, class V>
+    static FDK_INLINE void by_row(V*) {}
+};
+
 }  // namespace

@@ -8,6 +8,7 @@ namespace {
 template <class I, int B>
 struct Dequantise {
     typedef typename I::vf vf;
+    typedef typename I::template Values<B> Values;
     static constexpr int W = I::W, H = (int)FDK_ROWS / W;
 
     static void run(const fdk_weight& w, uint8_t* out, int64_t block0, int64_t block1) {
@@ -22,7 +23,7 @@ struct Dequantise {
     }
 
     static void block(const fdk_weight& w, const fdk_range& range, const uint8_t* super, uint8_t* out, int rows) {
-        const typename I::template Values<B> values(range);
+        const Values values(range);
         const int S = w.split ? 2 : 1;
         const int64_t scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
         const int64_t group = w.split ? w.units * FDK_UNIT / 2 : w.units * FDK_UNIT;
@@ -40,11 +41,12 @@ struct Dequantise {
                         vf scale = I::floats(super + g * scales_size + h * W * w.scale_bytes, w.dtype);
                         const vf zero = zeros_size ? zeros_of<I>(w, zeros + g * zeros_size, h) : I::zero();
                         unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
-                            constexpr int P = decltype(p)::value, SHARE = I::template Values<B>::SHARE;
+                            constexpr int P = decltype(p)::value;
                             vf even, odd;
-                            values.template pair<place<B, P, SHARE>()>(pair_codes<I, B, P, SHARE>(unit + 4 * W * h), even, odd);
+                            values.template pair<Values::template plain_place<P>()>(
+                                Values::template plain<P>(unit + 4 * W * h), even, odd);
                             if (w.zero_bytes) even = I::sub(even, zero), odd = I::sub(odd, zero);
-                            panel.put(decltype(p)::value, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
+                            panel.put(P, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
                         });
                     });
                 }

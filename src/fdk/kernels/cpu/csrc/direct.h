@@ -11,30 +11,36 @@ struct Block {
     typedef typename I::vf vf;
     static constexpr int W = I::W, H = (int)FDK_ROWS / W;
     static constexpr int PAIR = Path::words_per_pair * M;  // dwords of x per pair
+    static constexpr int MOST = SPLIT ? 1 : Path::template together<B, M>(), T = MOST < H ? MOST : H;
     // Chains of dependent multiply-adds: enough of them to hide the latency when there are few rows.
-    static constexpr int SETS = M == 1 ? 4 : M <= 5 ? 2 : 1;
+    static constexpr int SETS = T * M <= 1 ? 4 : T * M <= 5 ? 2 : 1;
     typedef typename Path::template Values<B> Values;
 
     template <int P0, int P1>
-    static FDK_INLINE void pairs(const Values& values, const uint8_t* unit, const uint32_t* x, vf (&acc)[SETS * M]) {
+    static FDK_INLINE void pairs(const Values& values, const uint8_t* unit, const uint32_t* x, vf (&acc)[SETS * T * M]) {
         unroll<P0, P1>([&](auto p) FDK_LAMBDA {
             constexpr int P = decltype(p)::value;
-            constexpr int SHARE = Values::SHARE;
-            Path::template step<B, M, place<B, P, SHARE>()>(values, pair_codes<I, B, P, SHARE>(unit), x + P * PAIR,
-                                                            acc + (P % SETS) * M);
+            unroll<0, T>([&](auto t) FDK_LAMBDA {
+                constexpr int at = decltype(t)::value;
+                Path::template step<B, M, P, Values::template plain_place<P>()>(
+                    values, Values::template plain<P>(unit + 4 * W * at), x, acc + (P % SETS * T + at) * M);
+            });
         });
     }
 
     static FDK_INLINE void flush(const fdk_weight& w, const uint8_t* scales, const uint8_t* zeros, const float* sums,
-                                 int h, vf (&acc)[SETS * M], vf (&total)[M]) {
+                                 int h, vf (&acc)[SETS * T * M], vf (*total)[M]) {
         unroll<1, SETS>([&](auto s) FDK_LAMBDA {
-            unroll<0, M>([&](auto i) FDK_LAMBDA {
+            unroll<0, T * M>([&](auto i) FDK_LAMBDA {
                 constexpr int c = decltype(i)::value;
-                acc[c] = I::add(acc[c], acc[decltype(s)::value * M + c]);
+                acc[c] = I::add(acc[c], acc[decltype(s)::value * T * M + c]);
             });
         });
-        apply_scale<I, M>(w, scales, zeros, sums, h, acc, total);
-        unroll<0, SETS * M>([&](auto i) FDK_LAMBDA { acc[decltype(i)::value] = I::zero(); });
+        unroll<0, T>([&](auto t) FDK_LAMBDA {
+            constexpr int at = decltype(t)::value;
+            apply_scale<I, M>(w, scales, zeros, sums, h + at, acc + at * M, total[h + at]);
+        });
+        unroll<0, SETS * T * M>([&](auto i) FDK_LAMBDA { acc[decltype(i)::value] = I::zero(); });
     }
 
     static void run(const Call& call, int64_t begin, int64_t end, float* totals) {
@@ -54,9 +60,9 @@ struct Block {
         for (int64_t s = begin; s < end; s++) {
             const uint8_t* zeros = zeros_size ? super + S * scales_size : nullptr;
             const uint8_t* first = super + S * (scales_size + zeros_size);
-            for (int h = 0; h < H; h++) {
-                vf acc[SETS * M];
-                unroll<0, SETS * M>([&](auto i) FDK_LAMBDA { acc[decltype(i)::value] = I::zero(); });
+            for (int h = 0; h < H; h += T) {
+                vf acc[SETS * T * M];
+                unroll<0, SETS * T * M>([&](auto i) FDK_LAMBDA { acc[decltype(i)::value] = I::zero(); });
                 const uint8_t* unit = first + 4 * W * h;
                 const uint32_t* xu = x;
                 const int64_t whole = SPLIT ? units / 2 : units;
@@ -66,14 +72,14 @@ struct Block {
                 }
                 if constexpr (SPLIT) {
                     pairs<0, 8>(values, unit, xu, acc);
-                    flush(w, super, zeros, sums, h, acc, total[h]);
+                    flush(w, super, zeros, sums, h, acc, total);
                     pairs<8, 16>(values, unit, xu, acc);
                     unit += 64 * B, xu += 16 * PAIR;
                     for (int64_t u = 0; u < whole; u++, unit += 64 * B, xu += 16 * PAIR)
                         pairs<0, 16>(values, unit, xu, acc);
-                    flush(w, super + scales_size, zeros ? zeros + zeros_size : nullptr, sums + M, h, acc, total[h]);
+                    flush(w, super + scales_size, zeros ? zeros + zeros_size : nullptr, sums + M, h, acc, total);
                 } else {
-                    flush(w, super, zeros, sums, h, acc, total[h]);
+                    flush(w, super, zeros, sums, h, acc, total);
                 }
             }
             super += w.super_bytes;
@@ -141,5 +147,9 @@ FDK_INLINE void plan_direct(fdk_plan* plan) {
     {nullptr, Block<PATH, 1, M, SPLIT>::run, Block<PATH, 2, M, SPLIT>::run, Block<PATH, 3, M, SPLIT>::run,   \
      Block<PATH, 4, M, SPLIT>::run, Block<PATH, 5, M, SPLIT>::run, Block<PATH, 6, M, SPLIT>::run,           \
      Block<PATH, 7, M, SPLIT>::run, Block<PATH, 8, M, SPLIT>::run}
+// The same for kernels that take wider codes through panels.
+#define FDK_BY_SIX_BITS(PATH, M)                                                                                       \
+    {nullptr, Block<PATH, 1, M, false>::run, Block<PATH, 2, M, false>::run, Block<PATH, 3, M, false>::run,              \
+     Block<PATH, 4, M, false>::run, Block<PATH, 5, M, false>::run, Block<PATH, 6, M, false>::run, nullptr, nullptr}
 
 }  // namespace

@@ -6,6 +6,12 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__APPLE__)
+#include <dispatch/dispatch.h>
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#include <sys/prctl.h>
 #endif
 
 namespace {
@@ -13,6 +19,7 @@ namespace {
 const int64_t MOST_TILES = FDK_CHUNK / 4 + 2;  // the narrowest tiles of many rows have 4
 const int64_t SHARE = 8;  // blocks taken at a time where threads share them out as they go
 
+// missing(isa): why this machine cannot run the kernels of an instruction set, or null if it can.
 #if defined(__x86_64__)
 bool has(int isa) {
     unsigned a, b, c, d;
@@ -30,8 +37,42 @@ bool has(int isa) {
     if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
     return avx512 && vbmi && (a & (1u << 5));
 }
+const char* missing(int isa) {
+    if (isa == FDK_GENERIC || ((isa == FDK_AVX2 || isa == FDK_AVX512 || isa == FDK_AVX512BF16) && has(isa))) return nullptr;
+    return isa < FDK_NEON ? "the processor or the operating system lacks these instructions" : "it belongs to ARM";
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+const char* missing(int isa) {
+    int bf16 = 0;
+    size_t size = sizeof bf16;
+    if (isa == FDK_GENERIC || isa == FDK_NEON) return nullptr;
+    if (isa == FDK_SVE) return "macOS offers no SVE";
+    if (isa != FDK_NEONBF16) return "it belongs to x86";
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &bf16, &size, nullptr, 0) == 0 && bf16
+               ? nullptr : "the processor has no bf16 instructions";
+}
+#elif defined(__aarch64__)
+// Bits of the auxiliary vector and of prctl that headers of older systems lack.
+const unsigned long SVE = 1ul << 22, SVE_BF16 = 1ul << 12, NEON_BF16 = 1ul << 14;
+const int GET_SVE_LENGTH = 51;
+int sve_bits() { return (getauxval(AT_HWCAP) & SVE) ? (prctl(GET_SVE_LENGTH) & 0xffff) * 8 : 0; }
+
+const char* missing(int isa) {
+    const unsigned long more = getauxval(AT_HWCAP2);
+    const int bits = sve_bits();
+    switch (isa) {
+        case FDK_GENERIC:
+        case FDK_NEON: return nullptr;
+        case FDK_NEONBF16: return more & NEON_BF16 ? nullptr : "the processor has no bf16 instructions";
+        case FDK_SVE:
+            if (!bits) return "the processor has no SVE";
+            if (!(more & SVE_BF16)) return "its SVE has no bf16 instructions";
+            return bits == 128 || bits == 256 || bits == 512 ? nullptr : "its SVE vectors are not of 128, 256 or 512 bits";
+        default: return "it belongs to x86";
+    }
+}
 #else
-bool has(int) { return false; }
+const char* missing(int isa) { return isa == FDK_GENERIC ? nullptr : "it belongs to another architecture"; }
 #endif
 
 const fdk_ops* ops_of(int isa) {
@@ -41,6 +82,12 @@ const fdk_ops* ops_of(int isa) {
         case FDK_AVX2: return fdk_ops_avx2();
         case FDK_AVX512: return fdk_ops_avx512();
         case FDK_AVX512BF16: return fdk_ops_avx512bf16();
+#elif defined(__aarch64__)
+        case FDK_NEON: return fdk_ops_neon();
+        case FDK_NEONBF16: return fdk_ops_neonbf16();
+#if !defined(__APPLE__)
+        case FDK_SVE: return sve_bits() == 128 ? fdk_ops_sve128() : sve_bits() == 256 ? fdk_ops_sve256() : fdk_ops_sve512();
+#endif
 #endif
         default: return nullptr;
     }
@@ -167,9 +214,22 @@ FDK_EXPORT int32_t fdk_abi(void) { return FDK_ABI; }
 // The digest of the sources this library was built from, as build.py computes it.
 FDK_EXPORT const char* fdk_sources(void) { return FDK_SOURCES; }
 
-FDK_EXPORT int32_t fdk_isa_available(int32_t isa) {
-    if (isa == FDK_GENERIC) return 1;
-    return isa > FDK_GENERIC && isa < FDK_ISAS && ops_of(isa) && has(isa);
+// Why an instruction set cannot be used on this machine, or null if it can.
+FDK_EXPORT const char* fdk_isa_missing(int32_t isa) {
+    return isa < FDK_GENERIC || isa >= FDK_ISAS ? "there is no such instruction set" : missing(isa);
+}
+
+FDK_EXPORT int32_t fdk_isa_available(int32_t isa) { return !fdk_isa_missing(isa); }
+
+// The instruction set to use where nobody asks for one. SVE of 128 bits does what NEON does in more instructions.
+FDK_EXPORT int32_t fdk_preferred_isa(void) {
+    int32_t best = FDK_GENERIC;
+    for (int32_t isa = 0; isa < FDK_ISAS; isa++)
+        if (fdk_isa_available(isa)) best = isa;
+#if defined(__aarch64__) && !defined(__APPLE__)
+    if (best == FDK_SVE && sve_bits() == 128) best = FDK_NEONBF16;
+#endif
+    return best;
 }
 
 // Returns the instruction set in use, or -1 and changes nothing if this one is not available.

@@ -33,11 +33,13 @@
 #define FDK_INLINE inline
 #endif
 
-enum { FDK_ABI = 2 };
+enum { FDK_ABI = 3 };
 enum fdk_dtype { FDK_BF16 = 0, FDK_FP16 = 1, FDK_FP32 = 2 };
 enum fdk_family { FDK_TABLE = 0, FDK_INT = 1, FDK_UINT_U8 = 2, FDK_UINT_FLOAT = 3 };
 enum fdk_storage { FDK_PLAIN = 0, FDK_NESTED_PLANES = 1, FDK_SPARSE = 2 };
-enum fdk_isa { FDK_GENERIC = 0, FDK_AVX2 = 1, FDK_AVX512 = 2, FDK_AVX512BF16 = 3, FDK_ISAS = 4 };
+enum fdk_isa {
+    FDK_GENERIC = 0, FDK_AVX2 = 1, FDK_AVX512 = 2, FDK_AVX512BF16 = 3, FDK_NEON = 4, FDK_NEONBF16 = 5, FDK_SVE = 6, FDK_ISAS = 7
+};
 static const int64_t FDK_ROWS = 16, FDK_UNIT = 32;
 static const int64_t FDK_PLANES = 8;  // of nested weights
 static const int64_t FDK_PANEL_WIDTH = 12;  // widest tile of any kernel
@@ -73,6 +75,7 @@ struct fdk_weight {
     int32_t scale_bytes;  // of one scale
     int32_t zero_bytes;   // of one zero, 0 without zeros
     int32_t bf16_exact;   // every table value survives the bf16 dot instruction (bf16 weight, no subnormal value)
+    int32_t bf16_values;  // every table value is a bf16 number, whatever the weight's dtype
     int32_t storage;      // enum fdk_storage; nested: `bits` is what a product reads of the 8 that are stored
     struct fdk_range ranges[1];
 };
@@ -137,6 +140,11 @@ const struct fdk_ops* fdk_ops_generic(void);
 const struct fdk_ops* fdk_ops_avx2(void);
 const struct fdk_ops* fdk_ops_avx512(void);
 const struct fdk_ops* fdk_ops_avx512bf16(void);
+const struct fdk_ops* fdk_ops_neon(void);
+const struct fdk_ops* fdk_ops_neonbf16(void);
+const struct fdk_ops* fdk_ops_sve128(void);
+const struct fdk_ops* fdk_ops_sve256(void);
+const struct fdk_ops* fdk_ops_sve512(void);
 #ifdef __cplusplus
 }
 #endif

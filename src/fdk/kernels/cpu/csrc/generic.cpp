@@ -23,8 +23,7 @@ struct Generic {
     static FDK_INLINE vi or_and(vi a, vi b, uint32_t m) { return a | (b & m); }
 
     template <int B>
-    struct Values {
-        static constexpr int SHARE = 1;
+    struct Values : Halves<Generic, B> {
         const float* table;
         FDK_INLINE Values(const fdk_range& r) : table(r.value) {}
         template <int>
@@ -49,6 +48,8 @@ struct Generic {
         memcpy(&f, p, 4);
         return vf{f, f, f, f};
     }
+    template <int AT>
+    static FDK_INLINE vf fma_at(vf a, const uint32_t* x, vf c) { return fma(a, broadcast(x + AT), c); }
     static FDK_INLINE void keep(float* p, vf v) { memcpy(p, &v, 16); }
     static FDK_INLINE void keep_partial(float* p, vf v, int lanes) {
         for (int i = 0; i < lanes; i++) p[i] = v[i];

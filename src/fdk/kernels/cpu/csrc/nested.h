@@ -86,16 +86,6 @@ struct Fields {
     }
 };
 
-// Where look-ups serve all bytes of a word at once, both codes of a word share them: PLACE 2 and 3 of Values.
-template <class Path, int B>
-constexpr bool by_bytes() {
-    return B > 6 && Path::template Values<B>::SHARE == 2;
-}
-template <class Path, int B, int P>
-constexpr int byte_place() {
-    return by_bytes<Path, B>() ? 2 + P % 8 / 4 : 0;
-}
-
 // Like Block of direct.h, for one row of x.
 template <class Path, int B, bool SPLIT>
 struct NestedBlock {
@@ -108,8 +98,8 @@ struct NestedBlock {
     static FDK_INLINE void pairs(const Values& values, const Fields<I, B>& fields, const uint32_t* x, vf (&acc)[SETS]) {
         unroll<P0, P1>([&](auto p) FDK_LAMBDA {
             constexpr int P = decltype(p)::value;
-            Path::template step<B, 1, byte_place<Path, B, P>()>(values, fields.template codes<P, by_bytes<Path, B>()>(),
-                                                                x + P * PAIR, acc + P % SETS);
+            Path::template step<B, 1, P, Values::template nested_place<P>()>(values, Values::template nested<P>(fields), x,
+                                                                             acc + P % SETS);
         });
     }
 
@@ -152,10 +142,11 @@ struct NestedBlock {
 
 // As Panels::expand; `super` are the scales of the first superblock.
 template <class Path, int B>
-void expand_nested(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* panel) {
+void expand_nested(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* __restrict panel) {
     typedef typename Path::I I;
     constexpr int W = I::W, H = (int)FDK_ROWS / W, WORDS = Path::words_per_pair;
-    const typename Path::template Values<B> values(range);
+    typedef typename Path::template Values<B> Values;
+    const Values values(range);
     const uint8_t* block = w.data + (super - w.data) / w.block_bytes * w.block_bytes;
     const int64_t first = (super - block) / w.super_bytes * w.units;
     for (int64_t u = first; u < first + supers * w.units; u++, panel += 16 * WORDS * FDK_ROWS) {
@@ -164,10 +155,11 @@ void expand_nested(const fdk_weight& w, const fdk_range& range, const uint8_t* s
             const Fields<I, B> fields(lines_of(w, block, u), 4 * W * h);
             unroll<0, 16>([&](auto p) FDK_LAMBDA {
                 constexpr int P = decltype(p)::value;
-                Path::template expand<B, byte_place<Path, B, P>()>(values, fields.template codes<P, by_bytes<Path, B>()>(),
-                                                                   panel + P * WORDS * FDK_ROWS + h * W);
+                Path::template expand<B, Values::template nested_place<P>()>(values, Values::template nested<P>(fields),
+                                                                             panel + P * WORDS * FDK_ROWS + h * W);
             });
         }
+        Path::arrange(panel);
     }
 }
 
@@ -187,7 +179,8 @@ struct DequantiseNested {
     }
 
     static void block(const fdk_weight& w, const fdk_range& range, const uint8_t* data, uint8_t* out, int rows) {
-        const typename I::template Values<B> values(range);
+        typedef typename I::template Values<B> Values;
+        const Values values(range);
         const int64_t scales_size = FDK_ROWS * w.scale_bytes, S = w.split ? 2 : 1, group = w.units * FDK_UNIT / S;
         int64_t k = 0, unit = 0;
         for (int64_t s = 0; s < w.supers; s++) {
@@ -203,8 +196,9 @@ struct DequantiseNested {
                         const typename I::vf scale = I::floats(super + g * scales_size + h * W * w.scale_bytes, w.dtype);
                         unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
                             typename I::vf even, odd;
-                            values.template pair<0>(fields.template codes<decltype(p)::value>(), even, odd);
-                            panel.put(decltype(p)::value, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
+                            constexpr int P = decltype(p)::value;
+                            values.template pair<Values::template nested_place<P>()>(Values::template nested<P>(fields), even, odd);
+                            panel.put(P, h, w.dtype, I::mul(even, scale), I::mul(odd, scale));
                         });
                     });
                 }

@@ -266,6 +266,7 @@ FDK_EXPORT int32_t fdk_weight_init(fdk_weight* w, const void* data, int64_t n, i
     }
     w->ranges_count = ranges;
     w->bf16_exact = dtype == FDK_BF16 && !(storage == FDK_SPARSE && family == FDK_UINT_FLOAT);
+    w->bf16_values = 1;
     int64_t row = 0, block = 0;
     const int entries = 1 << bits;
     for (int64_t t = 0; t < ranges; t++) {
@@ -283,6 +284,7 @@ FDK_EXPORT int32_t fdk_weight_init(fdk_weight* w, const void* data, int64_t n, i
             r->value_bf16[i] = to_bf16(v);
             r->value_high[i] = (uint16_t)(bits32 >> 16);
             r->value_low[i] = (uint16_t)bits32;
+            if (r->value_low[i]) w->bf16_values = 0;
             // vdpbf16ps reads subnormal inputs as zero.
             if ((bits32 & 0x7f800000u) == 0 && (bits32 & 0x7fffffffu) != 0) w->bf16_exact = 0;
         }

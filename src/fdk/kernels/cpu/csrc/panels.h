@@ -48,8 +48,9 @@ struct Panels {
     }
 
     template <int B>
-    static void expand(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* panel) {
-        const typename Path::template Values<B> values(range);
+    static void expand(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* __restrict panel) {
+        typedef typename Path::template Values<B> Values;
+        const Values values(range);
         const int S = w.split ? 2 : 1;
         for (int64_t s = 0; s < supers; s++, super += w.super_bytes) {
             const uint8_t* unit = super + S * FDK_ROWS * (w.scale_bytes + w.zero_bytes);
@@ -57,10 +58,11 @@ struct Panels {
                 unroll<0, B>([&](auto line) FDK_LAMBDA { I::prefetch(unit + 64 * decltype(line)::value + 2048); });
                 for (int h = 0; h < H; h++)
                     unroll<0, 16>([&](auto p) FDK_LAMBDA {
-                        constexpr int P = decltype(p)::value, SHARE = Path::template Values<B>::SHARE;
-                        Path::template expand<B, place<B, P, SHARE>()>(values, pair_codes<I, B, P, SHARE>(unit + 4 * W * h),
-                                                                       panel + P * WORDS * FDK_ROWS + h * W);
+                        constexpr int P = decltype(p)::value;
+                        Path::template expand<B, Values::template plain_place<P>()>(
+                            values, Values::template plain<P>(unit + 4 * W * h), panel + P * WORDS * FDK_ROWS + h * W);
                     });
+                Path::arrange(panel);
             }
         }
     }
@@ -80,16 +82,16 @@ struct Panels {
                 total[c] = I::kept(totals + (h * M + c) * W);
                 acc[c] = I::zero();
             });
-            const uint32_t *v = panel + h * W, *xp = x;
+            const uint32_t *v = panel + h * W * Path::pairs_per_step, *xp = x;
             const float* sum = sums;
             const uint8_t* at = super;
             for (int64_t s = 0; s < supers; s++, at += w.super_bytes) {
                 for (int i = 0; i < S; i++) {
                     for (int64_t e = 0; e < eights; e++, v += 8 * WORDS * FDK_ROWS, xp += 8 * WORDS * M)
-                        unroll<0, 8>([&](auto p) FDK_LAMBDA {
-                            constexpr int P = decltype(p)::value;
-                            Path::template multiply<TOGETHER, M>(v + P * WORDS * FDK_ROWS, xp + P * WORDS * M, acc);
+                        unroll<0, 8 / Path::pairs_per_step>([&](auto p) FDK_LAMBDA {
+                            Path::template multiply<TOGETHER, M, Path::pairs_per_step * decltype(p)::value>(v, xp, acc);
                         });
+                    Path::template by_row<TOGETHER, M>(acc);
                     unroll<0, TOGETHER>([&](auto t) FDK_LAMBDA {
                         constexpr int T = decltype(t)::value;
                         const uint8_t* zeros = correct ? at + S * scales_size + i * zeros_size : nullptr;
@@ -170,6 +172,16 @@ FDK_INLINE void plan_panels(const fdk_weight& w, int64_t m, int64_t widest, fdk_
                       (Panels<Path>::panel_size(w) + (plan->rows + widest) * FDK_ROWS * (int64_t)sizeof(float));
 }
 
-#define FDK_PANEL_TILE(PATH, M) {Panels<PATH>::multiply<M>, write_totals<PATH::I, M>}
+template <class Path, int M>
+constexpr typename Panels<Path>::Tile panel_tile() {
+    return {Panels<Path>::template multiply<M>, write_totals<typename Path::I, M>};
+}
+#define FDK_PANEL_TILE(PATH, M) panel_tile<PATH, M>()
+
+// By width, as cut_unevenly(12) chooses them.
+#define FDK_PANEL_TILES(PATH)                                                                                        \
+    {{}, FDK_PANEL_TILE(PATH, 1), FDK_PANEL_TILE(PATH, 2), FDK_PANEL_TILE(PATH, 3), FDK_PANEL_TILE(PATH, 4),          \
+     FDK_PANEL_TILE(PATH, 5), FDK_PANEL_TILE(PATH, 6), FDK_PANEL_TILE(PATH, 7), FDK_PANEL_TILE(PATH, 8), {}, {}, {}, \
+     FDK_PANEL_TILE(PATH, 12)}
 
 }  // namespace

@@ -31,10 +31,10 @@ int64_t multiply_chains(int64_t steps, float* sink) {
     for (int i = 0; i < 2 * 12; i++) memcpy(&x[i], &sink[i % FDK_ROWS], 4);
     typename I::vf acc[12];
     for (int i = 0; i < 12; i++) acc[i] = I::zero();
-    for (int64_t s = 0; s < steps; s++) Path::template multiply<1, 12>(panel, x, acc);
+    for (int64_t s = 0; s < steps; s++) Path::template multiply<1, 12, 0>(panel, x, acc);
     for (int i = 1; i < 12; i++) acc[0] = I::add(acc[0], acc[i]);
     I::keep(sink, acc[0]);
-    return 12 * 2 * 2 * I::W;
+    return 12 * 2 * 2 * I::W * Path::pairs_per_step;
 }
 
 }  // namespace

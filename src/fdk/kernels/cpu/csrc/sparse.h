@@ -47,6 +47,7 @@ void expand_sparse(const fdk_weight& w, const fdk_range& range, const uint8_t* s
                     else memcpy(panel + k * FDK_ROWS + r, &value, 4);
                 });
             }
+            Path::arrange(panel);
         }
     }
 }

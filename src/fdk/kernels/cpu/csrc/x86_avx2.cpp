@@ -28,8 +28,7 @@ struct Avx2 {
 
     // Up to 3 bits one register, 4 bits two of them chosen between by bit 3; above that the table is read from memory.
     template <int B>
-    struct Values {
-        static constexpr int SHARE = 1;
+    struct Values : Halves<Avx2, B> {
         vf t[2];
         const float* table;
         FDK_INLINE explicit Values(const fdk_range& r) : table(r.value) {
@@ -64,6 +63,8 @@ struct Avx2 {
     static FDK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
     static FDK_INLINE vf fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
     static FDK_INLINE vf broadcast(const void* p) { return _mm256_broadcast_ss((const float*)p); }
+    template <int AT>
+    static FDK_INLINE vf fma_at(vf a, const uint32_t* x, vf c) { return fma(a, broadcast(x + AT), c); }
     static FDK_INLINE void keep(float* p, vf v) { _mm256_storeu_ps(p, v); }
     static FDK_INLINE vf kept(const float* p) { return _mm256_loadu_ps(p); }
     static FDK_INLINE void keep_partial(float* p, vf v, int lanes) {
@@ -115,8 +116,7 @@ struct Avx2Bytes : Avx2 {
     };
 };
 template <>
-struct Avx2Bytes::Values<4> {
-    static constexpr int SHARE = 4;
+struct Avx2Bytes::Values<4> : Halves<Avx2, 4, 4> {
     vi upper, lower;
     FDK_INLINE explicit Values(const fdk_range& r) {
         uint8_t byte[2][16];

@@ -7,14 +7,14 @@ namespace {
 
 // Bf16 path: activations x :: [k / 2][M] pairs of bf16; one instruction multiplies and adds both k of a pair, exactly
 // but for the float32 rounding of the sums.
-struct DotPath {
+struct DotPath : PlainPath {
     typedef Avx512 I;
     static constexpr int words_per_pair = 1;
     // A look-up reads 5 bits of an index, with two registers 6: enough for several narrow codes. One table for each
     // place of a code among them saves the shifts, which compete with look-ups for the same ports.
     template <int B, bool WIDE = (B > 6)>
-    struct Values : Avx512::Words<B> {
-        static constexpr int SHARE = B == 1 ? 5 : B <= 3 ? 2 : 1;
+    struct Values : Avx512::Words<B>, Halves<Avx512, B, B == 1 ? 5 : B <= 3 ? 2 : 1> {
+        using Halves<Avx512, B, B == 1 ? 5 : B <= 3 ? 2 : 1>::SHARE;
         static constexpr int REGISTERS = B == 3 ? 2 : 1;
         __m512i placed[SHARE][REGISTERS];
         FDK_INLINE explicit Values(const fdk_range& r) : Avx512::Words<B>(r.value_bf16) {
@@ -36,8 +36,8 @@ struct DotPath {
     // 7 and 8 bits: the bytes of all four codes of a dword are looked up at once, upper and lower bytes of the values
     // apart. The compiler shares this between the two pairs of a word.
     template <int B>
-    struct Values<B, true> {
-        static constexpr int SHARE = 2, N = 1 << (B - 6);
+    struct Values<B, true> : Halves<Avx512, B, 2> {
+        static constexpr int N = 1 << (B - 6);
         __m512i upper[N], lower[N];
         FDK_INLINE explicit Values(const fdk_range& r) {
             uint8_t byte[2][64 * N];
@@ -64,7 +64,7 @@ struct DotPath {
         }
     };
 
-    template <int B, int M, int PLACE>
+    template <int B, int M, int P, int PLACE>
     static FDK_INLINE void step(const Values<B>& values, __m512i codes, const uint32_t* x, __m512* acc) {
         __m512i looked_up = values.template at<PLACE>(codes);
         // Keeps GCC 12 from mixing the chains of neighbouring pairs, which costs it register copies.
@@ -72,7 +72,7 @@ struct DotPath {
         const __m512bh value = (__m512bh)looked_up;
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
-            acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[c]));
+            acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[P * M + c]));
         });
     }
 
@@ -109,12 +109,12 @@ struct DotPath {
         });
     }
 
-    template <int T, int M>
+    template <int T, int M, int P>
     static FDK_INLINE void multiply(const uint32_t* panel, const uint32_t* x, __m512* acc) {
-        const __m512bh value = (__m512bh)_mm512_loadu_si512(panel);
+        const __m512bh value = (__m512bh)_mm512_loadu_si512(panel + P * FDK_ROWS);
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
-            acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[c]));
+            acc[c] = _mm512_dpbf16_ps(acc[c], value, (__m512bh)_mm512_set1_epi32((int)x[P * M + c]));
         });
     }
 };
