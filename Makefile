@@ -54,6 +54,7 @@ figures: $(VENV)/.bench
 	    $(BIN)/python -m fdk.bench.plots $$folder --output-dir docs/figures/$$(basename $$folder) || exit 1; \
 	done
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows.jsonl --into README.md
+	@$(BIN)/python -m fdk.bench.quality results/nvidia_h200/quality.jsonl --into README.md
 
 # A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing. Most of
 # the time goes into compiling kernels, so processes share the work where pytest-xdist is installed.

@@ -154,6 +154,7 @@ def test_quantise_within_a_size(capsys, tmp_path, folder):
         (("--target-bits", "3", "--bits", "4"), 2, "--bits has no meaning beside a budget"),
         (("--max-memory", "much"), 2, "'much' is not a size"),
         (("--widths", "2", "3"), 2, "add --target-bits or --max-memory"),
+        (("--together",), 2, "add --target-bits or --max-memory"),
         (("--target-bits", "3", "--widths", "9"), 2, "--widths 9"),
         (("--target-bits", "0.5"), 1, "is below 1."),
         (("--max-memory", "70KB"), 1, "bytes too small"),

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--target-bits", type=float, help="choose widths by layer: mean stored bits a weight")
     quantise.add_argument("--max-memory", metavar="SIZE", help="choose widths by layer: the model's size, such as 8GB")
     quantise.add_argument("--widths", type=int, nargs="+", help="bits on offer then, 16 for dense (1 to 8)")
+    quantise.add_argument("--together", action="store_true", help="q, k, v alike, and gate, up: so they can merge")
     quantise.add_argument("--calibration", type=Path, metavar="FILE", help="text on which their errors are measured")
     quantise.add_argument("--calibration-tokens", type=int, default=4096, help="of its beginning (4096)")
     quantise.add_argument("--dtype", help="of scales and dense tensors: bf16, fp16, fp32 (as the source, fp32 as bf16)")
@@ -345,8 +346,8 @@ def _chosen_widths(args: argparse.Namespace, config, device):
     from fdk.models.text import read_tokens
 
     if args.target_bits is None and args.max_memory is None:
-        if args.widths or args.calibration:
-            raise UsageError("--widths and --calibration need a budget; add --target-bits or --max-memory")
+        if args.widths or args.calibration or args.together:
+            raise UsageError("--widths, --calibration and --together need a budget; add --target-bits or --max-memory")
         return None
     if args.target_bits is not None and args.max_memory is not None:
         raise UsageError("--target-bits and --max-memory are two budgets; give one")
@@ -362,15 +363,15 @@ def _chosen_widths(args: argparse.Namespace, config, device):
     tokens = None
     if args.calibration:
         tokens = read_tokens(args.calibration, folder, read_config(folder))[: args.calibration_tokens]
+    budget = {"target_bits": args.target_bits, "max_bytes": size, "widths": args.widths, "together": args.together}
     with ExitStack() as stack:
         progress = _bar(stack, "measuring")
         try:
-            return choose_for_folder(folder, config, args.target_bits, size, args.widths, tokens, device, progress)
+            return choose_for_folder(folder, config, tokens=tokens, device=device, progress=progress, **budget)
         except OtherNames:
             from fdk.integrations.transformers import load_causal
 
             model = load_causal(folder, device or torch.device("cpu"), config.dtype or torch.bfloat16)
-            budget = {"target_bits": args.target_bits, "max_bytes": size, "widths": args.widths}
             calibration = None if tokens is None else sequences(tokens)
             return choose_widths(model, config, calibration=calibration, progress=progress, **budget)
 

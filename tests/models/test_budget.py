@@ -137,6 +137,26 @@ def test_overrides_and_skip_go_before_the_budget(llama):
     assert not [name for name in chosen if "k_proj" in name or "lm_head" in name]
 
 
+def test_layers_that_merge_are_alike_where_asked(llama, tokens):
+    config = QuantisationConfig(4, 32)
+    apart = measure_model(llama, config, calibration=tokens)
+    choice = apart.together().choose(3.4)
+    chosen = bits_of(choice)
+    for i in range(2):
+        assert len({chosen[f"model.layers.{i}.self_attn.{x}_proj"] for x in "qkv"}) == 1
+        assert chosen[f"model.layers.{i}.mlp.gate_proj"] == chosen[f"model.layers.{i}.mlp.up_proj"]
+    assert len(chosen) == 14
+    assert choice.bits_per_weight <= 3.4
+    # A choice that is less free cannot be better, and it costs what it says.
+    assert choice.allocation.error >= apart.choose(3.4).allocation.error - 1e-12
+    low = quantise(llama, choice.config)
+    assert low.fdk_report.bits_per_weight == pytest.approx(choice.bits_per_weight)
+    # What an override fixes is left out of its group.
+    fixed = QuantisationConfig(4, 32, overrides={"k_proj": 8})
+    chosen = bits_of(choose_widths(llama, fixed, target_bits=4.0, together=True))
+    assert {bits for name, bits in chosen.items() if "k_proj" in name} == {8}
+
+
 @pytest.mark.parametrize("format", ["lut3_g32", "int3_g32"])
 def test_the_table_is_saved_in_the_form_that_overrides_have(llama, tmp_path, format):
     choice = choose_widths(llama, QuantisationConfig(format=format), target_bits=4.2)

@@ -14,6 +14,8 @@ floor.py      the streaming floor on a GPU, by fdk's kernel
 records.py    one flat JSON object a line, with everything needed to read it later
 report.py     tables and progress
 plots.py      figures from records
+summary.py    the README's tables of speed from records
+quality.py    the README's table of quality from records
 """
 
 

@@ -10,13 +10,13 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fdk.bench.plots import newest, shape_of
 from fdk.bench.records import Record, RecordError, files, read
 
-BEGIN, END = "<!-- summary -->", "<!-- /summary -->"
+NAME = "summary"
 # The smallest, a middle and the largest of the usual m; the other lines are in the records.
 SHOWN_ON_GPU = (1, 16, 64)
 PEERS = {
@@ -136,18 +136,19 @@ def section(path: Path) -> str:
     return "\n\n".join([title, *tables])
 
 
-def replace_between(text: str, content: str) -> str:
-    """`text` with what lies between the markers replaced. RecordError if it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RecordError(f"no {BEGIN} ... {END} to put the tables into; add the two markers")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+def replace_between(text: str, content: str, name: str = NAME) -> str:
+    """`text` with what lies between the markers <!-- name --> and <!-- /name --> replaced. RecordError without them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise RecordError(f"no {begin} ... {end} to put the tables into; add the two markers")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the tables or put them into a file; returns 0, or 2 if records or markers are missing."""
-    parser = argparse.ArgumentParser(prog="python -m fdk.bench.summary", description=__doc__)
+def command(argv: list[str] | None, module: str, name: str, section: Callable[[Path], str], about: str | None) -> int:
+    """Print the sections of files of records, or put them between markers in a file; 0, or 2 if that cannot be done."""
+    parser = argparse.ArgumentParser(prog=f"python -m fdk.bench.{module}", description=about)
     parser.add_argument("records", nargs="+", type=Path, help=".jsonl files of the benchmark, or folders with them")
     parser.add_argument("--into", type=Path, help="Markdown file with the markers")
     args = parser.parse_args(argv)
@@ -156,16 +157,21 @@ def main(argv: list[str] | None = None) -> int:
         if args.into is None:
             print(content)
             return 0
-        text = replace_between(args.into.read_text(), content)
+        text = replace_between(args.into.read_text(), content, name)
         handle, temporary = tempfile.mkstemp(dir=args.into.parent, prefix=args.into.name)
         with os.fdopen(handle, "w") as stream:
             stream.write(text)
         os.chmod(temporary, args.into.stat().st_mode)
         os.replace(temporary, args.into)
     except (RecordError, OSError) as error:
-        print(f"fdk.bench.summary: {error}", file=sys.stderr)
+        print(f"fdk.bench.{module}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables or put them into a file; returns 0, or 2 if records or markers are missing."""
+    return command(argv, "summary", NAME, section, __doc__)
 
 
 if __name__ == "__main__":

@@ -137,9 +137,11 @@ class Sweep:
                 target_bits=args.target_bits,
                 max_bytes=self.max_bytes,
                 weight_of=weight_of,
+                together=True,
             )
         else:
-            choice = choose_for_folder(self.folder, base, args.target_bits, self.max_bytes, device=self.device)
+            size = self.max_bytes
+            choice = choose_for_folder(self.folder, base, args.target_bits, size, device=self.device, together=True)
         show_plain((WIDTH_COLUMNS, *choice.rows()), choice.summary)
         path = choice.save(args.output_dir / f"widths-{self.environment['id']}.txt")
         print(f"widths: {path}", flush=True)

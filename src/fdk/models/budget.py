@@ -38,6 +38,8 @@ CALIBRATION_LENGTH = 512
 MEASURED_BITS = 4
 """Wider layers change predictions by less than rounding to 16 bits does; there the divergence at 4 bits is scaled by
 the error of the weights, to which it is proportional when small."""
+_ALIKE = re.compile(r"(?:\b([qkv])_proj|\b(gate|up)_proj)$")
+_SUMMED = ("nbytes", "errors", "relative")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -234,7 +236,7 @@ class Choice:
         for layer, i in zip(self.layers, self.allocation.chosen, strict=True):
             (n, k), fmt = layer.shape, layer.formats[i]
             bits = 8 * layer.nbytes[i] / (n * k)
-            name = " = ".join(name or "(the layer)" for name in layer.names)
+            name = ", ".join(name or "(the layer)" for name in layer.names)
             yield name, f"{n} x {k}", "dense" if fmt is None else str(fmt), f"{bits:.3f}", f"{layer.errors[i]:.2e}"
 
     def text(self) -> str:
@@ -273,6 +275,14 @@ class Measured:
         """The same by the errors of the weights alone."""
         layers = tuple(replace(layer, errors=layer.relative) for layer in self.layers)
         return replace(self, layers=layers, calibrated=False)
+
+    def together(self) -> Measured:
+        """The same, where query, key and value projections of a block get one format, and so do gate and up."""
+        groups: dict[tuple, list[LayerOptions]] = {}
+        for layer in self.layers:
+            name = _ALIKE.sub(lambda match: "qkv" if match[1] else "gate_up", layer.names[0])
+            groups.setdefault((name, layer.shape[1], layer.formats), []).append(layer)
+        return replace(self, layers=tuple(map(_beside, groups.values())))
 
     def choose(self, target_bits: float | None = None, max_bytes: int | None = None) -> Choice:
         """The widths of least error within one of the two budgets, as `choose_widths` describes them."""
@@ -343,6 +353,7 @@ def choose_widths(
     calibration: Tensor | None = None,
     weight_of: Callable[[Job], Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    together: bool = False,
     progress: Progress | None = None,
 ) -> Choice:
     """Widths for the layers of `model` that `config` quantises, so that the sum of their errors is least.
@@ -357,6 +368,8 @@ def choose_widths(
                  replaced one at a time and put back. None: errors of weights alone, and the model may lie on the meta
                  device if `weight_of` reads the weight of a job.
     dtype        of scales, tables and of what stays dense.
+    together     give query, key and value projections of a block one format, and gate and up one, so that they can be
+                 merged into one product each.
     progress     (layer, layers done, layers in all).
 
     FormatError for a budget below the narrowest widths, with the number of bytes or bits that is missing.
@@ -366,7 +379,7 @@ def choose_widths(
     measured = measure_model(
         model, config, widths=widths, calibration=calibration, weight_of=weight_of, dtype=dtype, progress=progress
     )
-    return measured.choose(target_bits, max_bytes)
+    return (measured.together() if together else measured).choose(target_bits, max_bytes)
 
 
 def sequences(tokens: Tensor) -> Tensor:
@@ -385,6 +398,7 @@ def choose_for_folder(
     widths: Sequence[int] | None = None,
     tokens: Tensor | None = None,
     device: torch.device | str | None = None,
+    together: bool = False,
     progress: Progress | None = None,
 ) -> Choice:
     """`choose_widths` for a dense model folder.
@@ -394,7 +408,13 @@ def choose_for_folder(
     """
     opened = open_source(folder)
     dtype = config.dtype or opened.dtype
-    common = {"target_bits": target_bits, "max_bytes": max_bytes, "widths": widths, "dtype": dtype}
+    common = {
+        "target_bits": target_bits,
+        "max_bytes": max_bytes,
+        "widths": widths,
+        "dtype": dtype,
+        "together": together,
+    }
     if tokens is not None:
         model = load_dense(folder, device, opened.dtype)
         return choose_widths(model, config, calibration=sequences(tokens), progress=progress, **common)
@@ -404,6 +424,14 @@ def choose_for_folder(
         return tensor if device is None else tensor.to(device)
 
     return choose_widths(opened.model, config, weight_of=weight_of, progress=progress, **common)
+
+
+def _beside(layers: Sequence[LayerOptions]) -> LayerOptions:
+    """Layers of one input and the same formats as one of all their rows."""
+    first = layers[0]
+    sums = {name: tuple(map(sum, zip(*(getattr(layer, name) for layer in layers), strict=True))) for name in _SUMMED}
+    names = tuple(name for layer in layers for name in layer.names)
+    return LayerOptions(names, (sum(layer.shape[0] for layer in layers), first.shape[1]), first.formats, **sums)
 
 
 def _allocate(layers: Sequence[LayerOptions], budget: int) -> Allocation | None:

@@ -24,8 +24,9 @@ from fdk.models.tiny import COURSES, Course, corpus, held_out, save_dense, train
 from fdk.nn import Linear
 from fdk.nn.report import measure
 
-PARTS = ("tables", "four", "nested", "budget")
-"""lut formats of every width, other 4-bit formats dense and sparse, slices of 8-bit masters, widths by layer."""
+PARTS = ("tables", "four", "nested", "weights", "calibrated")
+"""lut formats of every width, other 4-bit formats dense and sparse, slices of 8-bit masters, and widths by layer:
+by the errors of weights alone, or by KL on training text."""
 COLUMNS = ("weights", "bits/weight", "mean KL (95 %)", "top-1 %", "perplexity / bf16 (95 %)", "mean SQNR dB")
 BUDGET_WIDTHS = (2, 3, 4)
 CALIBRATION_TOKENS = 8192
@@ -115,14 +116,17 @@ def variants(args: argparse.Namespace, course: Course, model: Llama, dense: Llam
             if bits > 1:
                 set_precision(master, bits)
                 yield Variant(master, str(parse(f"{kind}_{group}").at(bits)), bits, "uniform")
-    if "budget" not in args.parts:
-        return
     text, _ = corpus(course.broad)
     length = course.length
     calibration = text[: CALIBRATION_TOKENS // length * length].view(-1, length).long()
     base = QuantisationConfig(4, args.block_size, codebook="kmeans", scale=args.scale, kernel=args.kernel)
-    calibrated = measure_model(dense, base, calibration=calibration)
-    for note, measured in (("budget, weights alone", calibrated.by_weights()), ("budget, calibrated", calibrated)):
+    for part, tokens, note in (
+        ("weights", None, "budget, weights alone"),
+        ("calibrated", calibration, "budget, calibrated"),
+    ):
+        if part not in args.parts:
+            continue
+        measured = measure_model(dense, base, calibration=tokens)
         for bits in BUDGET_WIDTHS:
             flat = sum(layer.nbytes[bits - 1] for layer in measured.layers) + measured.other_bytes
             chosen = measured.choose(max_bytes=flat)
@@ -162,7 +166,8 @@ def run(args: argparse.Namespace, course: Course) -> int:
     original = score(dense, windows, batch=BATCH).estimates()
     base = {
         "test": "quality", "model": args.size, "parameters": course.config.parameters, "kernel": args.kernel,
-        "steps": args.steps or course.steps, "seed": args.seed, "training_seconds": seconds,
+        "steps": args.steps or (None if seconds is None else course.steps), "seed": args.seed,
+        "training_seconds": seconds,
         "training_bytes": len(corpus(course.broad)[0]), "sequences": args.sequences, "length": course.length,
     }  # fmt: skip
     took = "loaded" if seconds is None else f"trained for {seconds:.0f} s"
