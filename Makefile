@@ -50,7 +50,7 @@ bench-gpu:
 	@PYTHONPATH=src $(PYTHON) -m fdk.bench --device cuda --quick --chain --output-dir out
 
 figures: $(VENV)/.bench
-	@for folder in results/*/; do \
+	@for folder in $$(dirname results/*/kernels.jsonl); do \
 	    $(BIN)/python -m fdk.bench.plots $$folder --output-dir docs/figures/$$(basename $$folder) || exit 1; \
 	done
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows.jsonl --into README.md

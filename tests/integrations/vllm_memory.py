@@ -1,8 +1,10 @@
-"""Host memory while vLLM loads a model, in a process of its own; appends one record to a file.
+"""Host memory while vLLM loads a random Llama in bfloat16, in a process of its own; appends one record to a file.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python vllm_memory.py MODEL RECORDS.jsonl '{"warm": SMALL_MODEL, options of LLM ...}'
+    MALLOC_MMAP_THRESHOLD_=65536 python vllm_memory.py RECORDS.jsonl stored|quantised HIDDEN INTERMEDIATE LAYERS
 
+stored: a folder of lut4_g64; quantised: a 16-bit folder, quantised to lut4_g64 with k-means tables while it is loaded.
 The threshold gives freed tensors back to the system at once, so that the peak is that of what was alive. Bytes:
+
 peak       anonymous memory above what the process held before
 packed     the low-bit layers' tensors
 other      all other parameters
@@ -22,6 +24,9 @@ import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1")
+
+FORMAT = "lut4_g64"
+ONLINE = {"quantization": "fdk", "additional_config": {"fdk": {"format": FORMAT, "codebook": "kmeans"}}}
 
 
 def anonymous() -> int:
@@ -45,15 +50,45 @@ class Peak(threading.Thread):
             time.sleep(0.002)
 
 
+def make(folder: Path, stored: bool, hidden: int, middle: int, layers: int) -> Path:
+    """A random model, its low-bit form if it is to be stored so."""
+    import transformers
+
+    from fdk.models.folder import quantise_folder
+
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    if not stored:
+        return folder
+    quantise_folder(folder, folder.with_name(folder.name + "-low"), FORMAT)
+    return folder.with_name(folder.name + "-low")
+
+
+def load(folder: Path, stored: bool):
+    """The model as vLLM's loader makes it, on the CPU."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    options = {} if stored else ONLINE
+    args = EngineArgs(model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True, **options)
+    config = args.create_engine_config()
+    with set_current_vllm_config(config):
+        ensure_model_parallel_initialized(1, 1)
+        return get_model(vllm_config=config)
+
+
 def main() -> None:
-    folder, records, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    records, stored = Path(sys.argv[1]), sys.argv[2] == "stored"
+    hidden, middle, layers = map(int, sys.argv[3:])
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         raise SystemExit("set MALLOC_MMAP_THRESHOLD_=65536, which the C library reads when a process starts")
     import torch
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
+    from vllm.distributed import init_distributed_environment
 
     from fdk.bench.records import environment
     from fdk.integrations.vllm.linear import FdkLinearMethod
@@ -61,38 +96,33 @@ def main() -> None:
     if not torch.accelerator.is_available():
         # As vLLM's worker for CPUs has it.
         torch.accelerator.empty_cache = lambda: None
-
-    def load(which: str, **extra):
-        args = EngineArgs(model=which, dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True, **extra)
-        config = args.create_engine_config()
-        with set_current_vllm_config(config):
-            ensure_model_parallel_initialized(1, 1)
-            return get_model(vllm_config=config)
-
-    warm = options.pop("warm")
-    with tempfile.TemporaryDirectory() as rendezvous:
-        init_distributed_environment(1, 0, f"file://{rendezvous}/store", 0, "gloo")
-        load(warm, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        small = make(Path(folder) / "small", stored, 128, 256, 1)
+        large = make(Path(folder) / "large", stored, hidden, middle, layers)
+        load(small, stored)
         gc.collect()
         before, peak = anonymous(), Peak()
         peak.start()
-        model = load(folder, **options)
+        model = load(large, stored)
         peak.done = True
         peak.join()
-    low = [m for m in model.modules() if isinstance(getattr(m, "quant_method", None), FdkLinearMethod)]
+    low = [module for module in model.modules() if isinstance(getattr(module, "quant_method", None), FdkLinearMethod)]
     packed = [parameter for module in low for parameter in module.parameters()]
-    config = json.loads((Path(folder) / "config.json").read_text())
-    largest = 2 * config["hidden_size"] * config["intermediate_size"]
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     held = sum(parameter.numel() * parameter.element_size() for parameter in packed)
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    largest = 2 * hidden * middle
     entry = {
         "test": "vllm_memory",
-        "model": Path(folder).name,
-        "options": json.dumps(options),
+        "stored": stored,
+        "format": FORMAT,
+        "hidden": hidden,
+        "intermediate": middle,
+        "layers": layers,
         "peak": peak.value - before,
         "packed": held,
-        "largest": largest,
         "other": total - held,
+        "largest": largest,
         "dense": sum(p.numel() * p.element_size() >= largest for p in packed if p.is_floating_point()),
     }
     with records.open("a") as file:
