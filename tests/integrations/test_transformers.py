@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,6 +334,16 @@ def test_generate_with_fdks_decoding_gives_the_same_tokens(tmp_path, family):
         low.generate(prompt, attention_mask=(prompt != prompt[0, 0]).long(), custom_generate=fdk.decode)
     with pytest.raises(UnsupportedError, match="one beam"):
         low.generate(prompt, num_beams=2, custom_generate=fdk.decode)
+
+
+def test_tokens_go_to_a_streamer_as_they_come(source):
+    low = read(source, fdk.FdkConfig(4, dtype="float32"))
+    seen = []
+    streamer = SimpleNamespace(
+        put=lambda tokens: seen.extend(tokens.flatten().tolist()), end=lambda: seen.append("end")
+    )
+    tokens = low.generate(IDS[:1] + 1, max_new_tokens=6, custom_generate=partial(fdk.decode, streamer=streamer))
+    assert seen == [*tokens[0].tolist(), "end"]
 
 
 def test_another_precision_is_another_decoding(source):

@@ -44,7 +44,7 @@ def config(**changes) -> LlamaConfig:
         ({}, None, 20),
         ({"num_key_value_heads": 6, "attention_bias": True}, None, 132),
         ({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}, "lut4_g64", 132),
-        ({"qk_norm": True, "attention_bias": True, "output_bias": False}, None, 20),
+        ({"qk_norm": True, "attention_bias": True, "output_bias": False}, "lut4_g64", 20),
     ],
 )
 def test_logits_are_those_of_the_plain_path(changes, plan, length, dtype) -> None:

@@ -481,14 +481,16 @@ def decode(
     logits_processor,
     stopping_criteria,
     generation_config,
+    streamer=None,
     **model_kwargs,
 ) -> Tensor:
     """The decoding loop for `model.generate(..., custom_generate=fdk.decode)`: one CUDA graph a token.
 
     input_ids [b, t] to tokens [b, t + new], greedy or sampled, with the processors and criteria that generate prepared.
     Models that fdk's Llama does not cover, and those on a CPU, are decoded as `fdk.models.decode.step_for` says. The
-    step stays for the next call, until `forget(model)`. UnsupportedError for padded prompts, beams and other outputs
-    than tokens.
+    step stays for the next call, until `forget(model)`. generate does not hand its streamer on to a loop of others;
+    give it as `functools.partial(fdk.decode, streamer=streamer)`. UnsupportedError for padded prompts, beams and other
+    outputs than tokens.
     """
     # Were it an argument of its own, generate would pass it twice.
     attention_mask = model_kwargs.get("attention_mask")
@@ -503,6 +505,8 @@ def decode(
     padding = generation_config._pad_token_tensor
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     step.prefill(input_ids)
     while True:
         scores = logits_processor(tokens, step.logits.to(torch.float32, copy=True))
@@ -513,11 +517,16 @@ def decode(
         if padding is not None:
             chosen = torch.where(unfinished[:, None], chosen, padding)
         tokens = torch.cat([tokens, chosen], 1)
+        if streamer is not None:
+            streamer.put(chosen[:, 0].cpu())
         unfinished &= ~stopping_criteria(tokens, scores)
         if not unfinished.any():
-            return tokens
+            break
         step.tokens.copy_(chosen)
         step()
+    if streamer is not None:
+        streamer.end()
+    return tokens
 
 
 def _step(model: nn.Module, batch: int, length: int) -> AnyStep:

@@ -39,6 +39,8 @@ def random_llama(
         for layer in job.layers.values():
             dense = random_tensor(f"{job.name}.weight", layer.weight.shape, seed, device, dtype)
             layer.weight = nn.Parameter(dense, requires_grad=False)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(torch.zeros(layer.out_features, device=device, dtype=dtype), False)
         modules, layer_report = run_job(job, device, dtype)
         for name, module in zip(job.layers, modules, strict=True):
             model.set_submodule(name, module)
