@@ -43,6 +43,38 @@ def test_integer_products_are_exact_on_one_hot_inputs(name: str, m: int, dtype: 
         assert torch.equal(out, dense[:, columns].T)
 
 
+@pytest.mark.parametrize("m", [1, 2, 8, 16])
+@pytest.mark.parametrize("name", ["lut1_g64", "lut3_g64", "uint4_g64"])
+def test_activations_arrive_in_chunks_phases_and_slices(name: str, m: int) -> None:
+    # Whatever part of x a warp waits for has to be there, and nothing may overwrite what another still reads.
+    n, k = 320, 4096
+    weight = weight_of(name, n, k)
+    zeros = weight.parts.get("zeros")
+    shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    base = replace(decode.choose_config(shape, m, 5, 132), stage_units=1, stages=2, batch=1, min_ctas=1, digits=False)
+    x = inputs(m, k)
+    for cluster, k_warps, row_warps, phases, chunks in (
+        (2, 4, 1, 1, 4),
+        (2, 2, 2, 1, 2),
+        (2, 4, 2, 4, 2),
+        (2, 8, 1, 2, 1),
+        (1, 16, 1, 4, 1),
+        (4, 1, 5, 8, 2),
+    ):
+        blocks = row_warps if phases > 1 else 2 * row_warps
+        config = replace(
+            base, cluster=cluster, k_warps=k_warps, row_warps=row_warps, phases=phases, x_chunks=chunks, blocks=blocks
+        )
+        plan = decode.Plan(weight, config)
+        wrong = testing.check_product(lambda x, w, b, out, plan=plan: plan(x, b, out), x, weight, None, False)
+        assert wrong is None, (config, wrong)
+        first, again = (testing.poisoned(m, n, torch.bfloat16, "cuda:0") for _ in range(2))
+        plan(x, None, first)
+        for _ in range(50):
+            plan(x, None, again)
+            assert torch.equal(first, again), config
+
+
 @pytest.mark.parametrize("m", [1, 8, 40, 64, 65, 200])
 def test_every_route_serves_any_number_of_rows(m: int) -> None:
     weight = weight_of("lut4_g16", 320, 1040, tables=3)

@@ -142,8 +142,9 @@ class CudaKernel:
         widest = decode.Epilogue(squares=1, gated=gated, tables=1 + gated)
         if m > decode.MAX_TOKENS or (gated and not pairs) or self._chain_config(weight, shape, m, widest) is None:
             return math.inf, possible[0].us
-        sms = _device_facts(weight.device.index)[1]
-        return routes.decode_us(shape, m, m, sms), possible[0].us
+        capability, sms = _device_facts(weight.device.index)
+        blocks = sum(fragments.block_counts(geometry))
+        return routes.decode_us(shape, m, m, blocks, sms, capability >= (9, 0)), possible[0].us
 
     def chained(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Plan:
         """The product of m rows of x with an epilogue, where `chain_us` is finite."""

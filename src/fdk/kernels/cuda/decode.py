@@ -146,6 +146,7 @@ class Config:
     late       let the next launch start once the activations are here, not at once
     digits     integer products (csrc/digits.cuh) instead of bf16 or fp16 ones
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
+    x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
     epilogue   what becomes of the sums
     """
 
@@ -161,6 +162,7 @@ class Config:
     late: bool = False
     digits: bool = False
     phases: int = 1
+    x_chunks: int = 1
     epilogue: Epilogue = PLAIN
     alone: bool = False
 
@@ -193,15 +195,22 @@ class Config:
         ring = self.stages * shape.stage_bytes(self.stage_units)
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
-        head = self.tokens * (cta_units * 256 if self.digits else cta_units * 128 + (16 if self.tokens >= 8 else 32))
+        one_bit_sums = shape.bits == 1 and self.tokens < 16
+        summed = self.digits or shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums
+        x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
+        row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
+        head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
-            head += -(-cta_units * self.tokens * 4 // 16) * 16 + -(-self.tokens * (self.warps + 1) * 4 // 16) * 16
-        elif shape.kind in (UINT_U8, UINT_FLOAT) or (shape.bits == 1 and self.tokens < 16):
+            head += (
+                -(-cta_units * self.tokens * 4 // 16) * 16
+                + -(-self.tokens * (self.warps + self.k_warps) * 4 // 16) * 16
+            )
+        elif summed:
             columns = 1 if self.tokens == 1 else -(-self.tokens // 8) * 8
             kinds = 3 if shape.bits == 1 and (self.tokens < 16 or (shape.kind != TABLE and shape.kind != INT)) else 1
             head += -(-cta_units * shape.subs * kinds * columns * 4 // 16) * 16
-        head += -(-(self.warps * self.stages * 8 + 16) // 16) * 16
+        head += -(-(self.warps * self.stages * 8 + 8 + x_buffers * self.k_warps * self.x_chunks * 8) // 16) * 16
         if self.epilogue.squares:
             head += -(-self.tokens * 4 // 16) * 16
         low = head if head <= before else 0
@@ -234,6 +243,7 @@ class Config:
             "FDK_GATED": int(self.epilogue.gated),
             "FDK_TABLES": self.epilogue.tables,
             "FDK_RESIDUAL": int(self.epilogue.residual),
+            "FDK_X_CHUNKS": self.x_chunks,
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
 
@@ -276,11 +286,20 @@ def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int,
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
     if tokens <= 4:
         row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
-        # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
-        warps = 16 if tokens == 1 and shape.bits >= 3 and shape.lean and cta_units * blocks > 32 else 8
+        warps = 8
+        if tokens == 1 and shape.lean:
+            # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
+            if shape.bits >= 3 and cta_units * blocks > 32:
+                warps, row_warps = 16, 1 if blocks == 2 else row_warps
+            elif shape.bits <= 2 and shape.allows_digits and blocks == 1 and cta_units >= 128:
+                warps = 16
         return min(max(4, warps // row_warps), cta_units), row_warps
     row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
-    return max(1, min(8 // row_warps, cta_units)), row_warps
+    # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
+    few = tokens <= 16 and shape.lean and not shape.nested
+    narrow = (shape.bits == 1 and row_warps > 1) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
+    warps = 16 if few and (row_warps > 4 or narrow) else 8
+    return max(1, min(warps // row_warps, cta_units)), row_warps
 
 
 def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int]:
@@ -314,23 +333,41 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     if shape.kind in (UINT_U8, UINT_FLOAT):
         return [(1, 2), (1, 1)]
     if config.digits:
-        found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
-        return found[config.warps > 12 :]
-    if config.warps > 8 and config.row_warps <= 2:
+        if config.alone:
+            found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
+            return found[config.warps > 12 :]
+        if shape.bits > 1:
+            wide = [(2, 1)] if config.warps > 8 else [(4, 1), (2, 2)]
+            return [*(wide if shape.bits == 2 else []), (1, 3), (1, 2), (1, 1)]
+        return [(4, 2 if config.steps > 1 else 1), (2, 2), (1, 4), (1, 2), (1, 1)]
+    if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
         return [(1, 1)]
-    if config.warps > 12:
+    if config.warps > 12 and config.alone:
         # 128 registers are not enough for two units.
         return [(1, 2), (1, 1)]
     if config.tokens <= 4 and per_warp <= 4:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
             return [(2, 2), (1, 4), (1, 2), (1, 1)]
-        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1)), (1, 1)]
+        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 2)), (1, 1)]
     if shape.bits == 1:
-        return [(4, 1), (2, 1), (1, 2)] if config.tokens <= 4 else [(2, 1), (1, 2)]
+        if config.tokens <= 4:
+            return [(4, 1), (2, 1), (1, 2)]
+        return [(1, 2)] if config.row_warps > 4 and config.tokens >= 16 else [(2, 1), (1, 2)]
     if shape.bits <= 4 and config.tokens <= 16:
-        return [(2, 1), (1, 2), (1, 1)]
-    return [(1, 2), (1, 1)] if config.tokens <= 4 else [(1, 1)]
+        # Two units at once take more registers than 16 warps leave in these cases.
+        wide = config.tokens == 16 or (shape.bits, config.tokens) in ((4, 1), (2, 8))
+        return [(1, 2), (1, 1)] if config.warps > 8 and wide else [(2, 1), (1, 2), (1, 1)]
+    return [(1, 2), (1, 1)] if config.tokens <= 4 or (config.tokens < 16 and config.warps > 8) else [(1, 1)]
+
+
+def _x_chunks(shape: Shape, config: Config) -> int:
+    """Pieces of at least four units that a slice's activations come in; one where sums of them are needed first."""
+    slices = config.cluster * config.phases * config.k_warps
+    if config.tokens < 16 or config.phases > 1 or shape.kind in (UINT_U8, UINT_FLOAT) or shape.units % slices:
+        return 1
+    mine = shape.units // slices
+    return next((n for n in (4, 3, 2) if mine % (n * config.stage_units) == 0 and mine >= 4 * n), 1)
 
 
 def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
@@ -347,6 +384,7 @@ def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
                 continue
             for batch in batches:
                 filled = replace(config, phases=phases, stage_units=stage_units, stages=stages, batch=batch)
+                filled = replace(filled, x_chunks=_x_chunks(shape, filled))
                 shared = filled.shared_bytes(shape, hopper)
                 if shared <= MAX_SHARED:
                     per_warp = config.steps * -(-shape.units // slices)
@@ -363,7 +401,7 @@ def choose_config(
 ) -> Config | None:
     """The configuration for m tokens of a weight with that many blocks of rows; None if none fits shared memory.
 
-    Measured on an H200 (CUDA 13.0), 2026-11-20, at 4096^2 and 8192^2, 1 to 8 bits, m = 1 to 64; docs/findings.md.
+    Measured on an H200 (CUDA 13.0), 2026-11-21, at 4096^2 to 28672 x 8192, 1 to 8 bits, m = 1 to 64: docs/findings.md.
     """
     tokens = token_tile(m)
     chained = epilogue != PLAIN
@@ -377,7 +415,8 @@ def choose_config(
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=chained and hopper)
         if tokens == 1 and shape.allows_digits:
             large = shape.n * shape.k >= 1 << 25
-            if (shape.bits == 1 and (large or chained)) or (shape.bits == 8 and not large):
+            two = shape.bits == 2 and shape.kind == INT and cluster == 1 and large and not chained
+            if two or (shape.bits == 1 and (large or chained)) or (shape.bits == 8 and not large):
                 start = replace(start, digits=True, late=large and not chained)
         if chained:
             most, row_warps = _chain_warps(start, shape, cta_units)

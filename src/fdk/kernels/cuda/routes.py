@@ -17,12 +17,14 @@ from fdk.kernels.cuda import decode, prefill
 
 _SMS = 132
 
-# Decode: microseconds around the loop, and clocks at 1.83 GHz that one multiprocessor spends on a unit of 64 rows x 64
-# columns, at one token by width and on top of that by tokens.
-_DECODE_START, _DECODE_CLOCKS_PER_US = 2.5, 1830
-_UNIT_CLOCKS = (78, 94, 118, 128, 225, 233, 245, 250)
+# Decode: microseconds around the loop, clocks at 1.83 GHz that one multiprocessor spends on a unit of 64 rows x 64
+# columns, at one token by width and on top of that by tokens (one bit: see the second table), and bytes of x that it
+# fetches in a microsecond.
+_DECODE_START, _DECODE_CLOCKS_PER_US, _DECODE_X_BYTES_PER_US = 2.1, 1830, 58e3
+_UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
 _NESTED_CLOCKS, _PLANE_CLOCKS = 20, 33  # a unit of planes, and each of them
-_TOKEN_CLOCKS = {1: 0, 2: 5, 4: 13, 8: 25, 16: 70, 32: 230, 64: 510}
+_TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 57, 32: 190, 64: 500}
+_ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 110, 32: 230, 64: 510}
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
 # the starts of both kernels.
@@ -50,15 +52,18 @@ class Route:
         return self.name == "dense" or (self.name == "prefill" and self.config.rounds)
 
 
-def decode_us(shape: decode.Shape, m: int, rows: int, sms: int = _SMS) -> float:
-    """Predicted time of m rows of x by the decode kernel, `rows` of them per launch."""
-    units = -(-shape.n // 64) * shape.units / sms
+def decode_us(shape: decode.Shape, m: int, rows: int, blocks: int, sms: int = _SMS, hopper: bool = True) -> float:
+    """Predicted time of m rows of x by the decode kernel, `rows` of them per launch: that of the busiest CTA."""
+    tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
     total = 0.0
     for part, launches in ((rows, m // rows), (m % rows, 1)):
         if part and launches:
+            config = decode.choose_config(shape, part, blocks, sms, hopper)
+            cta_units = -(-shape.units // config.cluster)
             unit = _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
-            clocks = unit + _TOKEN_CLOCKS[decode.token_tile(part)]
-            total += launches * (_DECODE_START + units * clocks / _DECODE_CLOCKS_PER_US)
+            clocks = config.blocks * cta_units * (unit + tokens_clocks[config.tokens])
+            x_us = (part - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
+            total += launches * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
     return total
 
 
@@ -88,7 +93,7 @@ def routes(
     found = [Route("dense", dense_us(shape, m, sms), m)]
     if rows := rows_at_once(shape, m, sum(blocks), sms, hopper):
         config = decode.choose_config(shape, rows, sum(blocks), sms, hopper)
-        found.append(Route("decode", decode_us(shape, m, rows, sms), rows, config))
+        found.append(Route("decode", decode_us(shape, m, rows, sum(blocks), sms, hopper), rows, config))
     if capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
         us = prefill.predict_us(shape, m, blocks, sms)
         if us is not None:

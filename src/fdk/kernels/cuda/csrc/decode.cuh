@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const Range& range = p.range[which];
     const int first_block = range.first_block + (cluster - range.first_cluster) * p.blocks_per_cluster;
     const int blocks = max(0, min(p.blocks_per_cluster, range.end_block - first_block));
-    const int end_block = first_block + blocks;
+    const int end_block = min(first_block + p.blocks_per_cluster, range.end_block);
     const int steps = (blocks + ROW_WARPS - 1) / ROW_WARPS;  // the same for all warps of a cluster
 
     const int cta_unit = UNITS * rank / CLUSTER;
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int first_unit = units * k_warp / K_WARPS;
     const bool mine = row_warp < blocks;
     const int end_unit = mine ? units * (k_warp + 1) / K_WARPS : first_unit;
-    const u32 sums_barrier = shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8 + 8;
+    const u32 sums_barrier = shared_address(smem) + Smem::BARRIERS + Smem::SUMS_BARRIER;
     const Warp w = {p,
                     smem + Smem::ring(warp),
                     shared_address(smem) + Smem::BARRIERS + warp * STAGES * 8,
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
         if (warp == 0) {
-            barrier_init(shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8);
+            for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8);
             barrier_init(sums_barrier);
             if constexpr (COUNTED_SUMS) barrier_expect(sums_barrier, (STEPS_PER_CTA == 1 ? 1 : steps) * ROW_WARPS * 64 * M * 4);
         }
@@ -90,7 +90,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u};
     Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
-    prepare_activations(p, smem, 0, cta_unit, units, warp, lane, lookup);
+    const auto prepare_phase = [&](int phase) {
+        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, phase, cta_unit + phase * units, units, warp, lane, lookup);
+    };
+    for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
@@ -143,13 +146,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         Accumulator acc = {};
         for (int phase = 0; phase < PHASES; ++phase) {
             if (phase > 0) {
+                order_before_bulk_copies();
                 __syncthreads();
-                prepare_activations(p, smem, phase, cta_unit + phase * units, units, warp, lane, lookup);
+                prepare_phase(phase + X_BUFFERS - 1);
             }
+            const char* buffer = smem + phase % X_BUFFERS * Smem::X_BUFFER;
             if (STEPS_PER_CTA == 1 || step < w.steps) {
 #pragma unroll 1
                 for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
                     w.wait(stage, parity);
+                    wait_for_activations(smem, phase, unit - first_unit, end_unit - first_unit, k_warp);
                     Unit loaded[STAGE_UNITS];
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
@@ -160,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                         w.prefetch(ahead, stage);
                     }
 #pragma unroll
-                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], smem, unit + i, lane, lookup);
+                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, lane, lookup);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
@@ -189,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         else
             cluster_wait();
         if constexpr (BATCH == 1) {
-            if (steps > 0) finish(steps - 1);
+            if (STEPS_PER_CTA == 1 || steps > 0) finish(STEPS_PER_CTA == 1 ? 0 : steps - 1);
         } else {
             for (int step = 0; step < steps; ++step) finish(step);
         }

@@ -79,26 +79,33 @@ __device__ __forceinline__ void load_columns(float (&v)[4], const u16* row, int 
     }
 }
 
-constexpr int ITEMS = (Smem::CTA_UNITS * M * 4 + THREADS - 1) / THREADS;  // (token, unit, t) per thread
+constexpr int ITEMS = (SHARE_UNITS * M * 4 + SHARE_THREADS - 1) / SHARE_THREADS;  // (token, unit, t) per thread
 constexpr int KEPT = ITEMS < 2 ? ITEMS : 2;                               // of which stay in registers
+
+// 2^-shift of a token in a warp's slice of k.
+__device__ __forceinline__ float& back_of(char* smem, int token, int k_warp) {
+    return reinterpret_cast<float*>(smem + Smem::MAXIMA)[M * WARPS + token * K_WARPS + k_warp];
+}
 
 // Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
 // sum(x)[unit][token]; at MAXIMA: the largest |x| of each warp, and 2^-shift.
 __device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int, int first_unit, int units, int warp, int lane, const Lookup&) {
     float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
     u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
+    const Share share = Share::of(units, warp, lane);
+    const int per = max(share.units, 1);
     float kept[KEPT][4][4];
     const auto load = [&](float (&v)[4][4], int i) {
-        const int t = i % 4, unit = i / 4 % units, token = i / 4 / units;
+        const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
         const u16* row = p.x + i64(min(token, p.m - 1)) * K;
 #pragma unroll
         for (int s = 0; s < 4; ++s) load_columns(v[s], row, (first_unit + unit) * 64 + t * 2 + s * 16);
     };
-    const int items = units * M * 4;
+    const int items = share.units * M * 4;
     u32 largest[M] = {};
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
-        const int i = threadIdx.x + n * THREADS;
+        const int i = share.thread + n * SHARE_THREADS;
         float loaded[4][4] = {};
         float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
         if (n < KEPT)
@@ -108,7 +115,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
             u32 most = 0;
 #pragma unroll
             for (int q = 0; q < 16; ++q) most = max(most, __float_as_uint(v[q / 4][q % 4]) & 0x7fffffffu);
-            const int token = i / 4 / units;
+            const int token = i / 4 / per;
 #pragma unroll
             for (int k = 0; k < M; ++k)
                 if (token == k) largest[k] = max(largest[k], most);
@@ -116,30 +123,30 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     }
     read_norms(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
+    constexpr int SHARE_WARPS = SHARE_THREADS / 32;
+    const int k_warp = OWN_X ? warp % K_WARPS : 0;
 #pragma unroll
     for (int k = 0; k < M; ++k) {
-        const u32 most = __reduce_max_sync(0xffffffffu, largest[k]);
-        if (lane == 0) maxima[k * WARPS + warp] = most;
+        largest[k] = __reduce_max_sync(0xffffffffu, largest[k]);
+        if (SHARE_WARPS > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + share.thread / 32] = largest[k];
     }
-    __syncthreads();
+    if constexpr (SHARE_WARPS > 1) share.sync(warp);
     float scale[M];  // 2^shift
 #pragma unroll
     for (int k = 0; k < M; ++k) {
-        u32 most = 0;
+        u32 most = SHARE_WARPS > 1 ? 0 : largest[k];
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) most = max(most, maxima[k * WARPS + i]);
+        for (int i = 0; SHARE_WARPS > 1 && i < SHARE_WARPS; ++i) most = max(most, maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
         const int exponent = int(most >> 23);  // biased; 255 for NaN and infinity
         const int biased = min(29 - MAX_SHIFT + 2 * 127 - exponent, 253);
         scale[k] = __uint_as_float(u32(biased) << 23);
-        if (threadIdx.x == 0) {
-            const float back = __uint_as_float(u32(254 - biased) << 23);
-            reinterpret_cast<float*>(maxima)[M * WARPS + k] = exponent == 255 ? __uint_as_float(0x7fc00000u) : back;
-        }
+        const float back = __uint_as_float(u32(254 - biased) << 23);
+        if (share.thread == 0) back_of(smem, k, k_warp) = exponent == 255 ? __uint_as_float(0x7fc00000u) : back;
     }
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
-        const int i = threadIdx.x + n * THREADS;
-        const int t = i % 4, unit = i / 4 % units, token = i / 4 / units;
+        const int i = share.thread + n * SHARE_THREADS;
+        const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
         float loaded[4][4] = {};
         float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
         if (n >= KEPT && i < items) load(v, i);
@@ -172,8 +179,10 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
                     u32x4{digits[d][0], digits[d][1], digits[d][2], digits[d][3]};
         }
     }
-    __syncthreads();
+    share.sync(warp);
 }
+
+__device__ __forceinline__ void wait_for_activations(const char*, int, int, int, int) {}
 
 // Sums of one block over a warp's slice, row 16*tile + 8*h + g: of scale * digits for columns 2t and 2t+1, that is
 // digits 2*(t%2) and one more of token t/2 (one token: t < 2 only), and of scale * (zero *) sum(x) of that token.
@@ -224,9 +233,9 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 }
 
 // A warp's sums of a block to its slot [64 rows][M tokens]; `low` and `high` are the two table values of one bit.
-__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char* smem, int lane, float low, float high) {
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, char* smem, int lane, float low, float high) {
     const int g = lane / 4, t = lane % 4, token = M == 2 ? t / 2 : 0;
-    const float back = reinterpret_cast<const float*>(smem + Smem::MAXIMA)[M * WARPS + token];
+    const float back = back_of(smem, token, OWN_X ? threadIdx.x / 32 % K_WARPS : 0);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile)
 #pragma unroll

@@ -4,32 +4,51 @@
 
 namespace fdk {
 
-constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0;
+constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0 && !OWN_X;
+static_assert(X_BUFFERS == 1 || BULK_X, "only bulk copies arrive meanwhile");
+
+__device__ __forceinline__ u32 x_barrier(const char* smem, int phase, int k_warp, int chunk) {
+    return shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + ((phase % X_BUFFERS * K_WARPS + k_warp) * X_CHUNKS + chunk) * 8;
+}
+
+// Before a warp multiplies unit `at` of the `count` units of its slice.
+__device__ __forceinline__ void wait_for_activations(const char* smem, int phase, int at, int count, int k_warp) {
+    if constexpr (!BULK_X || SUMS) return;
+    const int chunk = count / X_CHUNKS;
+    if (at % chunk == 0) barrier_wait(x_barrier(smem, phase, k_warp, at / chunk), phase / X_BUFFERS % 2);
+}
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
 // token, or by hand with zeros past K. Tokens past m repeat the last one.
 __device__ __forceinline__ void stage_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane) {
-    char* to = smem + Smem::X;
-    const u32 barrier = shared_address(smem) + Smem::BARRIERS + WARPS * STAGES * 8;
+    char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
-        if (warp == 0) {
-            if (lane == 0) barrier_expect(barrier, M * units * 128);
+        // The warps of a slice of k bring its chunks in turn; whoever multiplies waits for those that he needs.
+        const int k_warp = warp % K_WARPS, first = units * k_warp / K_WARPS, count = (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS;
+        for (int chunk = warp / K_WARPS; chunk < X_CHUNKS; chunk += ROW_WARPS) {
+            const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
+            const int at = first + chunk * count;
+            if (lane == 0) barrier_expect(barrier, M * count * 128);
             __syncwarp();
             for (int token = lane; token < M; token += 32)
-                copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE, p.x + i64(min(token, p.m - 1)) * K + first_unit * 64,
-                                 units * 128, barrier);
+                copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
+                                 count * 128, barrier);
         }
         if (phase == 0) read_norms(p, smem, warp, lane);
-        barrier_wait(barrier, phase % 2);
+        if constexpr (SUMS)
+            for (int i = 0; i < K_WARPS * X_CHUNKS; ++i) barrier_wait(x_barrier(smem, phase, 0, i), phase % 2);
     } else {
         if (phase == 0) read_norms(p, smem, warp, lane);
-        constexpr int AHEAD = 8;  // pieces of four columns per thread in flight
-        const int pieces = units * M * 16;
-        for (int base = threadIdx.x; base < pieces; base += AHEAD * THREADS) {
+        // Pieces of four columns per thread in flight.
+        constexpr int MOST = (SHARE_UNITS * M * 16 + SHARE_THREADS - 1) / SHARE_THREADS, AHEAD = MOST < 8 ? MOST : 8;
+        const Share share = Share::of(units, warp, lane);
+        const int pieces = share.units * M * 16, row_pieces = max(16 * share.units, 1);
+        for (int base = share.thread; base < pieces; base += AHEAD * SHARE_THREADS) {
             u32x2 piece[AHEAD];
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) {
-                const int i = base + a * THREADS, token = i / 16 / units, column = first_unit * 64 + i % (16 * units) * 4;
+                const int i = base + a * SHARE_THREADS, token = i / row_pieces;
+                const int column = (first_unit + share.first) * 64 + i % row_pieces * 4;
                 const u16* row = p.x + i64(min(token, p.m - 1)) * K;
                 piece[a] = {};
                 if (i >= pieces) continue;
@@ -44,11 +63,12 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
             }
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) {
-                const int i = base + a * THREADS, token = i / 16 / units;
-                if (i < pieces) *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + i % (16 * units) * 8) = piece[a];
+                const int i = base + a * SHARE_THREADS, token = i / row_pieces;
+                if (i < pieces)
+                    *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + share.first * 128 + i % row_pieces * 8) = piece[a];
             }
         }
-        __syncthreads();
+        share.sync(warp);
     }
 }
 
@@ -67,11 +87,13 @@ __device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int
 __device__ __forceinline__ void sum_activations(float* sums, const char* x, int units, int warp, int lane, const Lookup& lookup) {
     constexpr u32 ONE = BF16 ? (SPLIT_BIT ? 0x40004000u : 0x3f803f80u) : (SPLIT_BIT ? 0x40004000u : 0x3c003c00u);
     constexpr int AT_ONCE = M == 1 ? 8 : 1;
-    for (int first = warp * AT_ONCE; first < units; first += WARPS * AT_ONCE) {
+    const Share share = Share::of(units, warp, lane);
+    const int end = share.first + share.units;
+    for (int first = share.first + share.thread / 32 * AT_ONCE; first < end; first += SHARE_THREADS / 32 * AT_ONCE) {
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 b[8], offsets[4][4] = {};
-            load_activations(b, x, M == 1 ? min(first + lane % 8, units - 1) : first, nt, lane);
+            load_activations(b, x, M == 1 ? min(first + lane % 8, end - 1) : first, nt, lane);
             if constexpr (SPLIT_BIT) {
                 const u32 zero[4 * BITS] = {};
                 dequantise<BITS, BF16, SELECT>(offsets, zero, 0, lookup);
@@ -90,7 +112,7 @@ __device__ __forceinline__ void sum_activations(float* sums, const char* x, int 
                     for (int c = 0; c < 2; ++c) {
                         const int column = lane * 2 + c, unit = M == 1 ? first + column : first;
                         float* to = sums + (unit * SUBS + sub) * SUM_KINDS * SUM_COLUMNS + (M == 1 ? 0 : nt * 8 + column);
-                        if (M > 1 || unit < units) {
+                        if (M > 1 || unit < end) {
                             to[0] = sum[c];
                             if constexpr (SPLIT_BIT) to[SUM_COLUMNS] = -offset[c], to[2 * SUM_COLUMNS] = -offset[2 + c];
                         }
@@ -237,7 +259,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     if constexpr (FDK_LATE) let_next_kernel_start();
     if constexpr (SUMS) {
         sum_activations(reinterpret_cast<float*>(smem + Smem::SUM), smem + Smem::X, units, warp, lane, lookup);
-        __syncthreads();
+        Share::of(units, warp, lane).sync(warp);
     }
 }
 }  // namespace fdk

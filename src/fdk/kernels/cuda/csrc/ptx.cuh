@@ -238,6 +238,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Waits for the other warps that name the same barrier, 1 to 15; `threads` of them in all.
+__device__ __forceinline__ void sync_some(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // --- clusters --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 cluster_rank() {

@@ -4,7 +4,7 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros,
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
-//   FDK_BATCH FDK_MIN_CTAS FDK_LATE, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "planes.cuh"
 
@@ -28,6 +28,8 @@ constexpr int STAGE_GROUPS = STAGE_UNITS == 1 ? UNIT_GROUPS : STAGE_UNITS * 64 >
 static_assert(STAGE_UNITS == 1 || GROUPS == 1 || (STAGE_UNITS * 64) % GROUP == 0 || GROUP % (STAGE_UNITS * 64) == 0,
               "a stage of several units holds whole groups or lies inside one");
 static_assert(UNITS % (CLUSTER * K_WARPS * STAGE_UNITS) == 0 || STAGE_UNITS == 1, "slices are whole stages");
+constexpr int X_CHUNKS = FDK_X_CHUNKS;  // pieces of a warp's slice of k that activations arrive in, one after the other
+static_assert(X_CHUNKS == 1 || UNITS % (CLUSTER * PHASES * K_WARPS * X_CHUNKS * STAGE_UNITS) == 0, "chunks are whole stages");
 static_assert(PHASES == 1 || (STEPS_PER_CTA == 1 && UNITS % (CLUSTER * PHASES * K_WARPS * STAGE_UNITS) == 0),
               "phases are whole, and follow each other within one step");
 constexpr int SQUARES = FDK_SQUARES;  // partial sums of squares per token that scale the product
@@ -35,6 +37,8 @@ constexpr bool GATED = FDK_GATED, RESIDUAL = FDK_RESIDUAL;
 constexpr int TABLES = FDK_TABLES;  // tables that a CTA looks codes up in: gate and up may have their own
 constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
 static_assert(!GATED || (ROW_WARPS % 2 == 0 && N % 128 == 0 && !RESIDUAL), "gate and up are whole blocks, side by side");
+// With few tokens the warps of a slice of k bring its activations themselves, by plain loads, and wait for no others.
+constexpr bool OWN_X = M <= 2 && PHASES == 1 && (ROW_WARPS == 1 || K_WARPS < 16);
 constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
@@ -43,6 +47,8 @@ constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a
 constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16;  // see dequantise.cuh
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !DIGITS;
 constexpr bool SUMS = ZEROS || SPLIT_BIT || DIGITS;
+// Phases whose activations are in shared memory at once: those of the next arrive under the products of this one.
+constexpr int X_BUFFERS = PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
 constexpr int SUM_KINDS = SPLIT_BIT ? 3 : 1;
 
@@ -59,7 +65,7 @@ struct Smem {
     static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
-    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 16 + 15) / 16 * 16;  // of the rings, for x, for sums
+    static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + X_BUFFERS * K_WARPS * X_CHUNKS * 8 + 15) / 16 * 16;  // rings, sums, x
     static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
     static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + STAGE_GROUPS * 128;
@@ -77,9 +83,10 @@ struct Smem {
     // Rows of activations are 16 bytes apart in their banks, so that eight tokens' pieces are read without conflicts; for
     // four 32 bytes do, at which the copy engine writes faster.
     static constexpr int X_STRIDE = CTA_UNITS * 128 + (M >= 8 ? 16 : 32);
-    static constexpr int X_ONLY_BYTES = DIGITS ? CTA_UNITS * M * 256 : M * X_STRIDE;
+    static constexpr int X_BUFFER = M * X_STRIDE, X_ONLY_BYTES = DIGITS ? CTA_UNITS * M * 256 : X_BUFFERS * X_BUFFER;
     static constexpr int X_BYTES = SINGLE && SUM_TOTAL > X_ONLY_BYTES ? SUM_TOTAL : X_ONLY_BYTES;
-    static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + 1) * 4 + 15) / 16 * 16 : 0;
+    static constexpr int SUMS_BARRIER = WARPS * STAGES * 8, X_BARRIERS = SUMS_BARRIER + 8;  // counted from BARRIERS
+    static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + K_WARPS) * 4 + 15) / 16 * 16 : 0;
     static constexpr int NORM_BYTES = SQUARES ? (M * 4 + 15) / 16 * 16 : 0;
     static constexpr int HEAD_BYTES = X_BYTES + SUM_BYTES + (SINGLE ? 0 : SUM_TOTAL) + BARRIER_BYTES + MAXIMA_BYTES + NORM_BYTES;
 
@@ -245,6 +252,28 @@ __device__ __forceinline__ auto load_zeros(const char* from, int g) {
         return load_rows(from, g);
     }
 }
+// Who brings which activations: `units` units from `first` on, counted from the CTA's first, by SHARE_THREADS threads.
+struct Share {
+    int first, units, thread;
+
+    // The warps of one slice of k, or all of the CTA.
+    __device__ static __forceinline__ Share of(int units, int warp, int lane) {
+        if constexpr (!OWN_X) return {0, units, warp * 32 + lane};
+        const int k_warp = warp % K_WARPS, first = units * k_warp / K_WARPS;
+        return {first, units * (k_warp + 1) / K_WARPS - first, warp / K_WARPS * 32 + lane};
+    }
+    __device__ __forceinline__ void sync(int warp) const {
+        if constexpr (!OWN_X)
+            __syncthreads();
+        else if constexpr (ROW_WARPS == 1)
+            __syncwarp();
+        else
+            sync_some(1 + warp % K_WARPS, ROW_WARPS * 32);
+    }
+};
+constexpr int SHARE_UNITS = OWN_X ? (Smem::CTA_UNITS + K_WARPS - 1) / K_WARPS : Smem::CTA_UNITS;
+constexpr int SHARE_THREADS = OWN_X ? ROW_WARPS * 32 : THREADS;
+
 using Zeros = decltype(load_zeros(nullptr, 0));
 
 }  // namespace fdk
