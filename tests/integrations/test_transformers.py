@@ -159,6 +159,21 @@ def test_a_tensor_that_was_not_read_is_refused(tmp_path, source, part):
         read(tmp_path / "low")
 
 
+@pytest.mark.parametrize("way", ["fdk", "transformers"])
+def test_a_flipped_bit_is_named(tmp_path, source, way):
+    if way == "fdk":
+        quantise_folder(source, tmp_path / "low", "lut4_g64")
+    else:
+        read(source, fdk.FdkConfig(4)).save_pretrained(tmp_path / "low")
+    codes = read(tmp_path / "low").model.layers[1].mlp.up_proj.state_dict()["codes"]
+    file = tmp_path / "low" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[data.index(codes.numpy().tobytes()) + 5] ^= 16
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match=r"model.layers.1.mlp.up_proj.codes is damaged: its checksum does not match"):
+        read(tmp_path / "low")
+
+
 def test_a_dense_weight_that_is_missing_is_refused(source):
     file = source / "model.safetensors"
     tensors = load_file(file)

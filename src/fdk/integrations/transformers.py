@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fdk.errors import FormatError, UnsupportedError
@@ -147,6 +148,7 @@ class FdkQuantizer(HfQuantizer):
         self.layers: dict[str, dict] = {}
         self.jobs: dict[str, Job] = {}
         self.report: Report | None = None
+        self.sums: dict[str, str] = {}
 
     def validate_environment(self, device_map=None, **_) -> None:
         found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -188,10 +190,13 @@ class FdkQuantizer(HfQuantizer):
         return fmt.nbytes(n, k, param.element_size()) / max(1, n * k)
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype: torch.dtype | None = None, device_map=None, **_
+        self, model: nn.Module, dtype: torch.dtype | None = None, device_map=None, checkpoint_files=None, **_
     ) -> None:
         if self.pre_quantized:
             self._place(model, dtype or model.dtype)
+            for file in checkpoint_files or ():
+                with safe_open(file, "pt") as opened:
+                    self.sums |= json.loads((opened.metadata() or {}).get(CHECKSUMS, "{}"))
         else:
             self._plan(model)
             if (device := _only_device(device_map)) is not None:
@@ -287,6 +292,7 @@ class FdkQuantizer(HfQuantizer):
             lost = [part for part, t in tensors.items() if t.is_meta or not getattr(t, "_is_hf_initialized", False)]
             missing += [joined(name, part) for part in lost]
             if not lost:
+                self._verify(name, tensors, model)
                 module.adopt(name)
                 module.sqnr_db = entry.get("sqnr_db")
         if missing:
@@ -296,6 +302,18 @@ class FdkQuantizer(HfQuantizer):
                 bias = model.get_submodule(name)._parameters.get("bias")
                 shared = model.get_submodule(entry["same_as"]).weight
                 model.set_submodule(name, Linear(shared, bias, self.quantization_config.kernel))
+
+    def _verify(self, name: str, tensors: dict[str, Tensor], model: nn.Module) -> None:
+        """FormatError if the codes of a layer are not those that were written; its floats may have been cast."""
+        prefix = f"{model.base_model_prefix}."
+        for part, tensor in tensors.items():
+            names = (joined(n, part) for n in (name, name.removeprefix(prefix), prefix + name))
+            expected = next((self.sums[n] for n in names if n in self.sums), None)
+            if not tensor.is_floating_point() and expected not in (None, checksum(tensor)):
+                raise FormatError(
+                    f"{model.config.name_or_path}: {joined(name, part)} is damaged: its checksum does not match; "
+                    "copy the folder again"
+                )
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         layers, tied, _, drawn = contents(model)
