@@ -37,7 +37,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-GPU_SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+# Few different shapes, because every one of them is compiled.
+GPU_SIZES = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 IDS = torch.arange(14).view(2, 7)
 
@@ -414,7 +415,7 @@ def test_folders_of_other_tools_are_named(capsys, source, tool):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fmt", [None, "lut4_g64"])
 def test_the_graph_follows_the_forward_of_transformers(tmp_path, family, fmt):
-    source = write(tmp_path / "source", family, **{**GPU_SIZES, "head_dim": 64})
+    source = write(tmp_path / "source", family, **GPU_SIZES)
     low = read(source, fmt and fdk.FdkConfig(format=fmt)).cuda()
     with torch.no_grad():
         for name, parameter in low.named_parameters():
@@ -444,7 +445,8 @@ def test_the_graph_follows_the_forward_of_transformers(tmp_path, family, fmt):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (extra: transformers)")
-def test_weights_are_quantised_where_they_are_to_run(tmp_path, source):
+def test_weights_are_quantised_where_they_are_to_run(tmp_path):
+    source = write(tmp_path / "source", **GPU_SIZES)
     low = read(source, fdk.FdkConfig(4, codebook="kmeans"), device_map="cuda")
     assert {tensor.device.type for tensor in low.state_dict().values()} == {"cuda"}
     low.save_pretrained(tmp_path / "low")
