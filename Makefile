@@ -71,6 +71,7 @@ test-gpu:
 # Not part of `make test`: vLLM wants another transformers, and its CPU build for tests is a third party's.
 test-vllm: $(VLLM_VENV)/.ready
 	@$(VLLM_VENV)/bin/python -m pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_sources.py \
+	    tests/integrations/test_vllm_stock.py \
 	    tests/bench/test_serve.py
 
 $(VLLM_VENV)/.ready: pyproject.toml setup.py constraints-vllm.txt

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import fdk
 from fdk.importers.matgptq import load_packed, to_matgptq
@@ -24,7 +25,9 @@ from fdk.models import QuantisationConfig
 from fdk.models.folder import quantise_folder
 from fdk.models.quantise import quantise
 from fdk.models.tensors import TensorFiles
+from fdk.models.tiny import train
 from fdk.nn import Linear
+from fdk.packing.bits import pack_codes
 
 pytestmark = [
     pytest.mark.slow,
@@ -131,7 +134,7 @@ class Expected:
                 assert abs(value - self.wide[position, int(token)].item()) <= 4 * self.rounding, (position, token)
 
 
-def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True) -> dict | str:
+def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True, **environment: str) -> dict | str:
     """The result of an engine, or what it printed before it failed."""
     job, result = tmp_path / "job.json", tmp_path / "result.json"
     job.write_text(
@@ -139,7 +142,7 @@ def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True) ->
     )
     run = subprocess.run(
         [sys.executable, str(WORKER), str(job), str(result)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "2"} | environment,
     )  # fmt: skip
     output = run.stdout + run.stderr
     assert (run.returncode == 0) == succeeds, output[-6000:]
@@ -237,8 +240,6 @@ def make_matgptq(folder: Path) -> None:
     files = TensorFiles(dense)
     packed = {name.removesuffix(".qweight") + ".weight" for name in tensors}
     tensors |= {name: files.get(name) for name in files if name not in packed and name not in tensors}
-    from safetensors.torch import save_file
-
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config = json.loads((dense / "config.json").read_text())
@@ -263,10 +264,6 @@ def test_quantised_while_loading(workshop, tmp_path, options) -> None:
 
 
 def make_trained(folder: Path) -> Expected:
-    from safetensors.torch import save_file
-
-    from fdk.models.tiny import train
-
     dense = folder.with_name("trained-dense")
     dense.mkdir()
     model = train(steps=60)
@@ -285,6 +282,45 @@ def test_the_trained_model(workshop, tmp_path, monkeypatch, options) -> None:
         monkeypatch.setitem(globals(), name, tokens)
     folder, expected = workshop("trained", make_trained)
     expected.check(serve(tmp_path, folder, options))
+
+
+def make_stock(folder: Path) -> Expected:
+    """A folder of compressed-tensors, 4 bits with zero points."""
+    dense = llama(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    fdk.quantise_(model, "uint4_g32")
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            parts = module.weight.canonical().parts
+            zeros = pack_codes(parts["zeros"].T.contiguous(), 4).view(torch.int32).T
+            for part in parts:
+                del tensors[f"{name}.{part}"]
+            tensors |= {
+                f"{name}.weight_packed": parts["codes"].view(torch.int32),
+                f"{name}.weight_scale": parts["scales"],
+                f"{name}.weight_zero_point": zeros,
+                f"{name}.weight_shape": torch.tensor(module.weight.shape),
+            }
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    config = json.loads((dense / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    return Expected(model)
+
+
+@pytest.mark.parametrize("options", [{}, TWO], ids=["compiled", "two"])
+def test_compressed_tensors_on_our_kernels(workshop, tmp_path, options) -> None:
+    folder, expected = workshop("stock", make_stock)
+    others = "Dynamic4bitLinearKernel,ZentorchWNA16LinearKernel,CPUWNA16LinearKernel"
+    expected.check(serve(tmp_path, folder, options, FDK_VLLM_STOCK="1", VLLM_DISABLED_KERNELS=others))
 
 
 BAD = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import fdk
 from fdk import reference, testing
 from fdk.formats import all_formats
 from fdk.importers.matgptq import to_matgptq
+from fdk.integrations.vllm import register
 from fdk.integrations.vllm.sources import Dense, MatGPTQ, Place, Quantising, Stored
 from fdk.nn.convert import Recipe, quantise_weight
 from fdk.packing.layouts import Geometry
@@ -150,3 +153,11 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         broken.load(part, tensor if part != "scales" else tensor * float("nan"))
     with pytest.raises(fdk.FormatError, match=r"model.layers.3.q_proj: scales\[0, 0\] = nan .* copy the folder again"):
         broken.finish()
+
+
+def test_a_missing_interface_is_named_and_leaves_vllm_running(monkeypatch, caplog) -> None:
+    for module in ("config", "interfaces", "linear"):
+        monkeypatch.delitem(sys.modules, f"fdk.integrations.vllm.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.linear", None)
+    register()
+    assert "fdk is not available: vLLM" in caplog.text and "no module vllm.model_executor" in caplog.text

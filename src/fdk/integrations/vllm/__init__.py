@@ -6,6 +6,7 @@ vLLM calls `register` in every process, possibly more than once. Nothing of vLLM
 from __future__ import annotations
 
 import logging
+import os
 
 from fdk.errors import UnsupportedError
 
@@ -20,3 +21,7 @@ def register() -> None:
         log.error("the quantisation method fdk is not available: %s", error)
         return
     register_methods()
+    if os.environ.get("FDK_VLLM_STOCK") == "1":
+        from fdk.integrations.vllm.stock import register_kernel
+
+        register_kernel()

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fdk.errors import UnsupportedError
 
 TRIED = "0.32.0"
+"""What the tests were run with. The names here are also those of 0.33.0, which has no build for a CPU."""
 
 
 def _version() -> str:
@@ -19,8 +20,8 @@ def _version() -> str:
     return "of unknown version"
 
 
-def _get(module: str, *names: str):
-    """The first of `names` that `module` has."""
+def find(module: str, *names: str):
+    """The first of `names` that `module` of vLLM has; UnsupportedError, naming it, if there is none."""
     try:
         found = import_module(module)
     except ImportError as error:
@@ -37,15 +38,15 @@ def _get(module: str, *names: str):
 
 _LAYERS = "vllm.model_executor.layers"
 
-LinearBase = _get(f"{_LAYERS}.linear", "LinearBase")
-LinearMethodBase = _get(f"{_LAYERS}.linear", "LinearMethodBase")
-UnquantizedLinearMethod = _get(f"{_LAYERS}.linear", "UnquantizedLinearMethod")
-ParallelLMHead = _get(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead")
-Experts = _get(f"{_LAYERS}.fused_moe", "RoutedExperts", "FusedMoE")
-UnquantizedExpertsMethod = _get(f"{_LAYERS}.fused_moe", "UnquantizedFusedMoEMethod")
-QuantizationConfig = _get(f"{_LAYERS}.quantization.base_config", "QuantizationConfig")
-METHODS = _get(f"{_LAYERS}.quantization", "QUANTIZATION_METHODS")
-register_quantization_config = _get(f"{_LAYERS}.quantization", "register_quantization_config")
-current_config = _get("vllm.config", "get_current_vllm_config")
-tensor_parallel_rank = _get("vllm.distributed", "get_tensor_model_parallel_rank")
-tensor_parallel_size = _get("vllm.distributed", "get_tensor_model_parallel_world_size")
+LinearBase = find(f"{_LAYERS}.linear", "LinearBase")
+LinearMethodBase = find(f"{_LAYERS}.linear", "LinearMethodBase")
+UnquantizedLinearMethod = find(f"{_LAYERS}.linear", "UnquantizedLinearMethod")
+ParallelLMHead = find(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead")
+Experts = find(f"{_LAYERS}.fused_moe", "RoutedExperts", "FusedMoE")
+UnquantizedExpertsMethod = find(f"{_LAYERS}.fused_moe", "UnquantizedFusedMoEMethod")
+QuantizationConfig = find(f"{_LAYERS}.quantization.base_config", "QuantizationConfig")
+METHODS = find(f"{_LAYERS}.quantization", "QUANTIZATION_METHODS")
+register_quantization_config = find(f"{_LAYERS}.quantization", "register_quantization_config")
+current_config = find("vllm.config", "get_current_vllm_config")
+tensor_parallel_rank = find("vllm.distributed", "get_tensor_model_parallel_rank")
+tensor_parallel_size = find("vllm.distributed", "get_tensor_model_parallel_world_size")

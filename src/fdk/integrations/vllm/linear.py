@@ -92,9 +92,9 @@ class FdkLinearMethod(vllm.LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         products = layer.fdk_products
         if len(products) == 1 and not layer.fdk_missing_rows:
-            return _multiply(layer, products[0], x, bias)
+            return multiply(layer, products[0], x, bias)
         biases = [None] * len(products) if bias is None else bias.split([product.rows for product in products])
-        pieces = [_multiply(layer, product, x, part) for product, part in zip(products, biases, strict=True)]
+        pieces = [multiply(layer, product, x, part) for product, part in zip(products, biases, strict=True)]
         y = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
         return pad(y, (0, layer.fdk_missing_rows)) if layer.fdk_missing_rows else y
 
@@ -104,7 +104,8 @@ class FdkLinearMethod(vllm.LinearMethodBase):
         return torch.cat([weight if isinstance(weight, Tensor) else ops.dequantise(weight) for weight in weights])
 
 
-def _multiply(layer: torch.nn.Module, product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(layer: torch.nn.Module, product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x times one product's weight plus bias; in a graph that is being compiled, by the op."""
     if isinstance(product.weight, Tensor):
         return dense_linear(x, getattr(layer, product.names[0]), bias)
     if torch.compiler.is_compiling():
