@@ -8,7 +8,8 @@ import torch
 
 from fdk.errors import FormatError
 from fdk.models import QuantisationConfig, quantise, read_overrides
-from fdk.models.budget import allocate, choose_widths, measure_model, parse_size
+from fdk.models.allocate import allocate
+from fdk.models.budget import choose_widths, measure_model, parse_size
 from fdk.nn import Linear
 
 
@@ -200,6 +201,15 @@ def test_calibration_tells_layers_apart_that_weights_cannot(llama, tokens):
     assert without == choose_widths(llama, config, target_bits=3.5)
     assert chosen["model.layers.0.mlp.up_proj"] == chosen["model.layers.0.mlp.gate_proj"] == 1
     assert "nats" in choice.summary
+
+
+def test_kinds_offer_the_widths_that_they_have(llama):
+    choice = choose_widths(llama, QuantisationConfig(format="nf4_g32"), target_bits=5.0)
+    assert set(bits_of(choice).values()) == {4}
+    sparse = QuantisationConfig(format="int4_g32_sp16of32")
+    assert choose_widths(llama, sparse, target_bits=3.5).bits_per_weight == 3.5
+    with pytest.raises(FormatError, match="has no width of 3 bits"):
+        choose_widths(llama, QuantisationConfig(format="nf4_g32"), target_bits=5.0, widths=[3, 4])
 
 
 @pytest.mark.parametrize(
