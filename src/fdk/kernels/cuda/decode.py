@@ -337,7 +337,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
             return found[config.warps > 12 :]
         if shape.bits > 1:
-            wide = [(2, 1)] if config.warps > 8 else [(4, 1), (2, 2)]
+            wide = [(4, 1), (2, 2)] if config.warps <= 8 else [(2, 2 if config.steps > 1 else 1)]
             return [*(wide if shape.bits == 2 else []), (1, 3), (1, 2), (1, 1)]
         return [(4, 2 if config.steps > 1 else 1), (2, 2), (1, 4), (1, 2), (1, 1)]
     if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
@@ -388,8 +388,9 @@ def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
                 shared = filled.shared_bytes(shape, hopper)
                 if shared <= MAX_SHARED:
                     per_warp = config.steps * -(-shape.units // slices)
-                    # Two CTAs of 16 warps would have 64 registers a thread, and spill.
-                    fits = shared <= RESIDENT_SHARED and config.warps <= 8 and not config.alone
+                    # Two CTAs of 16 warps would spill in 64 registers a thread, and zeros of several groups in 128.
+                    crowded = config.warps > 8 or (shape.kind == UINT_FLOAT and shape.subs > 1)
+                    fits = shared <= RESIDENT_SHARED and not crowded and not config.alone
                     beside = hopper and config.tokens == 1 and per_warp <= 4 and fits
                     return replace(filled, min_ctas=2 if beside else 1)
     return None
@@ -415,7 +416,8 @@ def choose_config(
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=chained and hopper)
         if tokens == 1 and shape.allows_digits:
             large = shape.n * shape.k >= 1 << 25
-            two = shape.bits == 2 and shape.kind == INT and cluster == 1 and large and not chained
+            # Making digits pays where a CTA has many units for each that it makes them of.
+            two = shape.bits == 2 and shape.kind == INT and large and (cluster == 1 or per_cluster >= 4) and not chained
             if two or (shape.bits == 1 and (large or chained)) or (shape.bits == 8 and not large):
                 start = replace(start, digits=True, late=large and not chained)
         if chained:
