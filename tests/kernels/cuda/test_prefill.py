@@ -1,5 +1,6 @@
 """The prefill kernel: configurations and launch arithmetic anywhere, its code with NVRTC, its products on a GPU."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -34,6 +35,11 @@ CONFIGS = [
     Config(128, 3, 4, rounds=True),
     Config(64, 4, 4, ahead=False, turns=True),
     Config(64, 4, 4, turns=True, rounds=True),
+    Config(64, 2, 4, stream=True),
+    Config(256, 2, 4, rounds=True, stream=True),
+    Config(256, 2, 4, pair=2, rounds=True, stream=True),
+    Config(192, 3, 4, rounds=True, parts=2, stream=True),
+    Config(128, 3, 4, rounds=True, stream=True),
 ]
 
 
@@ -74,6 +80,15 @@ def test_predicted_time_grows_with_rows(n: int, k: int) -> None:
     for m in range(16, 8192, 8):
         now, later = (prefill.predict_us(shape, rows, (n // 64,), 132) for rows in (m, m + m // 10))
         assert now <= 1.05 * later, (m, now, later)
+
+
+def test_whole_tiles_fill_all_clusters() -> None:
+    shape = Shape(4096, 4096, 4, 64, True, decode.TABLE)
+    for pair, tiles in itertools.product((1, 2), (1, 5, 64, 66, 132, 133, 448, 5000)):
+        config = Config(256, 2, 4, pair=pair, rounds=True, stream=True)
+        clusters, streamed = prefill.clusters_and_streamed(shape, config, tiles, 132)
+        assert 1 <= clusters <= 132 // pair and min(tiles, clusters) <= streamed < 2 * clusters + (tiles < clusters)
+        assert (tiles - streamed) % clusters == 0
 
 
 @pytest.mark.parametrize("tables", [1, 3])
@@ -183,3 +198,63 @@ def test_products(name: str, n: int, k: int, more: dict) -> None:
                 plan(x, bias, again.fill_(float("nan")))
                 wrong += (again != first).any()
             assert int(wrong) == 0, (config, m)
+
+
+@pytest.mark.gpu
+def test_shares_meet_apart_in_streams_and_graphs() -> None:
+    """Launches that run at the same time must not take each other's flags or sums."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the prefill kernel needs compute capability 9.0")
+    weight = testing.random_weight(parse("lut4_g64"), 1920, 1024, device="cuda:0").to_layout("fragments")
+    config = Config(128, 3, 4, rounds=True, stream=True)
+    plan = prefill.Plan(weight, fitting(decode.shape_of(weight.geometry, None), config))
+    x = torch.randn(2, 300, 1024, device="cuda:0").to(weight.dtype)
+    expected = testing.poisoned(600, 1920, weight.dtype, "cuda:0").view(2, 300, 1920)
+    for i in range(2):
+        plan(x[i], None, expected[i])
+    out, graphs = torch.empty_like(expected), []
+    for i in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(5):
+                plan(x[i], None, out[i])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    eager = torch.empty_like(expected)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        out.fill_(float("nan"))
+        eager.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for i in range(2):
+            with torch.cuda.stream(streams[i]):
+                graphs[i].replay()
+            with torch.cuda.stream(streams[2 + i]):
+                for _ in range(5):
+                    plan(x[i], None, eager[i])
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected) and torch.equal(eager, expected)
+
+
+@pytest.mark.gpu
+def test_without_memory_for_sums_tiles_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the prefill kernel needs compute capability 9.0")
+    weight = testing.random_weight(parse("lut4_g64"), 1920, 1024, device="cuda:0").to_layout("fragments")
+    config = Config(128, 3, 4, rounds=True, stream=True)
+    plan = prefill.Plan(weight, fitting(decode.shape_of(weight.geometry, None), config))
+    x = torch.randn(300, 1024, device="cuda:0").to(weight.dtype)
+    out, whole = (testing.poisoned(300, 1920, weight.dtype, "cuda:0") for _ in range(2))
+    expected = torch.empty_like(out)
+    plan(x, None, expected)
+
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("none left")
+
+    prefill._warn_of_sums.cache_clear()
+    with monkeypatch.context() as patched, pytest.warns(RuntimeWarning, match="no memory is left"):
+        patched.setattr(torch, "empty", full)
+        plan(x, None, whole)
+    plan(x, None, out)
+    assert torch.equal(out, expected)
+    assert testing.check_product(lambda x, _, b, o: o.copy_(whole), x, weight, None, True) is None

@@ -53,6 +53,19 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {(text.value or b'unknown').decode()} (CUDA error {status})")
 
 
+_CAPTURING = 1
+
+
+def capture_id(stream: int) -> int:
+    """A number of the CUDA graph that `stream` is being captured into, unlike that of any other; 0 if it is not."""
+    if stream == 0:
+        return 0  # the legacy stream cannot be captured
+    status, number = c_int(), c_uint64()
+    failed = _library().cuStreamGetCaptureInfo_v2(c_void_p(stream), byref(status), byref(number), None, None, None)
+    _check(failed, "asking whether a stream is captured")
+    return number.value if status.value == _CAPTURING else 0
+
+
 TensorMap = c_uint64 * 16
 """A CUtensorMap, copied into a kernel's argument."""
 

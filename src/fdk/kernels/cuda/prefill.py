@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import warnings
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode, driver, jit
-from fdk.kernels.cuda.decode import MAX_RANGES, MAX_SHARED, UINT_FLOAT, UINT_U8, Shape
+from fdk.kernels.cuda import decode, driver, flags, jit
+from fdk.kernels.cuda.decode import INT, MAX_RANGES, MAX_SHARED, TABLE, UINT_FLOAT, UINT_U8, Shape
 from fdk.packing.fragments import BLOCK, block_counts
 from fdk.weight import QuantisedWeight
 
@@ -30,22 +31,27 @@ _TIMES = {
     (2, 1, True): (0.99, 0.236, 0.00112, 2.01, 0.0098),
     (1, 2, True): (0.39, 0.288, 0.00092, 1.76, 0.0158),
     (2, 2, True): (1.37, 0.338, 0.00277, 1.45, 0.0219),
-    (2, 1, False): (0.85, 0.199, 0.00161, 2.89, 0.0074),
+    (2, 1, False): (0.5, 0.154, 0.0023, 1.99, 0.0),
     (1, 2, False): (0.42, 0.249, 0.00178, 1.88, 0.0131),
     (2, 2, False): (1.89, 0.405, 0.00121, 0.74, 0.0270),
     (3, 1, True): (1.51, 0.265, 0.00221, 1.91, 0.0100),
-    (3, 1, False): (1.48, 0.244, 0.00221, 2.44, 0.0075),
+    (3, 1, False): (0.5, 0.234, 0.00323, 2.26, 0.0),
     (4, 1, True): (2.02, 0.302, 0.00348, 1.92, 0.0079),
     (4, 1, False): (1.68, 0.352, 0.00189, 1.70, 0.0159),
 }
+# Where tiles are cut along k: one wait for sums of others, and adding up those of a token, by blocks.
+_SHARES = {2: (5.8, 0.0083), 3: (2.65, 0.014)}
 # Tokens for which registers last, by warpgroups; with late scales, whose sums take as many again.
-_MOST_TOKENS = {2: (256, 64), 3: (128, 64), 4: (64, 64)}
+_MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, zero points, another group of scales on sums, of each token.
 _SINGLE_LOOKUPS, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.02, 0.015, 0.0005
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
 # Bytes and operations that no product exceeded, and the time below which none was measured.
 _BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
+
+# Units that a cluster gets at least where tiles are cut along k.
+_LEAST_SHARE = 8
 
 # Rows of staged outputs in shared memory (csrc/prefill.cuh: OUT_STRIDE), and what the system keeps of it.
 _OUT_STRIDE, _WINDOW = 144, 1024
@@ -68,6 +74,9 @@ class Config:
     k_groups    warpgroups of a block of rows, which take its units in turn
     turns       warpgroups multiply one after the other
     rounds      multiply scales of groups into the weights, rounded to 16 bits, instead of scaling float32 sums
+    parts       parts of a unit that are dequantised one after the other: two need half the registers
+    wide        rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
+    stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     """
 
     tokens: int
@@ -79,14 +88,22 @@ class Config:
     k_groups: int = 1
     turns: bool = False
     rounds: bool = False
+    parts: int = 1
+    wide: bool = False
+    stream: bool = False
 
     @property
     def cluster(self) -> int:
         return self.pair * self.split
 
     @property
+    def warpgroups(self) -> int:
+        """Warpgroups that multiply."""
+        return self.blocks * self.k_groups
+
+    @property
     def threads(self) -> int:
-        return (self.blocks * self.k_groups + 1) * 128
+        return (self.warpgroups + 1) * 128
 
     def block_bytes(self, shape: Shape) -> int:
         """Bytes of a stage for one block of rows: codes, scales, zeros."""
@@ -95,14 +112,16 @@ class Config:
 
     def shared_bytes(self, shape: Shape) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/prefill.cuh, which asserts that they agree."""
-        table = max(0, shape.table_bytes - _WINDOW)
+        integers = shape.kind in (INT, UINT_U8) and shape.bits >= 5 and not self.wide
+        table_bytes = 0 if integers else shape.table_bytes << self.wide
+        table = max(0, table_bytes - _WINDOW)
         stage = _whole(self.tokens * 128 + self.blocks * self.block_bytes(shape))
         slices = self.split * self.k_groups
-        out = self.blocks * self.k_groups * min(self.tokens, 64) * _OUT_STRIDE
+        out = self.warpgroups * min(self.tokens, 64) * _OUT_STRIDE
         head = _whole(out + -(-2 * self.stages * 8 // 16) * 16)
         low = head if head <= table else 0
         low_stages = min(self.stages, (table - low) // stage)
-        high = table + shape.table_bytes + (0 if low else head)
+        high = table + table_bytes + (0 if low else head)
         share = -(-(self.tokens // 8) // slices)
         receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
         return high + max((self.stages - low_stages) * stage, receive)
@@ -127,6 +146,9 @@ class Config:
             "FDK_AHEAD": int(self.ahead),
             "FDK_TURNS": int(self.turns),
             "FDK_ROUND": int(self.rounds),
+            "FDK_PARTS": self.parts,
+            "FDK_STREAM": int(self.stream),
+            "FDK_WIDE": int(self.wide),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
         }
 
@@ -151,26 +173,58 @@ def unsupported(shape: Shape, blocks: tuple[int, ...]) -> str | None:
     return None
 
 
+def row_tiles(blocks: tuple[int, ...], config: Config) -> int:
+    """Row tiles of a cluster over all ranges of rows; none reaches over the end of its range."""
+    step = config.blocks * config.pair
+    return sum(-(-count // step) for count in blocks)
+
+
+def clusters_and_streamed(shape: Shape, config: Config, tiles: int, sms: int) -> tuple[int, int]:
+    """Clusters of a launch, and how many of its tiles they cut along k: those of the last one to two waves."""
+    if not config.stream:
+        return (tiles if config.split * config.k_groups > 1 else min(tiles, sms // config.pair)), 0
+    clusters = max(1, min(sms // config.pair, tiles * shape.units // _LEAST_SHARE))
+    return clusters, tiles - max(0, tiles // clusters - 1) * clusters
+
+
 def _waves(m: int, blocks: tuple[int, ...], sms: int, config: Config) -> int:
     """How often the multiprocessors are filled with tiles."""
-    tiles = row_tiles(blocks, config) * config.pair * -(-m // config.tokens)
-    return -(-tiles * config.split // (sms // config.cluster * config.cluster))
+    return -(-row_tiles(blocks, config) * -(-m // config.tokens) // (sms // config.cluster))
 
 
 def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config) -> float:
-    """Predicted time: waves of tiles, each some rounds of a unit per k group; at least that of bytes or operations."""
+    """Time by waves of tiles, each some rounds of a unit per k group."""
     late = shape.groups > 1 and not config.rounds
     start, per_round, per_token, meeting, per_output = _TIMES[config.blocks, config.k_groups, late]
     extra = _SINGLE_LOOKUPS * (shape.bits > 4 and not shape.nested) + _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups
+    if config.stream:
+        tiles = row_tiles(blocks, config) * -(-m // config.tokens)
+        clusters, streamed = clusters_and_streamed(shape, config, tiles, sms)
+        waves = (tiles - streamed) // clusters + streamed / clusters
+        meeting, per_sum = _SHARES[config.blocks]
+        # Every cluster leaves sums to another one; it adds those of one share, or of all that finish its tile.
+        meeting += per_sum * config.tokens * max(1.0, clusters / streamed)
+        outputs = waves + 1
+    else:
+        waves = outputs = _waves(m, blocks, sms, config)
+        meeting = meeting if config.split > 1 else 0.0
     rounds = -(-shape.units // (config.split * config.k_groups))
-    us = start + _waves(m, blocks, sms, config) * (rounds * a_round + per_output * config.tokens)
-    us += meeting if config.split > 1 else 0
+    return start + waves * rounds * a_round + outputs * per_output * config.tokens + meeting
+
+
+def _least_us(shape: Shape, m: int, sms: int) -> float:
+    """Time of bytes or operations, which no configuration undercuts."""
     moved = shape.n * shape.k * (shape.bits / 8 + 2 / shape.group) + 2 * m * (shape.n + shape.k)
     floor = max(moved / _BYTES_PER_US, 2 * m * shape.n * shape.k / _OPERATIONS_PER_US)
-    return max(us, start + floor * _SMS / sms, _LEAST_US)
+    return max(1.0 + floor * _SMS / sms, _LEAST_US)
+
+
+def _wide(shape: Shape, config: Config) -> bool:
+    """Whether the table has rows 256 bytes apart."""
+    return config.rounds and shape.bits in (2, 4, 8) and not shape.nested and (shape.kind == TABLE or shape.bits < 8)
 
 
 @lru_cache(maxsize=4096)
@@ -181,26 +235,33 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
     rounds = m > EXACT_TOKENS and shape.groups > 1
     late = shape.groups > 1 and not rounds
     found = None
-    for tokens, split, (per_cta, k_groups, scales_sums) in itertools.product(TOKENS, (1, 2), _TIMES):
+    for tokens, cut, (per_cta, k_groups, scales_sums) in itertools.product(TOKENS, ("", "split", "stream"), _TIMES):
         warpgroups = per_cta * k_groups
         most = _MOST_TOKENS[warpgroups][late]
         # Two k groups fetch x twice as fast, which is too fast from 128 tokens on.
         if scales_sums != late or tokens > (most if k_groups == 1 else min(most, 128)):
             continue
-        if split * k_groups * 2 > shape.units:
+        split, stream = 2 if cut == "split" else 1, cut == "stream"
+        if split * k_groups * 2 > shape.units or (stream and (late or k_groups > 1 or per_cta not in _SHARES)):
+            continue
+        # Half of a unit at a time needs fewer registers; planes of nested weights are gathered all at once.
+        parts = 2 if per_cta == 3 and tokens > 160 else 1
+        if shape.nested and per_cta == 3 and tokens > 128:
             continue
         ahead = not (warpgroups == 4 and late and tokens > 32)
-        config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, warpgroups == 4 and tokens == 64, rounds)
+        turns = warpgroups == 4 and tokens == 64
+        config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, turns, rounds, parts, stream=stream)
         waves = _waves(m, blocks, sms, config)
         if waves > 1 and split * k_groups > 1:
             continue  # such tiles are not taken in turn: each wave would start anew
         if tokens == 256 and waves >= _PAIR_WAVES:
             config = replace(config, pair=2)
-        config = _fill(shape, config)
+        # Slices of k need room where the wide table lies.
+        config = _fill(shape, replace(config, wide=_wide(shape, config))) or _fill(shape, config)
         if config is None:
             continue
         us = _us(shape, m, blocks, sms, config)
-        if found is None or us <= found[0]:
+        if found is None or us < found[0]:
             found = (us, config)
     return found
 
@@ -217,7 +278,7 @@ def choose(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> Config | 
 def predict_us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> float | None:
     """Predicted microseconds of `choose`'s configuration; None if the kernel cannot serve them."""
     best = _best(shape, m, blocks, sms)
-    return best[0] if best else None
+    return max(best[0], _least_us(shape, m, sms)) if best else None
 
 
 class Params(ctypes.Structure):
@@ -236,15 +297,12 @@ class Params(ctypes.Structure):
         ("row_tiles", ctypes.c_int),
         ("token_tiles", ctypes.c_int),
         ("band", ctypes.c_int),
+        ("streamed", ctypes.c_int),
         ("zero", ctypes.c_uint32),
+        ("partial", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
         ("range", decode.Range * MAX_RANGES),
     )
-
-
-def row_tiles(blocks: tuple[int, ...], config: Config) -> int:
-    """Row tiles of a cluster over all ranges of rows; none reaches over the end of its range."""
-    step = config.blocks * config.pair
-    return sum(-(-count // step) for count in blocks)
 
 
 def params_for(weight: QuantisedWeight, config: Config) -> Params:
@@ -273,6 +331,16 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     return driver.Function(cubin, "fdk_prefill", config.threads, config.shared_bytes(shape), config.cluster)
 
 
+@cache
+def _warn_of_sums(device: torch.device) -> None:
+    warnings.warn(
+        f"fdk: no memory is left on {device} for the sums of tiles cut along k, so products of many rows take whole "
+        "tiles and are slower; free memory or use smaller batches",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
 class Plan:
     """A weight bound to a configuration on its device: what is left for a call are x, bias, out and a launch."""
 
@@ -284,6 +352,9 @@ class Plan:
         self.template = params_for(weight, config)
         self.device = weight.device
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if config.stream:
+            self.flags = flags.of_device(self.device)
+            assert self.sms // config.pair * config.pair * config.warpgroups <= flags.FLAGS
         self.maps: dict[tuple[int, int], driver.TensorMap] = {}
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
@@ -308,9 +379,18 @@ class Plan:
         params.token_tiles = -(-m // config.tokens)
         params.band = min(params.token_tiles, 8)
         tiles = params.row_tiles * params.token_tiles
-        clusters = tiles if config.split * config.k_groups > 1 else min(tiles, self.sms // config.pair)
+        clusters, params.streamed = clusters_and_streamed(self.shape, config, tiles, self.sms)
         grid = clusters * config.cluster
         stream = torch.cuda.current_stream(self.device).cuda_stream
+        if config.stream:
+            try:
+                # Sums of the tiles that CTAs end but do not begin, and by which flags they say so.
+                sums = torch.empty(grid * config.blocks * 64 * config.tokens, dtype=torch.float32, device=self.device)
+                ready = self.flags.take(stream)
+                params.partial, params.flags = sums.data_ptr(), ready.data_ptr()
+            except torch.cuda.OutOfMemoryError:
+                params.streamed = 0
+                _warn_of_sums(self.device)
         if torch.cuda.current_device() == self.device.index:
             self.function(grid, stream, params)
         else:

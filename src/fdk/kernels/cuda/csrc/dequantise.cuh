@@ -8,7 +8,9 @@
 //   2 bits   four codes index a table of 4 values (8 bytes), replicated for 16 lanes: 64-bit loads without conflicts
 //   3, 4     two codes index a table of pairs (4 bytes), replicated for 32 lanes
 //   5 to 8   one code indexes a table of values, both halves equal, replicated for 32 lanes
-// A table row is 128 bytes, so a field at bits 7.. of a word, masked, is its byte offset.
+// A table row is 128 bytes, so a field at bits 7.. of a word, masked, is its byte offset. A WIDE table has rows 256 bytes
+// apart and starts at a multiple of 64 KB: then one byte permute makes an address of a whole byte of codes, instead of a shift
+// and a mask.
 #pragma once
 #include "ptx.cuh"
 
@@ -22,7 +24,7 @@ struct Table {
 };
 
 // Fill the replicated table; entry(c) is the 16-bit value of code c. All threads of the CTA take part.
-template <int BITS, int WARPS, class Entry>
+template <int BITS, int WARPS, bool WIDE = false, class Entry>
 __device__ __forceinline__ void fill_table(char* table, int warp, int lane, Entry entry) {
     using T = Table<BITS>;
     constexpr u32 LOW = (1u << BITS) - 1;
@@ -38,7 +40,7 @@ __device__ __forceinline__ void fill_table(char* table, int warp, int lane, Entr
             const u32 pair = entry(row & LOW) | u32(entry(T::CODES == 2 ? row >> BITS : row)) << 16;
             v = {pair, pair, pair, pair};
         }
-        *reinterpret_cast<u32x4*>(table + row * 128 + lane % 8 * 16) = v;
+        *reinterpret_cast<u32x4*>(table + row * (WIDE ? 256 : 128) + lane % 8 * 16) = v;
     }
 }
 
@@ -62,7 +64,7 @@ struct Lookup {
 };
 
 // Row tile `tile` of a unit: a[s] is the A operand of step s.
-template <int BITS, bool BF16, bool SELECT>
+template <int BITS, bool BF16, bool SELECT, bool WIDE = false>
 __device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 * BITS], int tile, const Lookup& lookup) {
     using T = Table<BITS>;
     const auto at = [&](u32 v) { return (v & T::MASK) | lookup.table; };
@@ -71,7 +73,32 @@ __device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 
         asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at(v)));
         return pair;
     };
-    if constexpr (SELECT) {
+    // The address of the entry of byte `i` of a word whose rotation is taken back.
+    const auto byte_at = [&](u32 w, int i) { return __byte_perm(w, lookup.table, 0x7604 | i << 4); };
+    if constexpr (WIDE) {
+        static_assert(BITS == 2 || BITS == 4 || BITS == 8, "bytes hold whole codes");
+#pragma unroll
+        for (int i = 0; i < BITS; ++i) {
+            const u32 w = rotate_left(words[tile * BITS + i], 25);
+            u32x2 v[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                if constexpr (BITS == 2)
+                    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[q].x), "=r"(v[q].y) : "r"(byte_at(w, q)));
+                else
+                    asm("ld.shared.u32 %0, [%1];" : "=r"(v[q].x) : "r"(byte_at(w, q)));
+            }
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                if constexpr (BITS == 2)
+                    a[2 * i + q / 2][q % 2 * 2] = v[q].x, a[2 * i + q / 2][q % 2 * 2 + 1] = v[q].y;
+                else if constexpr (BITS == 4)
+                    a[i][q / 2 + q % 2 * 2] = v[q].x;
+                else if (q % 2 == 0)
+                    a[i / 2][i % 2 + q] = __byte_perm(v[q].x, v[q + 1].x, 0x7610);
+            }
+        }
+    } else if constexpr (SELECT) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const u32 v = words[tile] << i;
@@ -138,6 +165,41 @@ __device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 
                 value[i] = pair_at(v);
             }
             a[p / 4][p / 2 % 2 + p % 2 * 2] = __byte_perm(value[0], value[1], 0x7610);
+        }
+    }
+}
+
+// The same for integers of 4 to 8 bits without look-ups: code - 2^(BITS - 1), exactly. A code or'ed into the mantissa of
+// 2^7 (bf16) or 2^10 (fp16) is added to it, and a subtraction takes it off again.
+template <int BITS, bool BF16>
+__device__ __forceinline__ void to_integers(u32 (&a)[4][4], const u32 (&words)[4 * BITS], int tile) {
+    static_assert(BITS >= 4);
+    constexpr u32 MAGIC = BF16 ? 0x43004300 : 0x64006400, MASK = ((1u << BITS) - 1) * 0x10001u;
+    constexpr u32 CENTRE = MAGIC + 0x10001u * (1u << (BITS - 1));
+    const auto value = [](u32 codes) {
+        // bf16 has room for seven bits: 2^7 + the lower ones, less 2^7 or 2^8 as the eighth says.
+        if constexpr (BF16 && BITS == 8) 
+            return subtract_pair<BF16>(combine<MASK_OR>(codes, 0x007f007f, MAGIC), combine<MASK_XOR>(codes, 0x00800080, CENTRE));
+        return subtract_pair<BF16>(combine<MASK_OR>(codes, MASK, MAGIC), CENTRE);
+    };
+#pragma unroll
+    for (int p = 0; p < 16; ++p) {
+        u32& to = a[p / 4][p / 2 % 2 + p % 2 * 2];
+        if constexpr (BITS == 4) {
+            const u32 low = rotate_left(words[tile * 4 + p / 4], 25);
+            to = value(__byte_perm(low, low >> 4, 0x4400 + p % 4 * 0x1111));
+        } else if constexpr (BITS == 8) {
+            const u32 codes = rotate_left(words[tile * 8 + p / 2], 25);
+            to = value(__byte_perm(codes, 0, p % 2 ? 0x4342 : 0x4140));
+        } else {
+            const int e = 2 * p, low_bit = e * BITS % 32, high_bit = (e + 1) * BITS % 32;
+            const int low_word = tile * BITS + e * BITS / 32, high_word = tile * BITS + (e + 1) * BITS / 32;
+            const u32 lo = words[low_word], hi = words[high_word];
+            const u32 low = low_bit + BITS > 32 ? __funnelshift_r(lo, words[low_word + 1], low_bit) : lo >> low_bit;
+            const u32 high = high_bit + BITS > 32 ? __funnelshift_r(hi, words[high_word + 1], high_bit - 16)
+                             : high_bit < 16      ? hi << (16 - high_bit)
+                                                  : hi >> (high_bit - 16);
+            to = value(__byte_perm(low, high, 0x7610));
         }
     }
 }

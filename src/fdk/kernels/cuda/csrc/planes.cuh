@@ -23,18 +23,6 @@ __host__ __device__ constexpr u32 pair_of(double value) {
     return (sign | u32(exponent + BIAS) << MANTISSA | u32((left - 1) * (1 << MANTISSA))) * 0x10001u;
 }
 
-// Any function of three words, by its values for a, b, c = 0xf0, 0xcc, 0xaa. Left to itself the compiler makes two
-// instructions of a choice between two words, because it sees two constants in it.
-template <int FUNCTION>
-__device__ __forceinline__ u32 combine(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(FUNCTION));
-    return d;
-}
-constexpr int CHOOSE = 0xe4;        // (a & c) | (b & ~c)
-constexpr int MASK_OR = 0xea;       // (a & b) | c
-constexpr int NOT_MASK_OR = 0xae;   // (~a & b) | c
-
 template <bool BF16>
 __device__ __forceinline__ u32 multiply_add_pair(u32 a, u32 b, u32 c) {
     u32 d;

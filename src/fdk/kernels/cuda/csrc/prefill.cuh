@@ -10,12 +10,14 @@
 //
 // CTAs take tiles (BLOCKS blocks x FDK_TOKENS tokens) in turn, and the copies run ahead into the next tile. In a cluster CTAs
 // either share x (PAIR: neighbouring rows, each fetches a part for both) or split k (SPLIT). Slices of k, of a cluster or of
-// a CTA, add their sums up through shared memory in the order of k, one tile per CTA. No result depends on timing.
+// a CTA, add their sums up through shared memory in the order of k, one tile per CTA. With STREAM the first tiles are cut
+// along k into equal shares, one per cluster, so that all clusters are busy to the end: whoever begins a tile adds what
+// others leave of it in global memory, in the order of k. No result depends on timing.
 //
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kind 3 is not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_TURNS FDK_ROUND
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE
 #pragma once
 #include "planes.cuh"
 #include "wgmma.cuh"
@@ -27,17 +29,21 @@ constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
 constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND >= 4;
+constexpr bool WIDE = FDK_WIDE;
+constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
-constexpr bool AHEAD = FDK_AHEAD, ROUND = FDK_ROUND;
+constexpr bool AHEAD = FDK_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
+constexpr int PARTS = FDK_PARTS;  // parts of a unit that are dequantised and multiplied one after the other
 constexpr int WARPGROUPS = BLOCKS * K_GROUPS, CLUSTER = PAIR * SPLIT, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
 // Registers of a thread: what a CTA starts with is all that its warpgroups can share out among themselves, and asking for
 // more would wait for ever.
-constexpr int FIRST_REGISTERS = 65536 / THREADS / 8 * 8 < 248 ? 65536 / THREADS / 8 * 8 : 248, PRODUCER_REGISTERS = 24;
+constexpr int FIRST_REGISTERS = 65536 / THREADS / 8 * 8 < 248 ? 65536 / THREADS / 8 * 8 : 248, PRODUCER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
 constexpr int SHARED_OUT = (FIRST_REGISTERS * (WARPGROUPS + 1) - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
 constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 static_assert(TOKENS == 8 * TOKEN_TILES);
+static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
 // Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
 constexpr bool TURNS = FDK_TURNS && WARPGROUPS > 1;
 constexpr int FIRST_TURN = 8;
@@ -53,12 +59,13 @@ constexpr int STEPS = 4 / SUBS;                                                 
 constexpr int TOUCHED = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GROUP : (GROUP + 47) / GROUP + 1;
 constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that a unit touches
 constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
+static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
 
 struct Smem {
     static constexpr int WINDOW = 1024;  // what the system keeps in front
-    static constexpr int TABLE_BYTES = NESTED ? 0 : Table<BITS>::BYTES;
+    static constexpr int TABLE_BYTES = NESTED || INTEGERS ? 0 : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE = TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
     static constexpr int X_BYTES = TOKENS * 128;
     static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
@@ -108,7 +115,10 @@ struct __align__(64) Params {
     u16* out;            // [m, N]
     int m, ranges, row_tiles, token_tiles;
     int band;            // token tiles that neighbouring rows take before the next ones
+    int streamed;        // tiles that are cut along k (STREAM)
     u32 zero;            // 0, which the compiler does not know
+    f32x4* partial;      // [CTAs, BLOCKS, TOKEN_TILES, 128]: sums of the tile that a share ends, of each thread (STREAM)
+    u32* flags;          // [CTAs, BLOCKS]: 1 while they wait to be added up; 0 before and after a launch
     Range range[MAX_RANGES];
 };
 
@@ -162,11 +172,14 @@ __device__ __forceinline__ void keep_registers() {
 
 // Place in the ring.
 struct Turn {
-    int stage = 0;
+    int stage;
     u32 parity = 0;
+    int at;  // offset of the stage in shared memory
+    __device__ __forceinline__ explicit Turn(int stage = 0) : stage(stage), at(Smem::stage(stage)) {}
     __device__ __forceinline__ void next(int by = 1) {
         stage += by;
         if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+        at = Smem::stage(stage);
     }
 };
 
@@ -184,6 +197,46 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index, int rank) {
     const int block = p.range[range].first_block + ((row - p.range[range].first_tile) * PAIR + (PAIR > 1 ? rank : 0)) * BLOCKS;
     return {range, block, (first + in % width) * TOKENS};
 }
+
+// A run of units of a tile, the whole of it or a part.
+struct Work {
+    int index, first, end;
+};
+
+// What a cluster works on: its share of the tiles that are cut along k, then whole tiles in turn, or its slice of them.
+// It counts in one number and works out the rest each time, because registers are scarce.
+struct Schedule {
+    const Params& p;
+    int rank, done;  // units of its share, then whole tiles
+
+    __device__ __forceinline__ Schedule(const Params& p, int rank) : p(p), rank(rank), done(0) {}
+    __device__ __forceinline__ static int cluster() { return int(blockIdx.x) / CLUSTER; }
+    __device__ __forceinline__ static int clusters() { return int(gridDim.x) / CLUSTER; }
+    // Shares run against the order of clusters, so that a CTA waits only for those that were started before it.
+    __device__ __forceinline__ static int share() { return clusters() - 1 - cluster(); }
+    // First unit of a share, counted over all tiles; a cut close to the end of a tile is moved there.
+    __device__ __forceinline__ int cut(int share) const {
+        constexpr int LEAST = 4;
+        const int even = u32(p.streamed * UNITS) * u32(share) / u32(clusters()), over = even % UNITS;
+        return over < LEAST ? even - over : over > UNITS - LEAST ? even - over + UNITS : even;
+    }
+    __device__ __forceinline__ bool next(Work& w) {
+        int whole = done;
+        if constexpr (STREAM) {
+            const int first = cut(share()), end = cut(share() + 1), at = first + done;
+            if (at < end) {
+                w.index = at / UNITS, w.first = at % UNITS, w.end = min(UNITS, w.first + end - at);
+                done += w.end - w.first;
+                return true;
+            }
+            whole = at - end;
+        }
+        w.index = (STREAM ? p.streamed : 0) + cluster() + whole * clusters();
+        w.first = SPLIT == 1 ? 0 : UNITS * rank / SPLIT, w.end = SPLIT == 1 ? UNITS : UNITS * (rank + 1) / SPLIT;
+        ++done;
+        return w.index < p.row_tiles * p.token_tiles;
+    }
+};
 
 // First group of a unit's stage, moved down where it would reach past the last group.
 __device__ __forceinline__ int staged_group(int unit) {
@@ -207,7 +260,7 @@ __device__ __forceinline__ bool elected() {
 struct Producer {
     const Params& p;
     u32 smem;
-    int rank, first_unit, end_unit, first_tile, tiles, clusters;
+    int rank;
 
     __device__ __forceinline__ u32 full(int stage) const { return smem + Smem::BARRIERS + stage * 8; }
     __device__ __forceinline__ u32 empty(int stage) const { return full(STAGES + stage); }
@@ -217,11 +270,12 @@ struct Producer {
     __device__ __forceinline__ void run(Fetch fetch) const {
         Turn turn;
         u32 round = 0;
-        for (int index = first_tile; index < tiles; index += clusters) {
-            const Tile tile = tile_at(p, index, rank);
-            for (int unit = first_unit; unit < end_unit; ++unit) {
+        Schedule schedule(p, rank);
+        for (Work work; schedule.next(work);) {
+            const Tile tile = tile_at(p, work.index, rank);
+            for (int unit = work.first; unit < work.end; ++unit) {
                 if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                fetch(tile, unit, turn.stage);
+                fetch(tile, unit, turn);
                 turn.next();
                 if (turn.stage == 0) round = 1;
             }
@@ -231,34 +285,35 @@ struct Producer {
         constexpr int PART = TOKENS / PAIR;
         const int part = PAIR > 1 ? rank * PART : 0;
         wait_for_previous_kernel();
-        run([&](const Tile& tile, int unit, int stage) {
+        run([&](const Tile& tile, int unit, const Turn& turn) {
             if (elected()) {
-                barrier_expect(full(stage), Smem::X_BYTES);
-                copy_box<(PAIR > 1)>(smem + Smem::stage(stage) + part * 128, p.x_map, unit * 64, tile.token + part, full(stage),
-                                     (1 << PAIR) - 1);
+                const u32 barrier = full(turn.stage);
+                barrier_expect(barrier, Smem::X_BYTES);
+                copy_box<(PAIR > 1)>(smem + turn.at + part * 128, p.x_map, unit * 64, tile.token + part, barrier, (1 << PAIR) - 1);
             }
         });
     }
     __device__ __forceinline__ void run_weights(int which) const {
         const u64 policy = evict_first_policy();
-        run([&](const Tile& tile, int unit, int stage) {
+        run([&](const Tile& tile, int unit, const Turn& turn) {
             const int last = p.range[tile.range].end_block - 1;
             const int mine = BLOCKS % WEIGHT_WARPS == 0 ? BLOCKS / WEIGHT_WARPS : (BLOCKS - which + WEIGHT_WARPS - 1) / WEIGHT_WARPS;
             if (elected()) {
-                barrier_expect(full(stage), mine * Smem::BLOCK_BYTES);
+                const u32 barrier = full(turn.stage);
+                barrier_expect(barrier, mine * Smem::BLOCK_BYTES);
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i += WEIGHT_WARPS) {
                     const int w = which + i;
                     if (i > 0 && w >= BLOCKS) break;
                     // Past the last block its neighbour is repeated; nothing of it is written.
                     const i64 block = min(tile.block + w, last);
-                    const u32 to = smem + Smem::stage(stage) + Smem::CODES + w * Smem::BLOCK_BYTES;
-                    copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE, Smem::CODE_BYTES, full(stage), policy);
+                    const u32 to = smem + turn.at + Smem::CODES + w * Smem::BLOCK_BYTES;
+                    copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE, Smem::CODE_BYTES, barrier, policy);
                     if constexpr (Smem::STAGED_GROUPS > 0) {
                         const i64 group = block * GROUPS + staged_group(unit);
-                        copy_bulk(to + Smem::SCALES, p.scales + group * 128, Smem::STAGED_GROUPS * 128, full(stage), policy);
+                        copy_bulk(to + Smem::SCALES, p.scales + group * 128, Smem::STAGED_GROUPS * 128, barrier, policy);
                         if constexpr (ZEROS)
-                            copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * 64, Smem::STAGED_GROUPS * 64, full(stage), policy);
+                            copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * 64, Smem::STAGED_GROUPS * 64, barrier, policy);
                     }
                 }
             }
@@ -268,10 +323,16 @@ struct Producer {
 
 // --- consumers -------------------------------------------------------------------------------------------------
 
-// A unit as the A operand, with the scales of this lane's rows g and g + 8.
-struct Unit {
-    u32 a[4][4];
+// A part of a unit as the A operand, with the scales of this lane's rows g and g + 8.
+struct Operand {
+    u32 a[4 / PARTS][4];
     float scale[LATE ? SUBS : 1][2];
+};
+
+// What a lane has of a unit: its codes, and scales and zero points of its two rows.
+struct Codes {
+    u32 words[4 * BITS];
+    u32 scale[GROUPED ? SUBS : 1], zero[ZEROS ? SUBS : 1];
 };
 
 // A lane's words of row tile r lie at word r*BITS + i of the unit, four words to a piece of 512 bytes; those of planes at
@@ -303,15 +364,6 @@ __device__ __forceinline__ void load_words(u32 (&words)[4 * BITS], const char* c
     }
 }
 
-__device__ __forceinline__ u32 subtract_pair(u32 a, u32 b) {
-    u32 d;
-    if constexpr (BF16)
-        asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    else
-        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
 __device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
     u32 d;
     if constexpr (BF16)
@@ -322,11 +374,8 @@ __device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
 }
 
 // Unit number `unit` of a block from its stage to registers.
-__device__ __forceinline__ void prepare(Unit& u, const char* block, const WordOffsets& offsets, int unit, int r, int g,
-                                        const Lookup& lookup) {
-    u32 words[4 * BITS];
-    load_words(words, block, offsets);
-    u32 scale[GROUPED ? SUBS : 1], zero[ZEROS ? SUBS : 1][2];
+__device__ __forceinline__ void load_codes(Codes& c, const char* block, const WordOffsets& offsets, int unit, int r, int g) {
+    load_words(c.words, block, offsets);
     if constexpr (Smem::STAGED_GROUPS > 0) {
 #pragma unroll
         for (int sub = 0; sub < SUBS; ++sub) {
@@ -334,37 +383,64 @@ __device__ __forceinline__ void prepare(Unit& u, const char* block, const WordOf
             if constexpr (SUBS > 1) group = (unit * 64 + sub * (64 / SUBS)) / GROUP - staged_group(unit);
             // Columns past K have no group of their own; any finite scale will do, because their activations are zero.
             if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, UNIT_GROUPS - 1);
-            if constexpr (GROUPED) scale[sub] = *reinterpret_cast<const u32*>(block + Smem::SCALES + group * 128 + g * 16 + r * 4);
-            if constexpr (ZEROS) {
-                const u32 two = *reinterpret_cast<const u16*>(block + Smem::ZEROS_AT + group * 64 + g * 8 + r * 2);
-                zero[sub][0] = round_half<BF16>(float(two & 0xff)) * 0x10001u;
-                zero[sub][1] = round_half<BF16>(float(two >> 8)) * 0x10001u;
-            }
+            if constexpr (GROUPED) c.scale[sub] = *reinterpret_cast<const u32*>(block + Smem::SCALES + group * 128 + g * 16 + r * 4);
+            if constexpr (ZEROS) c.zero[sub] = *reinterpret_cast<const u16*>(block + Smem::ZEROS_AT + group * 64 + g * 8 + r * 2);
         }
     }
+}
+
+// Part `part` of a unit's codes as values: of a table, or integers less their zero point; with ROUND times their scale.
+__device__ __forceinline__ void expand(Operand& o, const Codes& c, int part, const Lookup& lookup) {
+    constexpr int COUNT = 4 / PARTS;
+    const int first = part * COUNT;
+    u32 a[4][4];  // what other parts hold of it is not computed
     if constexpr (NESTED)
-        dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(u.a, words, 0, lookup);
+        dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a, c.words, 0, lookup);
+    else if constexpr (INTEGERS)
+        to_integers<BITS, BF16>(a, c.words, 0);
     else
-        dequantise<BITS, BF16, BITS == 1>(u.a, words, 0, lookup);
-    if constexpr (ZEROS) {
-        // Codes and zero points are integers below 2^8, so their difference is exact in 16 bits.
+        dequantise<BITS, BF16, BITS == 1, WIDE>(a, c.words, 0, lookup);
 #pragma unroll
-        for (int s = 0; s < 4; ++s)
+    for (int s = 0; s < COUNT; ++s) {
+        const int sub = (first + s) / STEPS;
+        u32 zero[2] = {}, scale[2] = {};
+        if constexpr (ZEROS) {
+            // Differences of integers below 2^8 are exact in 16 bits.
+            constexpr float CENTRE = INTEGERS ? 1 << (BITS - 1) : 0;
+            zero[0] = round_half<BF16>(float(c.zero[sub] & 0xff) - CENTRE) * 0x10001u;
+            zero[1] = round_half<BF16>(float(c.zero[sub] >> 8) - CENTRE) * 0x10001u;
+        }
+        if constexpr (GROUPED && ROUND)
+            scale[0] = __byte_perm(c.scale[sub], 0, 0x1010), scale[1] = __byte_perm(c.scale[sub], 0, 0x3232);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) u.a[s][i] = subtract_pair(u.a[s][i], zero[s / STEPS][i % 2]);
-    }
-    if constexpr (GROUPED && ROUND) {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const u32 both = scale[s / STEPS], pairs[2] = {__byte_perm(both, both, 0x1010), __byte_perm(both, both, 0x3232)};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) u.a[s][i] = multiply_pair(u.a[s][i], pairs[i % 2]);
+        for (int i = 0; i < 4; ++i) {
+            u32 v = a[first + s][i];
+            if constexpr (ZEROS) v = subtract_pair<BF16>(v, zero[i % 2]);
+            if constexpr (GROUPED && ROUND) v = multiply_pair(v, scale[i % 2]);
+            o.a[s][i] = v;
         }
     }
     if constexpr (LATE) {
 #pragma unroll
-        for (int sub = 0; sub < SUBS; ++sub) u.scale[sub][0] = low_half<BF16>(scale[sub]), u.scale[sub][1] = high_half<BF16>(scale[sub]);
+        for (int sub = 0; sub < SUBS; ++sub) o.scale[sub][0] = low_half<BF16>(c.scale[sub]), o.scale[sub][1] = high_half<BF16>(c.scale[sub]);
     }
+}
+
+// Sums that wait in global memory past L1, which does not see what other multiprocessors write.
+__device__ __forceinline__ f32x4 load_partial(const f32x4* from) {
+    f32x4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void set_flag(u32* flag, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 read_flag(const u32* flag) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
 }
 
 // Two tiles of 8 rows x 8 tokens, transposed: 8 rows of one token are contiguous. Lanes 0 to 15 name the tokens' places.
@@ -397,8 +473,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
     if (base % 1024 != 0 || (Smem::TABLE_BYTES && ((base + Smem::TABLE) & (Smem::TABLE_BYTES - 1)) != 0)) __trap();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank());
-    const int first_unit = SPLIT == 1 ? 0 : UNITS * rank / SPLIT, end_unit = SPLIT == 1 ? UNITS : UNITS * (rank + 1) / SPLIT;
-    const int clusters = gridDim.x / CLUSTER, tiles = p.row_tiles * p.token_tiles;
     const u32 full = base + Smem::BARRIERS, empty = full + STAGES * 8;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -414,7 +488,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 
     if (warp >= CONSUMERS / 32) {
         keep_registers<PRODUCER_REGISTERS, false>();
-        const Producer producer = {p, base, rank, first_unit, end_unit, int(blockIdx.x) / CLUSTER, tiles, clusters};
+        const Producer producer = {p, base, rank};
         const int role = warp - CONSUMERS / 32;
         if (role == 0) {
             producer.run_x();
@@ -440,30 +514,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
         Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : 0, 0, 0, 0, 0};
         int range_of_table = -1;
-        Turn turn;
-        turn.stage = k_group;
+        Turn turn(k_group);
         if (TURNS && group_index == WARPGROUPS - 1) named_barrier_arrive(FIRST_TURN, 256);
 
-        for (int index = blockIdx.x / CLUSTER; index < tiles; index += clusters) {
-            const Tile tile = tile_at(p, index, rank);
-            if (tile.range != range_of_table) {
-                const u16* table = p.table + (tile.range << BITS);
+        // Sums left in global memory are announced some units later, when they have arrived there.
+        bool owes = false;
+        const auto announce = [&] {
+            if (STREAM && owes) {
+                __threadfence();
+                named_barrier(1 + group_index, 128);
+                if (thread == 0) set_flag(p.flags + (Schedule::share() * PAIR + rank) * BLOCKS + row_block, 1);
+                owes = false;
+            }
+        };
+        Schedule schedule(p, rank);
+        for (Work work; schedule.next(work);) {
+            const int first_unit = work.first, end_unit = work.end;
+            if (const int range = tile_at(p, work.index, rank).range; range != range_of_table) {
+                const u16* table = p.table + (range << BITS);
                 const auto entry = [&](int code) -> u16 {
                     if constexpr (TABLE) return table[code];
                     return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
                 };
                 if constexpr (BITS == 1) {
                     lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
-                } else if constexpr (!NESTED) {
+                } else if constexpr (!NESTED && !INTEGERS) {
                     if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
-                    fill_table<BITS, CONSUMERS / 32>(smem + Smem::TABLE, warp, lane, entry);
+                    fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
                 }
-                range_of_table = tile.range;
+                range_of_table = range;
             }
-            const Range& range = p.range[tile.range];
-            const int block = tile.block + row_block;
-
             float d[TOKENS / 2], acc[LATE ? TOKENS / 2 : 1];
 #pragma unroll
             for (int i = 0; i < (LATE ? TOKENS / 2 : 1); ++i) acc[i] = 0.f;
@@ -471,9 +552,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 #pragma unroll
                 for (int i = 0; i < TOKENS / 2; ++i) d[i] = 0.f;
             }
-            Unit units[AHEAD ? 2 : 1];
+            Operand units[AHEAD ? 2 : 1];
+            Codes codes;
 
-            const auto block_at = [&](int stage) { return smem + Smem::stage(stage) + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
+            const auto block_at = [&](const Turn& turn) { return smem + turn.at + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
             const auto release = [&](int stage) {
                 __syncwarp();
                 if constexpr (PAIR > 1) {
@@ -482,25 +564,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     if (lane == 0) barrier_arrive(empty + stage * 8);
                 }
             };
-            const auto issue = [&](Unit& u, int stage, int run, bool fresh) {
-                const u64 b = b_descriptor(base + Smem::stage(stage));
+            const auto issue = [&](Operand& u, const Turn& turn, int run, bool fresh) {
+                const u64 x = b_descriptor(base + turn.at);
                 if constexpr (TURNS) named_barrier(FIRST_TURN + group_index, 256);
                 wgmma_fence();
+                constexpr int COUNT = 4 / (ISSUES * PARTS);
+                const int first = PARTS == 1 ? run * COUNT : 0;
 #pragma unroll
-                for (int s = run * 4 / ISSUES; s < (run + 1) * 4 / ISSUES; ++s)
-                    wgmma(d, u.a[s], b + 2 * s, !(fresh && s == run * 4 / ISSUES));
+                for (int s = 0; s < COUNT; ++s) wgmma(d, u.a[first + s], x + 2 * (run * COUNT + s), !(fresh && s == 0));
                 wgmma_commit();
                 if constexpr (TURNS) named_barrier_arrive(FIRST_TURN + (group_index + 1) % WARPGROUPS, 256);
             };
-            const auto add_scaled = [&](const Unit& u, int run) {
+            const auto add_scaled = [&](const Operand& u, int run) {
                 if constexpr (LATE) {
 #pragma unroll
                     for (int i = 0; i < TOKENS / 2; ++i) acc[i] = fmaf(u.scale[run][i / 2 % 2], d[i], acc[i]);
                 }
             };
-            const auto load = [&](Unit& u, const Turn& at, int unit) {
+            const auto load = [&](Operand& u, const Turn& at, int unit) {
                 barrier_wait(full + at.stage * 8, at.parity);
-                prepare(u, block_at(at.stage), offsets, unit, r, g, lookup);
+                load_codes(codes, block_at(at), offsets, unit, r, g);
+                expand(u, codes, 0, lookup);
+            };
+            const auto finish = [&] {
+                wgmma_wait<0>();
+                pin(d);
             };
             // With several k groups neighbouring units are other warpgroups'.
             const auto fresh_at = [&](int unit) {
@@ -511,14 +599,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             };
             const int begin = first_unit + k_group;
 
-            if constexpr (!AHEAD) {
+            if constexpr (PARTS == 2) {
+                if (begin < end_unit) load(units[0], turn, begin);
+                int last_stage = -1;  // of the unit before this one, not yet given back
+                for (int unit = begin; unit < end_unit; unit += K_GROUPS) {
+                    if (unit == begin + 4) announce();
+                    issue(units[0], turn, 0, false);
+                    wgmma_wait<1>();
+                    if (last_stage >= 0) release(last_stage);
+                    expand(units[AHEAD], codes, 1, lookup);
+                    issue(units[AHEAD], turn, 1, false);
+                    wgmma_wait<1>();
+                    last_stage = turn.stage;
+                    turn.next(K_GROUPS);
+                    if (unit + K_GROUPS < end_unit) load(units[0], turn, unit + K_GROUPS);
+                }
+                finish();
+                if (last_stage >= 0) release(last_stage);
+            } else if constexpr (!AHEAD) {
                 for (int unit = begin; unit < end_unit; unit += K_GROUPS) {
                     load(units[0], turn, unit);
 #pragma unroll
                     for (int run = 0; run < ISSUES; ++run) {
-                        issue(units[0], turn.stage, run, fresh_at(unit));
-                        wgmma_wait<0>();
-                        pin(d);
+                        issue(units[0], turn, run, fresh_at(unit));
+                        finish();
                         if (scaled_at(unit)) add_scaled(units[0], run);
                     }
                     release(turn.stage);
@@ -527,13 +631,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             } else if (begin < end_unit) {
                 load(units[0], turn, begin);
                 int last_stage = -1;  // of the unit before this one, not yet given back
-                const auto multiply = [&](Unit& u, Unit& other, int unit) {
+                const auto multiply = [&](Operand& u, Operand& other, int unit) {
                     Turn next = turn;
                     next.next(K_GROUPS);
                     const bool more = unit + K_GROUPS < end_unit;
 #pragma unroll
                     for (int run = 0; run < ISSUES; ++run) {
-                        issue(u, turn.stage, run, fresh_at(unit));
+                        issue(u, turn, run, fresh_at(unit));
                         if (run == 0) {
                             // Without sums to scale, the next unit is queued behind this one.
                             if constexpr (!LATE) wgmma_wait<1>();
@@ -541,8 +645,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                             if (more) load(other, next, unit + K_GROUPS);
                         }
                         if constexpr (LATE) {
-                            wgmma_wait<0>();
-                            pin(d);
+                            finish();
                             if (scaled_at(unit)) add_scaled(u, run);
                         }
                     }
@@ -550,11 +653,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     turn = next;
                 };
                 for (int unit = begin; unit < end_unit; unit += 2 * K_GROUPS) {
+                    if (unit == begin + 4) announce();
                     multiply(units[0], units[AHEAD], unit);
                     if (unit + K_GROUPS < end_unit) multiply(units[AHEAD], units[0], unit + K_GROUPS);
                 }
-                wgmma_wait<0>();
-                pin(d);
+                finish();
                 release(last_stage);
             }
             if constexpr (TURNS && K_GROUPS > 1) {
@@ -568,9 +671,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
             }
 
-            const auto sum = [&](int i) -> float {
-                return LATE ? acc[LATE ? i : 0] : d[i];
-            };
+            const auto sum = [&](int i) -> float& { return LATE ? acc[LATE ? i : 0] : d[i]; };
             const auto meet = [&] {
                 if constexpr (SPLIT > 1) {
                     cluster_arrive();
@@ -579,6 +680,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
                 }
             };
+            announce();
+            if constexpr (STREAM) {
+                const int share = schedule.share();
+                const auto partial = [&](int share) {
+                    return p.partial + (i64(share * PAIR + rank) * BLOCKS + row_block) * TOKEN_TILES * 128 + thread;
+                };
+                const auto flag = [&](int share) { return p.flags + (share * PAIR + rank) * BLOCKS + row_block; };
+                if (first_unit > 0) {
+                    // Whoever begins this tile adds it up.
+                    wait_for_previous_kernel();
+                    f32x4* const to = partial(share);
+#pragma unroll
+                    for (int j = 0; j < TOKEN_TILES; ++j) {
+                        const int at = 4 * j;
+                        to[j * 128] = {sum(at), sum(at + 1), sum(at + 2), sum(at + 3)};
+                    }
+                    owes = true;
+                    continue;
+                }
+                for (int other = share + 1; end_unit < UNITS && schedule.cut(other) < (work.index + 1) * UNITS; ++other) {
+                    if (schedule.cut(other) == schedule.cut(other + 1)) continue;
+                    if (thread == 0) {
+                        wait_for_previous_kernel();
+                        while (read_flag(flag(other)) == 0) {
+                        }
+                        set_flag(flag(other), 0);
+                    }
+                    named_barrier(1 + group_index, 128);
+                    const f32x4* const from = partial(other);
+                    constexpr int FREE = (CONSUMER_REGISTERS - TOKENS / 2 - 40) / 4, BATCH = FREE < 2 ? 2 : FREE > 16 ? 16 : FREE;
+#pragma unroll
+                    for (int first = 0; first < TOKEN_TILES; first += BATCH) {
+                        f32x4 v[BATCH];
+#pragma unroll
+                        for (int j = first; j < first + BATCH && j < TOKEN_TILES; ++j) v[j - first] = load_partial(from + j * 128);
+#pragma unroll
+                        for (int j = first; j < first + BATCH && j < TOKEN_TILES; ++j) {
+                            const int at = 4 * j;
+                            sum(at) += v[j - first].x, sum(at + 1) += v[j - first].y;
+                            sum(at + 2) += v[j - first].z, sum(at + 3) += v[j - first].w;
+                        }
+                    }
+                }
+            }
+            // Worked out here and not in front of the loop, whose registers are scarce.
+            int index = work.index;
+            asm volatile("" : "+r"(index));
+            const Tile tile = tile_at(p, index, rank);
+            const Range& range = p.range[tile.range];
             const int slice = rank * K_GROUPS + k_group;
             if constexpr (SLICES > 1) {
                 meet();  // nobody's ring is in use any more
@@ -593,6 +743,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             }
             wait_for_previous_kernel();
 
+            const int block = tile.block + row_block;
             // Rows g and g + 8 of the warp's row tile; rows past the range are computed and not written.
             float bias[2] = {}, scale[2] = {1.f, 1.f};
 #pragma unroll
@@ -637,6 +788,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             }
             named_barrier(1 + group_index, 128);
         }
+        announce();
         if constexpr (PAIR > 1) {
             cluster_arrive();
             cluster_wait();

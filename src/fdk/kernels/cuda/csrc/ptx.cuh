@@ -30,6 +30,19 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// Any function of three words, by its values for a, b, c = 0xf0, 0xcc, 0xaa. Left to itself the compiler makes two
+// instructions of a choice between two words, because it sees two constants in it.
+template <int FUNCTION>
+__device__ __forceinline__ u32 combine(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(FUNCTION));
+    return d;
+}
+constexpr int CHOOSE = 0xe4;        // (a & c) | (b & ~c)
+constexpr int MASK_OR = 0xea;       // (a & b) | c
+constexpr int NOT_MASK_OR = 0xae;   // (~a & b) | c
+constexpr int MASK_XOR = 0x6a;      // (a & b) ^ c
+
 // --- 16-bit floats ---------------------------------------------------------------------------------------------
 
 template <bool BF16>
@@ -67,6 +80,17 @@ __device__ __forceinline__ u32 round_pair(float low, float high) {
     else
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+
+// a - b of pairs.
+template <bool BF16>
+__device__ __forceinline__ u32 subtract_pair(u32 a, u32 b) {
+    u32 d;
+    if constexpr (BF16)
+        asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    else
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
 }
 
 // --- tensor cores ----------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ namespace fdk {
 // Descriptor of 64 columns of b at a shared address that is a multiple of 1024; adding 2 moves on by 16 columns.
 __device__ __forceinline__ u64 b_descriptor(u32 address) {
     constexpr u64 ATOM = 1024 >> 4, SWIZZLE_128 = 1;
-    return u64((address & 0x3ffff) >> 4) | u64(1) << 16 | ATOM << 32 | SWIZZLE_128 << 62;
+    return u64(address >> 4) | u64(1) << 16 | ATOM << 32 | SWIZZLE_128 << 62;
 }
 
 // The operands count as changed by the instruction, because it is not done when control passes on. `keep` = 0 ignores
