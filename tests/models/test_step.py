@@ -16,7 +16,7 @@ import fdk
 from fdk import testing
 from fdk.errors import UnsupportedError
 from fdk.formats import parse
-from fdk.models import QuantisationConfig
+from fdk.models import QuantisationConfig, chain
 from fdk.models.decode import PlainStep, greedy, step_for, time_steps
 from fdk.models.llama import LlamaConfig
 from fdk.models.merge import Beside, merge_, merged_weight
@@ -86,6 +86,16 @@ def test_a_model_that_cannot_be_fused_says_why_and_decodes_plainly(monkeypatch) 
     assert "Sequential" in reason_against(nn.Sequential())
 
 
+def test_layers_without_epilogues_say_why() -> None:
+    dense = nn.Linear(64, 128, bias=False)
+    low = {dtype: fdk.from_linear(dense, QuantisationConfig(4, 64, dtype=dtype)) for dtype in ("bf16", "fp16")}
+    assert "not a quantised" in chain.reason_against(dense, 1)
+    assert "float16, in which" in chain.reason_against(low["fp16"], 1)
+    assert "lies on cpu" in chain.reason_against(low["bf16"], 1)
+    products = chain.Products(*[low["bf16"]] * 4)
+    assert chain.fuse([products, products], 1, 1e-5) == [None, None]
+
+
 def small_config(**changes) -> LlamaConfig:
     fields = {
         "vocab_size": 512,
@@ -98,12 +108,17 @@ def small_config(**changes) -> LlamaConfig:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", [None, "lut4_g64", "lut1_g64", "uint3_g32"])
+@pytest.mark.parametrize("plan", [None, "lut4_g64", "lut4_g64 kmeans", "lut1_g64", "uint3_g32"])
 @pytest.mark.parametrize(("batch", "length"), [(1, 80), (3, 300), (20, 150)])
 def test_the_graph_follows_the_plain_path(plan, batch, length) -> None:
-    model = random_llama(small_config(), plan and QuantisationConfig(format=plan), "cuda", seed=2)
+    config = None
+    if plan:
+        name, _, codebook = plan.partition(" ")
+        config = QuantisationConfig(format=name, codebook=codebook or "uniform")
+    model = random_llama(small_config(), config, "cuda", seed=2)
     tokens = torch.randint(0, 512, (batch, length - 40), generator=torch.Generator().manual_seed(0)).cuda()
     step, plain = Step(model, batch, length), PlainStep(model, batch, length)
+    assert all((layer is not None) == (plan is not None) for layer in step.fused)
     step.prefill(tokens)
     plain.prefill(tokens)
     for _ in range(40):

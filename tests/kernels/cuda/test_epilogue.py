@@ -11,7 +11,7 @@ from fdk.kernels.cuda.decode import Epilogue
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = ["lut1_g64", "lut2_g64", "lut3_g32", "lut4_g64", "nf4_g64", "int8_chan", "uint4_g48"]
+FORMATS = ["lut1_g64", "lut3_g32", "lut4_g64", "int8_chan", "uint4_g48"]
 EPS = 1e-5
 BF16 = testing.UNIT_ROUNDOFF[torch.bfloat16]
 
@@ -30,7 +30,7 @@ def float32_bound(x: torch.Tensor, weight, y: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(70, 960), (3072, 3072)])
-@pytest.mark.parametrize("m", [1, 5, 16, 40])
+@pytest.mark.parametrize("m", [1, 5, 16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_residual_sum_and_the_next_norm(name: str, m: int, shape: tuple[int, int]) -> None:
     n, k = shape
@@ -62,11 +62,11 @@ def norms(m: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("count", [6, 96])
-@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_of_what_is_still_to_be_normalised(name: str, m: int, count: int) -> None:
     n, k = (5120, 3072) if count == 96 else (200, 960)
-    weight = weight_of(name, n, k, seed=m, tables=1 if name.startswith("nf") or "lut" not in name else 3)
+    weight = weight_of(name, n, k, seed=m, tables=3 if "lut" in name else 1)
     x, bias = inputs(m, k), inputs(1, n, 3)[0]
     squares, total = norms(m, count)
     scale = (total / k + EPS).rsqrt()
@@ -81,7 +81,7 @@ def test_a_product_of_what_is_still_to_be_normalised(name: str, m: int, count: i
 
 
 @pytest.mark.parametrize("shape", [(640, 960), (22528, 3072)])
-@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_gate_times_up(name: str, m: int, shape: tuple[int, int]) -> None:
     n, k = shape
@@ -102,7 +102,7 @@ def test_gate_times_up(name: str, m: int, shape: tuple[int, int]) -> None:
     bound += (8 + 1.2 * gate.abs()) * 2.0**-23 * (silu * up).abs() + 1.01 * BF16 * (silu * up).abs() + 2.0**-126
     tables = len(merged.geometry.row_ends)
     plan = KERNEL.chained(merged, m, Epilogue(squares=96, gated=True, tables=tables))
-    assert plan.config.epilogue.tables == (2 if merged.format.is_table and "nf" not in name else 1)
+    assert plan.config.epilogue.tables == (2 if merged.format.is_table else 1)
     out = testing.poisoned(m, n // 2, torch.bfloat16, "cuda:0")
     plan(x, bias, out, squares=squares, eps=EPS)
     assert testing.violation(out, silu * up, bound) is None

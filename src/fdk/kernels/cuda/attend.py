@@ -22,6 +22,7 @@ class Config:
     heads       query heads for each key/value head;  head_warps: groups of warps that share them
     warps       warps of a CTA that share the positions
     cluster     CTAs that share them
+    stages      turns of positions that are in flight, 4 KB of each warp
     norm        queries and keys are normed before they are turned
     """
 
@@ -31,6 +32,7 @@ class Config:
     head_warps: int
     warps: int
     cluster: int
+    stages: int
     norm: bool = False
 
     @property
@@ -39,8 +41,9 @@ class Config:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a CTA: the sums of all warps for its outputs, and a barrier."""
-        return self.cluster * self.warps * (self.heads * self.head_dim // 4 // self.cluster + self.heads) * 16 + 16
+        """Shared memory of a CTA: the rings, the sums of all warps for its outputs, and barriers."""
+        sums = self.cluster * self.warps * (self.heads * self.head_dim // 4 // self.cluster + self.heads) * 16
+        return self.threads // 32 * self.stages * (4096 + 8) + sums + 16
 
     def defines(self) -> dict[str, int]:
         """Macros that the kernel is compiled with."""
@@ -51,6 +54,7 @@ class Config:
             "FDK_HEAD_WARPS": self.head_warps,
             "FDK_WARPS": self.warps,
             "FDK_CLUSTER": self.cluster,
+            "FDK_STAGES": self.stages,
             "FDK_NORM": int(self.norm),
             "FDK_SHARED_BYTES": self.shared_bytes,
         }
@@ -66,15 +70,17 @@ def choose_config(
     if head_dim not in (32, 64, 128, 256) or heads > 4 * _MOST_OWN:
         return None
     head_warps = -(-heads // _MOST_OWN)
-    # As many CTAs as multiprocessors hold one of, if there are positions enough.
+    # As many CTAs as multiprocessors hold one of, if there are positions enough; larger clusters find no place at once.
     fitting = (
         cluster
-        for cluster in (16, 8, 4, 2)
+        for cluster in (8, 4, 2)
         if cluster * key_heads <= sms and cluster * 2048 // head_dim <= length and heads * head_dim // 4 % cluster == 0
     )
     cluster = next(fitting, 1)
     warps = 8 if (cluster == 1 or length > 1024) and head_warps == 1 else 4
-    return Config(head_dim, heads, bf16, head_warps, warps, cluster, norm)
+    turns = -(-length // (cluster * warps * (1024 // head_dim)))
+    stages = min(turns, 2 if length <= 1024 else 3, max(1, 24 // (head_warps * warps)))
+    return Config(head_dim, heads, bf16, head_warps, warps, cluster, stages, norm)
 
 
 class Params(ctypes.Structure):

@@ -2,12 +2,12 @@
 //
 // A cluster of CTAs serves one key/value head of one sequence, with its HEADS query heads. A warp takes 32 / LANES
 // positions at a time, LANES lanes each, of which every one holds 16 channels: 8 of the first half of the head and the
-// 8 that the rotary embedding pairs them with. Keys and values of earlier tokens are read before the wait for the
-// previous kernel, which leaves only this token's queries behind it. Sums of warps go to the CTAs that own their share of
+// 8 that the rotary embedding pairs them with. Keys and values of earlier tokens come by bulk copies through a ring of the
+// warp's own; the first are on their way before the wait for the previous kernel, which leaves the queries behind it. Sums of warps go to the CTAs that own their share of
 // the outputs, counted by a barrier, and are added in the order of warps and CTAs, so that results do not depend on timing.
 //
-// The host passes (see fdk/kernels/cuda/attend.py): FDK_BF16 FDK_HEAD_DIM FDK_HEADS FDK_HEAD_WARPS FDK_WARPS FDK_CLUSTER,
-// and FDK_NORM where queries and keys are normed over their channels before they are turned.
+// The host passes (see fdk/kernels/cuda/attend.py): FDK_BF16 FDK_HEAD_DIM FDK_HEADS FDK_HEAD_WARPS FDK_WARPS FDK_CLUSTER
+// FDK_STAGES, and FDK_NORM where queries and keys are normed over their channels before they are turned.
 #pragma once
 #include "ptx.cuh"
 
@@ -18,8 +18,8 @@ constexpr int D = FDK_HEAD_DIM, HEADS = FDK_HEADS, CLUSTER = FDK_CLUSTER;
 constexpr int HEAD_WARPS = FDK_HEAD_WARPS, WARPS = FDK_WARPS;  // warps that share the heads, and the positions
 constexpr int OWN = (HEADS + HEAD_WARPS - 1) / HEAD_WARPS;     // heads of a warp
 constexpr int LANES = D / 16, ROWS = 32 / LANES, THREADS = HEAD_WARPS * WARPS * 32;
-constexpr int PASSES = 2;                      // of ROWS positions that are in flight while the ones before are used
-constexpr int TILE = PASSES * WARPS * ROWS;    // positions of a CTA's turn
+constexpr int PASSES = 2, TILE = PASSES * ROWS;  // of ROWS positions; positions of a warp's turn
+constexpr int STAGES = FDK_STAGES, HALF = TILE * D * 2, STAGE = 2 * HALF;  // of a ring: keys, then values
 constexpr int SOURCES = CLUSTER * WARPS;       // warps whose sums make an output
 constexpr int SHARE = HEADS * D / 4 / CLUSTER;  // quadruples of channels that a CTA owns
 static_assert(D % 32 == 0 && D >= 32 && D <= 256 && (D & (D - 1)) == 0 && HEADS * D / 4 % CLUSTER == 0, "see attend.py");
@@ -43,9 +43,9 @@ struct Params {
 struct Shared {
     f32x4 sums[SOURCES][SHARE];
     f32x4 tops[SOURCES][HEADS];  // largest score and sum of weights of a warp's positions
-    u64 barrier;
+    u64 barrier, full[THREADS / 32][STAGES];
 };
-static_assert(sizeof(Shared) <= FDK_SHARED_BYTES, "host and device disagree on the shared memory");
+static_assert(THREADS / 32 * STAGES * STAGE + sizeof(Shared) <= FDK_SHARED_BYTES, "host and device disagree on the shared memory");
 
 // Sixteen channels of a lane as they lie in memory: 8 at 8 * lane, 8 at D / 2 + 8 * lane.
 struct Channels {
@@ -108,11 +108,6 @@ __device__ __forceinline__ void eight(float (&v)[8], const u32x4& c) {
     for (int i = 0; i < 4; ++i) v[2 * i] = low_half<BF16>(words[i]), v[2 * i + 1] = high_half<BF16>(words[i]);
 }
 
-// Keys and values of a lane's positions.
-struct Tile {
-    Channels keys[PASSES], values[PASSES];
-};
-
 // To the same place in the CTA `rank` of the cluster; a launch without clusters has no such instruction.
 __device__ __forceinline__ void send(f32x4& to, u32 barrier, int rank, f32x4 v) {
     if constexpr (CLUSTER > 1)
@@ -123,12 +118,18 @@ __device__ __forceinline__ void send(f32x4& to, u32 barrier, int rank, f32x4 v) 
 
 extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char smem[];
-    Shared& shared = *reinterpret_cast<Shared*>(smem);
+    Shared& shared = *reinterpret_cast<Shared*>(smem + THREADS / 32 * STAGES * STAGE);
     const int warp = threadIdx.x / 32 % WARPS, first_head = threadIdx.x / 32 / WARPS * OWN;
     const int lane = threadIdx.x % LANES, row = threadIdx.x % 32 / LANES;
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), head = blockIdx.x / CLUSTER;
     const i64 sequence = head / p.groups, group = head % p.groups;
-    const u32 barrier = shared_address(&shared.barrier);
+    const u32 barrier = shared_address(&shared.barrier), full = shared_address(&shared.full[threadIdx.x / 32]);
+    char* ring = smem + threadIdx.x / 32 * (STAGES * STAGE);
+    if (threadIdx.x % 32 == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage * 8);
+        barrier_init_fence();
+    }
+    __syncwarp();
     if constexpr (CLUSTER > 1) {
         if (threadIdx.x == 0) {
             barrier_init(barrier);
@@ -144,18 +145,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
     const int position = *p.position;
     u16* keys = p.keys + i64(head) * p.length * D;
     u16* values = p.values + i64(head) * p.length * D;
-    const auto place = [&](int turn, int pass) { return ((turn * CLUSTER + rank) * PASSES + pass) * (WARPS * ROWS) + warp * ROWS + row; };
-    const auto load = [&](Tile& tile, int turn) {
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) {
-            const i64 at = i64(min(place(turn, pass), max(position - 1, 0))) * D;
-            tile.keys[pass] = load_channels(keys + at, lane);
-            tile.values[pass] = load_channels(values + at, lane);
-        }
+    const int first = (rank * WARPS + warp) * TILE, stride = CLUSTER * WARPS * TILE;
+    const int turns = first < position ? (position - first + stride - 1) / stride : 0;
+    const auto fetch = [&](int turn, int stage) {
+        if (turn >= turns || threadIdx.x % 32 != 0) return;
+        const i64 at = first + i64(turn) * stride;
+        const u32 bytes = min(i64(TILE), p.length - at) * (D * 2), to = shared_address(ring) + stage * STAGE;
+        barrier_expect(full + stage * 8, 2 * bytes);
+        copy_bulk_shared(to, keys + at * D, bytes, full + stage * 8);
+        copy_bulk_shared(to + HALF, values + at * D, bytes, full + stage * 8);
     };
-    const int turns = (position + TILE * CLUSTER - 1) / (TILE * CLUSTER);
-    Tile tile;
-    load(tile, 0);
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) fetch(stage, stage);
     float cos[8], sin[8];
     eight(cos, load_16(p.cos + i64(position) * D + lane * 8));
     eight(sin, load_16(p.sin + i64(position) * D + lane * 8));
@@ -196,21 +197,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
             }
         }
     }
+    int stage = 0;
+    u32 parity = 0;
 #pragma unroll 1
     for (int turn = 0; turn < turns; ++turn) {
-        Tile next;
-        if (turn + 1 < turns) load(next, turn + 1);
+        barrier_wait(full + stage * 8, parity);
+        // Positions that are not there repeat the last one, with a weight of zero.
+        const int there = position - first - turn * stride;
+        const auto channels = [&](int half, int pass) -> Channels {
+            const char* at = ring + stage * STAGE + half * HALF + (min(pass * ROWS + row, there - 1) * D + lane * 8) * 2;
+            return {*reinterpret_cast<const u32x4*>(at), *reinterpret_cast<const u32x4*>(at + D)};
+        };
         float scores[PASSES][OWN], highest[OWN];
 #pragma unroll
         for (int h = 0; h < OWN; ++h) highest[h] = top[h];
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
             float k[16];
-            tile.keys[pass].floats(k);
+            channels(0, pass).floats(k);
 #pragma unroll
             for (int h = 0; h < OWN; ++h) {
                 scores[pass][h] = dot(q[h], k) * p.scale;
-                if (place(turn, pass) >= position) scores[pass][h] = __uint_as_float(0xff800000u);
+                if (pass * ROWS + row >= there) scores[pass][h] = __uint_as_float(0xff800000u);
                 highest[h] = fmaxf(highest[h], scores[pass][h]);
             }
         }
@@ -224,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
             float v[16];
-            tile.values[pass].floats(v);
+            channels(1, pass).floats(v);
 #pragma unroll
             for (int h = 0; h < OWN; ++h) {
                 const float share = exp2f(scores[pass][h] - top[h]);
@@ -233,7 +241,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
                 for (int i = 0; i < 16; ++i) acc[h][i] = fmaf(share, v[i], acc[h][i]);
             }
         }
-        tile = next;
+        if (turn + STAGES < turns) {
+            order_before_bulk_copies();
+            __syncwarp();
+            fetch(turn + STAGES, stage);
+        }
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
     // Over the rows of the warp: each lane keeps four channels of each head, and their rows' lanes the others.
