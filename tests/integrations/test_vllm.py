@@ -86,12 +86,12 @@ def sized(kind: type, folder: Path, **changes) -> Path:
     return folder
 
 
-def skeleton(folder: Path):
+def skeleton(folder: Path, dtype: torch.dtype = torch.float32):
     """The modules of a folder, without its weights."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config.quantization_config = None
     del config.quantization_config
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def widest(model: torch.nn.Module) -> torch.nn.Module:
@@ -108,9 +108,10 @@ def widest(model: torch.nn.Module) -> torch.nn.Module:
 
 
 class Expected:
-    """Greedy tokens and log probabilities of the transformers path in float32, and their distance to float64."""
+    """Greedy tokens and log probabilities of the transformers path in its dtype, and their distance to float64."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        self.exact = model.dtype == torch.float32
         self.tokens = []
         with torch.inference_mode():
             for prompt in PROMPTS:
@@ -122,11 +123,17 @@ class Expected:
             narrow = model(forced).logits[0, :-1].double().log_softmax(-1)
             self.wide = widest(model)(forced).logits[0, :-1].log_softmax(-1)
         self.rounding = (narrow - self.wide).abs().max().item()
-        assert 0 < self.rounding < 1e-4 * self.wide.abs().max()
+        assert self.rounding > 0
+        if self.exact:
+            assert self.rounding < 1e-4 * self.wide.abs().max()
 
     def check(self, got: dict) -> None:
-        """Tokens equal; log probabilities no further from float64 than a few times those of the float32 model."""
-        assert got["tokens"] == self.tokens
+        """Tokens equal; log probabilities no further from float64 than a few times those of the transformers path.
+
+        16-bit logits have ties, whose greedy tokens any rounding flips: there only the log probabilities are compared.
+        """
+        if self.exact:
+            assert got["tokens"] == self.tokens
         assert len(got["logprobs"]) == len(self.wide)
         for position, row in enumerate(got["logprobs"]):
             assert len(row) >= 20
@@ -178,6 +185,17 @@ def make_mixed(folder: Path) -> Expected:
 def test_mixed_formats(workshop, tmp_path, options) -> None:
     folder, expected = workshop("mixed", make_mixed)
     expected.check(serve(tmp_path, folder, options))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(workshop, tmp_path, dtype) -> None:
+    def make(folder: Path) -> Expected:
+        config = QuantisationConfig(**{**MIXED.to_dict(), "dtype": dtype})
+        quantise_folder(llama(folder), folder, config)
+        return Expected(fdk.load(folder, model=skeleton(folder, getattr(torch, dtype))))
+
+    folder, expected = workshop(dtype, make)
+    expected.check(serve(tmp_path, folder, EAGER | {"dtype": "auto"}))
 
 
 def make_narrow(folder: Path) -> Expected:
