@@ -69,6 +69,7 @@ def test_epilogues(arch: str, bits: int, m: int) -> None:
         (28672, 4096, decode.Epilogue(squares=128, gated=True, tables=2)),
     ):
         check(Shape(n, k, bits, 64, True, decode.TABLE), m, arch, epilogue)
+    check(Shape(4096, 14336, 5, 64, True, decode.ROUNDED, 4), m, arch, decode.Epilogue(residual=True))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -314,8 +314,9 @@ def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int
     elif tokens <= 4:
         most = 16 if work > (64 if shape.bits == 1 else 32) else 8
     else:
-        # Gates of many tokens keep two sums of an output, and have registers for 12 warps.
-        most = 8 if work <= 64 else 12 if config.epilogue.gated else 16
+        # Two sums of an output, scales inside a unit, zeros and planes leave registers for 12 warps of many tokens.
+        light = shape.lean and not shape.nested and not config.epilogue.gated
+        most = 8 if work <= 64 else 16 if light else 12
     whole = [r for r in range(least, min(blocks, 8) + 1, least) if -(-blocks // r) * r <= blocks] or [least]
     row_warps = max(whole, key=lambda r: (most // r * r if tokens > 4 else 0, r))
     most = min(max(1, most // row_warps), cta_units)
@@ -353,11 +354,12 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     if shape.bits == 1:
         if config.tokens <= 4:
             return [(4, 1), (2, 1), (1, 2)]
-        return [(1, 2)] if config.row_warps > 4 and config.tokens >= 16 else [(2, 1), (1, 2)]
+        crowded = config.row_warps > 4 and config.tokens >= 16 and not config.alone
+        return [(1, 2)] if crowded else [(2, 1), (1, 2)]
     if shape.bits <= 4 and config.tokens <= 16:
         # Two units at once take more registers than 16 warps leave in these cases.
         wide = config.tokens == 16 or (shape.bits, config.tokens) in ((4, 1), (2, 8))
-        return [(1, 2), (1, 1)] if config.warps > 8 and wide else [(2, 1), (1, 2), (1, 1)]
+        return [(1, 2), (1, 1)] if config.warps > 8 and wide and not config.alone else [(2, 1), (1, 2), (1, 1)]
     return [(1, 2), (1, 1)] if config.tokens <= 4 or (config.tokens < 16 and config.warps > 8) else [(1, 1)]
 
 
