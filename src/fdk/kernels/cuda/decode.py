@@ -287,7 +287,10 @@ def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int,
     if tokens <= 4:
         row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
         warps = 8
-        if tokens == 1 and shape.lean:
+        if shape.nested:
+            # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
+            warps = 16 if tokens == 1 and shape.bits <= 4 and blocks == 1 and cta_units > 32 else 8
+        elif tokens == 1 and shape.lean:
             # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
             if shape.bits >= 3 and cta_units * blocks > 32:
                 warps, row_warps = 16, 1 if blocks == 2 else row_warps
@@ -328,6 +331,15 @@ def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int
     return -(-cta_units // share), row_warps
 
 
+def _nested_alone(shape: Shape, tokens: int, blocks: int, cta_units: int) -> bool:
+    """Whether CTAs of nested weights, which have no table, need their multiprocessor to themselves.
+
+    Where two fit and warps have several units on their way, launches took up to 1.7 times as long: docs/findings.md.
+    """
+    several = tokens == 2 or (tokens == 1 and shape.bits > 4 and blocks > 1)
+    return shape.nested and several and cta_units * blocks > 64
+
+
 def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
@@ -350,7 +362,9 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
             return [(2, 2), (1, 4), (1, 2), (1, 1)]
-        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 2)), (1, 1)]
+        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1 if shape.nested else 2)), (1, 1)]
+    if shape.nested and shape.bits > 4 and config.tokens == 1:
+        return [(1, 3), (1, 2), (1, 1)] if config.alone else [(1, 1)]
     if shape.bits == 1:
         if config.tokens <= 4:
             return [(4, 1), (2, 1), (1, 2)]
@@ -415,7 +429,8 @@ def choose_config(
         if epilogue.gated:
             per_cluster += per_cluster % 2
         cta_units = -(-shape.units // cluster)
-        start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=chained and hopper)
+        alone = hopper and (chained or _nested_alone(shape, tokens, per_cluster, cta_units))
+        start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone)
         if tokens == 1 and shape.allows_digits:
             large = shape.n * shape.k >= 1 << 25
             # Making digits pays where a CTA has many units for each that it makes them of.

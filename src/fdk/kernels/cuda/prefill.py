@@ -45,6 +45,8 @@ _SHARES = {2: (5.8, 0.0083), 3: (2.65, 0.014)}
 _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, zero points, another group of scales on sums, of each token.
 _SINGLE_LOOKUPS, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.02, 0.015, 0.0005
+# What a unit of bit planes takes more for each of them beyond 2.5.
+_PLANE = 0.012
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
 # Bytes and operations that no product exceeded, and the time below which none was measured.
@@ -196,7 +198,8 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
     """Time by waves of tiles, each some rounds of a unit per k group."""
     late = shape.groups > 1 and not config.rounds
     start, per_round, per_token, meeting, per_output = _TIMES[config.blocks, config.k_groups, late]
-    extra = _SINGLE_LOOKUPS * (shape.bits > 4 and not shape.nested) + _ZEROS * (shape.kind == UINT_U8)
+    single = _PLANE * max(0, shape.bits - 2.5) if shape.nested else _SINGLE_LOOKUPS * (shape.bits > 4)
+    extra = single + _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups

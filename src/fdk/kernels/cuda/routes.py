@@ -22,7 +22,7 @@ _SMS = 132
 # fetches in a microsecond.
 _DECODE_START, _DECODE_CLOCKS_PER_US, _DECODE_X_BYTES_PER_US = 2.1, 1830, 58e3
 _UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
-_NESTED_CLOCKS, _PLANE_CLOCKS = 20, 33  # a unit of planes, and each of them
+_NESTED_CLOCKS, _PLANE_CLOCKS = 49, 25  # a unit of planes, and each of them
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 57, 32: 190, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 110, 32: 230, 64: 510}
 
