@@ -77,8 +77,8 @@ def sized(kind: type, folder: Path, **changes) -> Path:
     model = kind(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                spread = 0.5 if "embed" in name else 2 * parameter.shape[1] ** -0.5
+            if parameter.dim() >= 2:
+                spread = 0.5 if "embed" in name else 2 * parameter.shape[-1] ** -0.5
                 parameter.normal_(0, spread, generator=generator)
             else:
                 parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=generator)
@@ -153,7 +153,7 @@ def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True, **
     )  # fmt: skip
     output = run.stdout + run.stderr
     assert (run.returncode == 0) == succeeds, output[-6000:]
-    return json.loads(result.read_text()) if succeeds else output
+    return json.loads(result.read_text()) | {"output": output} if succeeds else output
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +279,18 @@ def test_quantised_while_loading(workshop, tmp_path, options) -> None:
     expected = Expected(quantise(source, MIXED, dtype=torch.float32))
     settings = {key: value for key, value in MIXED.to_dict().items() if key not in ("dtype", "kernel")}
     expected.check(serve(tmp_path, dense, options | {"quantization": "fdk", "additional_config": {"fdk": settings}}))
+
+
+def test_layers_of_experts_stay_dense_and_are_said_once(tmp_path) -> None:
+    dense = sized(transformers.MixtralForCausalLM, tmp_path / "experts", num_local_experts=4, intermediate_size=128)
+    source = transformers.AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, experts_implementation="eager"
+    )
+    settings = {"format": "lut4_g32", "skip": r"lm_head|gate$"}
+    expected = Expected(quantise(source, QuantisationConfig(**settings), dtype=torch.float32))
+    got = serve(tmp_path, dense, EAGER | {"quantization": "fdk", "additional_config": {"fdk": settings}})
+    expected.check(got)
+    assert got["output"].count("layers of experts stay dense") == 1
 
 
 def make_trained(folder: Path) -> Expected:

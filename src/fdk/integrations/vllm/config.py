@@ -102,7 +102,7 @@ class FdkConfig(vllm.QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         self._take_settings()
         if isinstance(layer, vllm.Experts):
-            _say_once(f"{prefix}: layers of experts stay dense; fdk has no product for them yet")
+            _say_once("layers of experts stay dense; fdk has no product for them")
             return vllm.UnquantizedExpertsMethod(layer.moe_config)
         linear = isinstance(layer, vllm.LinearBase)
         if not linear and not isinstance(layer, vllm.ParallelLMHead):
