@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,8 +67,12 @@ def memory(device: torch.device) -> tuple[int, int]:
     return _within_group(total, free)
 
 
-def peak_host_bytes() -> int:
-    """The most memory that this process has held so far, mapped files and libraries included."""
+def peak_host_bytes() -> int | None:
+    """The most memory that this process has held so far, mapped files and libraries included; None where unknown."""
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
