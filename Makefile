@@ -32,6 +32,7 @@ check: lint
 
 test-arm: export FDK_TEST_EMULATED = 1
 test-arm: export FDK_FUZZ_CASES ?= 2000
+test-arm: export FDK_TEST_SUMMARY ?= out
 test-arm: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q tests/kernels/cpu/test_kernels.py -k "cortex or neoverse or max or sve"
 

@@ -6,6 +6,8 @@ the package is installed as pure Python, and says so.
 """
 
 import importlib.util
+import os
+import re
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -24,13 +26,21 @@ def load_cpu_build():
 
 
 cpu_build = load_cpu_build()
+MACHINE = os.environ.get("FDK_MACHINE")
+"""The architecture to build a wheel for where it is not this one: FDK_MACHINE=aarch64 pip wheel ."""
+
+
+def manylinux(library: Path, machine: str) -> str:
+    """The platform tag of a library for Linux: by the newest version of glibc that it asks for."""
+    versions = [int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())]
+    return f"manylinux_2_{max([17, *versions])}_{machine}"
 
 
 class PlatformDistribution(Distribution):
     """A distribution that belongs to one platform where there is a compiler to build the library with."""
 
     def has_ext_modules(self):
-        return cpu_build.find_compiler() is not None
+        return cpu_build.find_compiler(MACHINE) is not None
 
 
 class BuildWithLibrary(build_py):
@@ -47,7 +57,7 @@ class BuildWithLibrary(build_py):
                 cpu_build.cached_library()
             else:
                 self.library().unlink(missing_ok=True)
-                cpu_build.build(self.library())
+                cpu_build.build(self.library(), cpu_build.find_compiler(MACHINE), MACHINE)
         except cpu_build.BuildError as error:
             print(f"fdk: installing without the compiled CPU kernels: {error}")
             print("fdk: at run time they are built if a compiler is found then; otherwise plain torch is used")
@@ -65,8 +75,10 @@ class PlatformWheel(bdist_wheel):
     """Tagged for any Python 3 on this platform, or for any platform if it holds no library."""
 
     def get_tag(self):
-        has_library = self.get_finalized_command("build_py").library().exists()
-        return "py3", "none", super().get_tag()[2] if has_library else "any"
+        library = self.get_finalized_command("build_py").library()
+        if not library.exists():
+            return "py3", "none", "any"
+        return "py3", "none", manylinux(library, MACHINE) if MACHINE else super().get_tag()[2]
 
 
 setup(

@@ -7,12 +7,13 @@ each of them; without it they run the tests marked `emulated`.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from fdk import testing
+from fdk.bench import records
 from fdk.kernels import cpu
 from fdk.kernels.cpu import build, launch, library
 from fdk.kernels.cpu.library import ISAS
@@ -63,8 +65,7 @@ class Native:
 
 
 def cross_compiler() -> list[str] | None:
-    command = shlex.split(os.environ.get("FDK_AARCH64_CXX", "aarch64-linux-gnu-g++"))
-    return command if shutil.which(command[0]) else None
+    return build.find_compiler("aarch64")
 
 
 def emulator() -> str | None:
@@ -156,6 +157,13 @@ def machines():
 
 
 @pytest.fixture
+def driver_path() -> Path:
+    if why_not_emulated():
+        pytest.skip(why_not_emulated())
+    return driver()
+
+
+@pytest.fixture
 def start_driver():
     """The first line of the driver: start_driver(processor of qemu, instruction set)."""
     if why_not_emulated():
@@ -197,3 +205,34 @@ def pytest_generate_tests(metafunc):
     own = ISAS[1:4] if platform.machine() in build.X86 else ISAS[4:]
     machines = ["generic", *own, *(PROCESSORS if emulated else ())]
     metafunc.parametrize("isa", machines, indirect=True, ids=lambda machine: getattr(machine, "name", machine))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Appends a line for every emulated processor and test to $FDK_TEST_SUMMARY/arm_emulated/contract.jsonl."""
+    folder = os.environ.get("FDK_TEST_SUMMARY")
+    if not folder or os.environ.get("FDK_TEST_EMULATED") != "1" or why_not_emulated():
+        return
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            function, _, parameters = report.nodeid.rpartition("::")[2].partition("[")
+            for processor in PROCESSORS:
+                if processor.name in parameters.rstrip("]").split("-") or parameters.startswith(processor.name):
+                    counts[processor.name, function, outcome] += 1
+    run = records.environment(torch.device("cpu"))
+    tools = [subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+             for tool in (emulator(), cross_compiler()[0])]  # fmt: skip
+    path = Path(folder) / "arm_emulated" / "contract.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for processor in PROCESSORS:
+            for function in sorted({function for name, function, _ in counts if name == processor.name}):
+                line = {
+                    "test": function, "processor": processor.name, "cpu": processor.cpu, "isa": processor.isa,
+                    **{outcome: counts[processor.name, function, outcome] for outcome in ("passed", "failed", "error")},
+                    "skipped": counts[processor.name, function, "skipped"],
+                    "fuzz_cases": int(os.environ.get("FDK_FUZZ_CASES") or 30) if "random" in function else None,
+                    "emulator": tools[0], "compiler": tools[1],
+                    **{name: run[name] for name in ("commit", "dirty", "date")},
+                }  # fmt: skip
+                file.write(json.dumps(line) + "\n")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 
@@ -37,3 +42,24 @@ def test_a_processor_offers_what_it_has(start_driver, processor: str, isas: list
 )
 def test_the_reason_against_an_instruction_set(start_driver, processor: str, wanted: str, reason: str) -> None:
     assert start_driver(processor, wanted) == f"missing: {reason}"
+
+
+def test_the_program_is_small_and_needs_no_library(start_driver, driver_path) -> None:
+    """The same flags as the benchmark's, which runs on Android without an NDK."""
+    assert driver_path.stat().st_size < 3_000_000
+    headers = subprocess.run(["readelf", "-l", driver_path], capture_output=True, text=True).stdout
+    assert "Entry point" in headers and "INTERP" not in headers
+
+
+def test_an_aarch64_python_loads_the_library(start_driver) -> None:
+    """$FDK_AARCH64_ROOT: a folder with usr/bin/python3 for aarch64; $FDK_AARCH64_LIBRARY: the library of a wheel."""
+    root, shared = (os.environ.get(f"FDK_AARCH64_{name}") for name in ("ROOT", "LIBRARY"))
+    if not root or not shared:
+        pytest.skip("FDK_AARCH64_ROOT and FDK_AARCH64_LIBRARY name no aarch64 Python and library")
+    python = next(Path(root).glob("usr/bin/python3*"))
+    script = Path(__file__).parent / "load_library.py"
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    for processor, isas in (("cortex-a53", "0 4"), ("max,sve=off", "0 4 5"), ("max,sve-max-vq=2", "0 4 5 6")):
+        command = [emulator, "-cpu", processor, "-L", root, python, script, shared]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.split() == ["aarch64", *isas.split()], done.stderr

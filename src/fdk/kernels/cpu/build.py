@@ -24,9 +24,14 @@ FLAGS = (
     "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
     "-ffp-contract=off", "-Wall", "-Wextra", "-Werror=return-type",
 )  # fmt: skip
-LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-pthread")
+MACOS = platform.system() == "Darwin"  # untested
+LINK_FLAGS = ("-dynamiclib",) if MACOS else ("-shared", "-Wl,--as-needed", "-pthread")
+PROGRAM_LINK_FLAGS = () if MACOS else ("-static", "-pthread", "-s")  # macOS has no static C library
 X86 = ("x86_64", "AMD64")
 ARM = ("aarch64", "arm64")
+# Scheduling before registers are allocated keeps more values at a time than there are registers; the counts of
+# instructions are in docs/kernels.md.
+ARM_FLAGS = ("-O2", "-fno-schedule-insns")
 ARM_LINUX = ("aarch64",)  # macOS says arm64, and has no SVE
 # GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
 AVX512 = (
@@ -47,11 +52,11 @@ UNITS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...]], ...] = (
         X86,
         ("-O2", *AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"),
     ),
-    ("arm_neon.cpp", ARM, ("-O2",)),
-    ("arm_bf16.cpp", ARM, ("-O2", "-march=armv8.2-a+bf16")),
-    ("arm_sve.cpp", ARM_LINUX, ("-O2", "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=128")),
-    ("arm_sve.cpp", ARM_LINUX, ("-O2", "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=256")),
-    ("arm_sve.cpp", ARM_LINUX, ("-O2", "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=512")),
+    ("arm_neon.cpp", ARM, ARM_FLAGS),
+    ("arm_bf16.cpp", ARM, (*ARM_FLAGS, "-march=armv8.2-a+bf16")),
+    ("arm_sve.cpp", ARM_LINUX, (*ARM_FLAGS, "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=128")),
+    ("arm_sve.cpp", ARM_LINUX, (*ARM_FLAGS, "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=256")),
+    ("arm_sve.cpp", ARM_LINUX, (*ARM_FLAGS, "-march=armv8.2-a+sve+bf16", "-msve-vector-bits=512")),
 )
 
 
@@ -59,8 +64,15 @@ class BuildError(Exception):
     """No compiler, or the compiler failed; the message holds its output."""
 
 
-def find_compiler() -> list[str] | None:
-    """The C++ compiler as a command: $CXX, else the first of c++, g++ and clang++ that exists; None without one."""
+def find_compiler(machine: str | None = None) -> list[str] | None:
+    """The C++ compiler for an architecture (default: this one) as a command; None without one.
+
+    $CXX, else the first of c++, g++ and clang++ that exists; for aarch64 on another machine $FDK_AARCH64_CXX, else
+    aarch64-linux-gnu-g++.
+    """
+    if machine and machine != platform.machine():
+        command = shlex.split(os.environ.get("FDK_AARCH64_CXX", "aarch64-linux-gnu-g++"))
+        return command if machine == "aarch64" and shutil.which(command[0]) else None
     if named := os.environ.get("CXX"):
         command = shlex.split(named)
         return command if command and shutil.which(command[0]) else None
@@ -112,8 +124,8 @@ def build(output: Path, compiler: list[str] | None = None, machine: str | None =
 
 def build_program(source: Path, output: Path, compiler: list[str] | None = None, machine: str | None = None) -> Path:
     """Compile `source` with the kernels into a program that needs no shared library; as `build` otherwise."""
-    own = (source, (*FLAGS, "-O2", "-I", str(CSRC)))
-    return _build(output, compiler, [*units(machine), own], ("-static", "-pthread", "-s"))
+    own = (source, (*FLAGS, "-O3", "-I", str(CSRC)))
+    return _build(output, compiler, [*units(machine), own], PROGRAM_LINK_FLAGS)
 
 
 def _build(output: Path, compiler: list[str] | None, sources, link_flags: tuple[str, ...]) -> Path:

@@ -158,9 +158,9 @@ def info() -> dict[str, object]:
         "isa": loaded.isa if loaded else None,
         "isas": loaded.isas() if loaded else (),
         "openmp": loaded.openmp if loaded else None,
-        "threads": torch.get_num_threads() if loaded and loaded.openmp else 1,
+        "threads": torch.get_num_threads() if loaded and (loaded.openmp or build.MACOS) else 1,
         "reason": why_not(),
     }
-    if loaded and not loaded.openmp:
+    if loaded and not loaded.openmp and not build.MACOS:
         facts["note"] = "torch has loaded no OpenMP runtime, so the kernels run on one thread"
     return facts

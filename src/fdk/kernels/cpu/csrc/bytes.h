@@ -20,6 +20,7 @@ struct ByteValues {
     static constexpr bool DENSE = B == 1 || B == 2 || B == 4 || B == 8;  // codes never straddle bytes
     // A nibble holds that many codes, each with tables of its own.
     static constexpr int CODES = B <= 2 ? 4 / B : 1, ENTRIES = B <= 4 ? 16 : 1 << B;
+    static constexpr int NEAR = DENSE ? 16 / B : 2;  // pairs whose look-ups are shared
     typedef typename I::template bytes_of<ENTRIES> Table;
     Table table[CODES][SIZE];
 
@@ -61,7 +62,7 @@ struct ByteValues {
         if constexpr (nibbles && PLACE / 4 % 2) index = I::upper_nibbles(word);
         else if constexpr (mask < 255) index = I::and_mask(word, mask * 0x01010101u);
         vi bytes[SIZE];
-        for (int i = 0; i < SIZE; i++) bytes[i] = table[C][i].at(index);
+        unroll<0, SIZE>([&](auto i) FDK_LAMBDA { bytes[decltype(i)::value] = table[C][decltype(i)::value].at(index); });
         unroll<0, SIZE / 2>([&](auto i) FDK_LAMBDA {
             constexpr int J = 2 * decltype(i)::value;
             found[J / 2] = I::template transpose<HIGH>(bytes[J], bytes[J + 1]);

@@ -54,6 +54,7 @@ FDK_INLINE typename I::vi pair_codes(const uint8_t* unit) {
 template <class I, int B, int SHARED = 1>
 struct Halves {
     static constexpr int SHARE = SHARED;
+    static constexpr int NEAR = 16;  // pairs that are decoded before those of the next vector of rows
     static constexpr bool BYTES = B > 6 && SHARE == 2;  // look-ups serve all bytes of a word at once
     template <int P>
     static constexpr int plain_place() { return place<B, P, SHARE>(); }

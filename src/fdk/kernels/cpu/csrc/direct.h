@@ -18,12 +18,17 @@ struct Block {
 
     template <int P0, int P1>
     static FDK_INLINE void pairs(const Values& values, const uint8_t* unit, const uint32_t* x, vf (&acc)[SETS * T * M]) {
-        unroll<P0, P1>([&](auto p) FDK_LAMBDA {
-            constexpr int P = decltype(p)::value;
+        constexpr int NEAR = Values::NEAR;
+        unroll<P0 / NEAR, (P1 + NEAR - 1) / NEAR>([&](auto n) FDK_LAMBDA {
+            constexpr int first = decltype(n)::value * NEAR < P0 ? P0 : decltype(n)::value * NEAR;
+            constexpr int end = decltype(n)::value * NEAR + NEAR < P1 ? decltype(n)::value * NEAR + NEAR : P1;
             unroll<0, T>([&](auto t) FDK_LAMBDA {
                 constexpr int at = decltype(t)::value;
-                Path::template step<B, M, P, Values::template plain_place<P>()>(
-                    values, Values::template plain<P>(unit + 4 * W * at), x, acc + (P % SETS * T + at) * M);
+                unroll<first, end>([&](auto p) FDK_LAMBDA {
+                    constexpr int P = decltype(p)::value;
+                    Path::template step<B, M, P, Values::template plain_place<P>()>(
+                        values, Values::template plain<P>(unit + 4 * W * at), x, acc + (P % SETS * T + at) * M);
+                });
             });
         });
     }

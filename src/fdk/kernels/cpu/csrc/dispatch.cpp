@@ -107,10 +107,25 @@ struct Region {
     void* context;
 };
 
+#if defined(__APPLE__)
+// Two OpenMP runtimes in one process crash on macOS, so its own threads are used. Untested.
+struct Applied {
+    void (*fn)(void*, int64_t, int64_t);
+    void* context;
+    int64_t parts;
+};
+void applied_part(void* p, size_t part) {
+    const Applied* a = (const Applied*)p;
+    a->fn(a->context, (int64_t)part, a->parts);
+}
+bool has_threads() { return true; }
+#else
 void region_entry(void* p) {
     const Region* r = (const Region*)p;
     r->fn(r->context, omp_thread_num(), omp_num_threads());
 }
+bool has_threads() { return gomp_parallel; }
+#endif
 
 // Scratch for packed activations, one growing buffer per calling thread, freed when the thread ends.
 pthread_key_t scratch_key;
@@ -201,12 +216,17 @@ int64_t x_size(const Run& r, const fdk_tile& tile, bool packed) {
 }  // namespace
 
 extern "C" void fdk_parallel(void (*fn)(void*, int64_t, int64_t), void* context, int32_t threads) {
-    if (threads <= 1 || !gomp_parallel) {
+    if (threads <= 1 || !has_threads()) {
         fn(context, 0, 1);
         return;
     }
+#if defined(__APPLE__)
+    Applied a = {fn, context, threads};
+    dispatch_apply_f((size_t)threads, dispatch_get_global_queue(QOS_CLASS_USER_INITIATED, 0), &a, applied_part);
+#else
     Region r = {fn, context};
     gomp_parallel(region_entry, &r, (unsigned)threads, 0);
+#endif
 }
 
 FDK_EXPORT int32_t fdk_abi(void) { return FDK_ABI; }
@@ -256,7 +276,7 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
     // Waking a thread costs about as much as 64 KiB of weights or a million products.
     if (w->blocks * w->block_bytes < 64 * 1024 && m * w->n * w->k < (1 << 20)) threads = 1;
     if (threads > w->blocks) threads = (int32_t)w->blocks;
-    if (threads < 1 || !gomp_parallel) threads = 1;
+    if (threads < 1 || !has_threads()) threads = 1;
     Run r;
     for (int64_t row = 0; row < m; row += r.plan.rows) {
         current->plan(w, m - row, &r.plan);

@@ -16,9 +16,9 @@ struct ArmDotPath : PlainPath {
     static constexpr int words_per_pair = 1, pairs_per_step = 2;
     template <int B>
     using Values = ByteValues<I, B, 2>;
-    // 32 registers hold 16 sums and the tables of 6 bits.
+    // 32 registers hold 16 sums, or 8 and the tables of 6 bits.
     template <int B, int M>
-    static constexpr int together() { return B <= 6 && M <= 4 ? 4 : 2; }
+    static constexpr int together() { return B <= 5 && M <= 4 ? 4 : 2; }
 
     template <int B, int M, int P, int PLACE>
     static FDK_INLINE void step(const Values<B>& values, vi word, const uint32_t* x, vf* acc) {

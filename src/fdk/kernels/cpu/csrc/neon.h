@@ -45,16 +45,17 @@ struct Neon {
         FDK_INLINE explicit bytes_of(const uint8_t* p) { memcpy(t, p, N); }
         FDK_INLINE vi at(vi index) const {
             const uint8x16_t i = vreinterpretq_u8_u32(index);
-            uint8x16_t found = vqtbl4q_u8(part(0), i);
+            uint8x16_t found = vqtbl4q_u8(part(0, i), i);
             unroll<1, N / 64>([&](auto p) FDK_LAMBDA {
                 constexpr int first = 64 * decltype(p)::value;
-                found = vqtbx4q_u8(found, part(first), vsubq_u8(i, vdupq_n_u8(first)));
+                found = vqtbx4q_u8(found, part(first, i), vsubq_u8(i, vdupq_n_u8(first)));
             });
             return vreinterpretq_u32_u8(found);
         }
-        FDK_INLINE uint8x16x4_t part(int first) const {
-            const uint8_t* p = t + first;
-            __asm__("" : "+r"(p));  // or compilers keep all parts, in registers that there are not
+        FDK_INLINE uint8x16x4_t part(int first, uint8x16_t index) const {
+            const uint8_t* p;
+            // Seems to depend on the index, or compilers would keep all parts, in registers that there are not.
+            __asm__("" : "=r"(p) : "0"(t + first), "w"(index));
             return vld1q_u8_x4(p);
         }
     };
