@@ -36,6 +36,8 @@ PEERS = {
     "torch-tinygemm": ("torch tinygemm", "#000000", "^"),
     "humming": ("humming int", "#444444", "v"),
     "gemlite": ("gemlite int", "#999999", "P"),
+    "plain-bf16": ("bf16 in plain C++", "#000000", "s"),
+    "byte-table": ("byte table in plain C++", "#777777", "D"),
 }
 GREY = "#555555"
 
@@ -363,8 +365,8 @@ def draw(sources: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def drawable(test: str) -> bool:
-    """Plain torch references and the fp16 grids of `marlin` stay in the records; the figures would be crowded."""
-    return not test.endswith("_ref") and not test.startswith("marlin")
+    """Not references, the fp16 grids of `marlin`, or what is no product: they stay in the records."""
+    return not test.endswith("_ref") and not test.startswith(("marlin", "memcpy", "reduce_sum"))
 
 
 def main(argv: list[str] | None = None) -> int:
