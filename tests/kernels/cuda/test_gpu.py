@@ -92,8 +92,14 @@ def test_every_route_serves_any_number_of_rows(m: int) -> None:
 
 def test_repeated_products_are_bit_equal() -> None:
     # A refill that overtook loads in flight showed in one call of thirty at 2 bits, and in none of 388 single checks.
-    for bits in range(1, 9):
-        weight = weight_of(f"lut{bits}_g64", 1088, 8192)
+    for name in (
+        *(f"lut{bits}_g64" for bits in range(1, 9)),
+        "nest8s2_g64",
+        "nest8s4_g128",
+        "nest8_g64",
+        "trunc8s2_g64",
+    ):
+        weight = weight_of(name, 1088, 8192)
         for m in (1, 2, 8, 16, 64):
             x = inputs(m, 8192)
             first, again = (testing.poisoned(m, 1088, torch.bfloat16, "cuda:0") for _ in range(2))
@@ -103,7 +109,7 @@ def test_repeated_products_are_bit_equal() -> None:
                 again.fill_(float("nan"))
                 KERNEL.linear(x, weight, None, again)
                 wrong += (again != first).any()
-            assert int(wrong) == 0, (bits, m)
+            assert int(wrong) == 0, (name, m)
 
 
 def test_a_graph_of_dense_products_replays() -> None:
