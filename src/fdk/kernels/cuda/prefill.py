@@ -32,7 +32,7 @@ _TIMES = {
     (1, 2, True): (0.39, 0.288, 0.00092, 1.76, 0.0158),
     (2, 2, True): (1.37, 0.338, 0.00277, 1.45, 0.0219),
     (2, 1, False): (0.5, 0.154, 0.0023, 1.99, 0.0),
-    (1, 2, False): (0.42, 0.249, 0.00178, 1.88, 0.0131),
+    (1, 2, False): (0.42, 0.231, 0.00166, 1.75, 0.0122),
     (2, 2, False): (1.89, 0.405, 0.00121, 0.74, 0.0270),
     (3, 1, True): (1.51, 0.265, 0.00221, 1.91, 0.0100),
     (3, 1, False): (0.5, 0.234, 0.00323, 2.26, 0.0),
@@ -43,12 +43,16 @@ _TIMES = {
 _SHARES = {2: (5.8, 0.0083), 3: (2.65, 0.014)}
 # Tokens for which registers last, by warpgroups; with late scales, whose sums take as many again.
 _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
-# What a unit of one warpgroup takes more: single look-ups, zero points, another group of scales on sums, of each token.
-_SINGLE_LOOKUPS, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.02, 0.015, 0.0005
+# What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
+# scales on sums, of each token.
+_SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
 # What a unit of bit planes takes more for each of them beyond 2.5.
 _PLANE = 0.012
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
+# Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
+# where few are cut. Fewer tokens have not been measured.
+_STREAM_X_BYTES, _STREAM_TOKENS = 40e6, 96
 # Bytes and operations that no product exceeded, and the time below which none was measured.
 _BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
 
@@ -198,8 +202,13 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
     """Time by waves of tiles, each some rounds of a unit per k group."""
     late = shape.groups > 1 and not config.rounds
     start, per_round, per_token, meeting, per_output = _TIMES[config.blocks, config.k_groups, late]
-    single = _PLANE * max(0, shape.bits - 2.5) if shape.nested else _SINGLE_LOOKUPS * (shape.bits > 4)
-    extra = single + _ZEROS * (shape.kind == UINT_U8)
+    extra = 0.0
+    if shape.nested:
+        extra = _PLANE * max(0, shape.bits - 2.5)
+    elif shape.bits > 4:
+        # Three warpgroups wait for each other's look-ups.
+        extra = _SINGLE_LOOKUPS * (1.3 if config.warpgroups > 2 else 1) if shape.kind == TABLE else _ARITHMETIC
+    extra += _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups
@@ -226,8 +235,8 @@ def _least_us(shape: Shape, m: int, sms: int) -> float:
 
 
 def _wide(shape: Shape, config: Config) -> bool:
-    """Whether the table has rows 256 bytes apart."""
-    return config.rounds and shape.bits in (2, 4, 8) and not shape.nested and (shape.kind == TABLE or shape.bits < 8)
+    """Whether the table has rows 256 bytes apart: measured with 4 bits; 2 and 8 could have them too."""
+    return config.rounds and shape.bits == 4 and not shape.nested
 
 
 @lru_cache(maxsize=4096)
@@ -257,7 +266,10 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         waves = _waves(m, blocks, sms, config)
         if waves > 1 and split * k_groups > 1:
             continue  # such tiles are not taken in turn: each wave would start anew
-        if tokens == 256 and waves >= _PAIR_WAVES:
+        many = waves >= _PAIR_WAVES
+        if stream and (tokens < _STREAM_TOKENS or (2 * m * shape.k > _STREAM_X_BYTES and not many)):
+            continue
+        if tokens == 256 and many and not (stream and shape.kind == TABLE and shape.bits > 4):
             config = replace(config, pair=2)
         # Slices of k need room where the wide table lies.
         config = _fill(shape, replace(config, wide=_wide(shape, config))) or _fill(shape, config)
