@@ -367,12 +367,13 @@ class Plan:
         self.template = params_for(weight, config)
         self.device = weight.device
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        if config.stream:
-            self.flags = flags.of_device(self.device)
-            assert self.sms // config.pair * config.pair * config.warpgroups <= flags.FLAGS
         self.maps: dict[tuple[int, int], driver.TensorMap] = {}
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
+        if config.stream:
+            # After loading, which says what to do where a graph is being captured.
+            self.flags = flags.of_device(self.device)
+            assert self.sms // config.pair * config.pair * config.warpgroups <= flags.FLAGS
 
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device."""
