@@ -126,6 +126,10 @@ def rows(compiler: list[str], model: str | None):
                         }  # fmt: skip
 
 
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 def find_model() -> str | None:
     names = (os.environ.get("LLVM_MCA"), "llvm-mca-19", "llvm-mca")
     return next((found for name in names if name and (found := shutil.which(name))), None)
@@ -164,8 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = environment(torch.device("cpu"))
     facts = {name: run[name] for name in ("commit", "dirty", "date")} | {
         "compiler": build.version_of(compiler).splitlines()[0],
-        "model": model
-        and subprocess.run([model, "--version"], capture_output=True, text=True).stdout.split("\n")[1].strip(),
+        "model": model and re.search(r"LLVM version \S+", _output(model, "--version")).group(),
     }
     records = [entry | facts for entry in rows(compiler, model)]
     if args.output:
