@@ -13,6 +13,8 @@ Parts of an [n, k] weight with B blocks, U units and G groups:
             int32 [B, U, 8, 32, 4]     nested formats: the planes of the master codes, the most significant first;
                                        word r of a lane is row tile r, code e at bit 16*(e % 2) + e // 2. The leading
                                        planes of a unit, which are all that a slice reads, are one piece
+            int32 [B, U, 6, 16, 4]     16:32 sparse formats: lanes 2i and 2i + 1 share 24 words, (mask, low codes, high
+                                       codes) of block i % 2 of 32 columns of row 16*r + 8*h + i // 2 at 6*r + 3*h
     scales  [B*G + spare, 64]          row 16*r + 8*h + g at g*8 + r*2 + h: one 16-byte load per lane
     zeros   [B*G + spare, 64]          in the order of the scales
     table   [tables, 2^bits]           as canonical; every table's range of rows starts a block of its own
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fdk.formats.spec import BLOCK as SPARSE_BLOCK
 from fdk.packing.bits import pack_codes, pack_planes, unpack_codes, unpack_planes
 from fdk.packing.layouts import Geometry, Layout, Parts, register_layout
 
@@ -189,7 +192,7 @@ def _plane_shifts(device: torch.device) -> Tensor:
 
 def _pack_block_planes(planes: Tensor, bits: int, k: int) -> Tensor:
     """Canonical planes uint8 [b*64, bits * ...] of all `bits` planes of a row to int32 [b, U, bits, 32, 4]."""
-    codes = _lane_codes(unpack_planes(planes.unflatten(1, (bits, -1)), k))
+    codes = _lane_codes(unpack_planes(planes.unflatten(1, (bits, planes.shape[1] // bits)), k))
     shifts = _plane_shifts(planes.device)
     words = [((codes >> (bits - 1 - p) & 1).int() << shifts).sum(-1, dtype=torch.int32) for p in range(bits)]
     return torch.stack(words, 2)
@@ -202,6 +205,52 @@ def _unpack_block_planes(packed: Tensor, bits: int, k: int) -> Tensor:
     for p, words in enumerate(packed.unbind(2)):
         codes |= (words[..., None] >> shifts & 1).to(torch.uint8) << (bits - 1 - p)
     return pack_planes(_row_codes(codes, k)).flatten(1)
+
+
+def _pack_block_kept(stream: Tensor, bits: int, k: int) -> Tensor:
+    """Masks and codes uint8 [b*64, 12 * ...] of blocks of 32 weights, 12 bytes each, to int32 [b, U, 6, 16, 4]."""
+    records = stream.reshape(-1).view(torch.int32).view(len(stream), k // SPARSE_BLOCK, 3)
+    records = pad(records, (0, 0, 0, records.shape[1] % 2))
+    b, u = len(stream) // BLOCK, units(k)
+    # [b, r, h, g, u, block, word] to [b, u, g, block, r, h, word]
+    words = records.view(b, 4, 2, 8, u, 2, 3).permute(0, 4, 3, 5, 1, 2, 6).reshape(b, u, 16, 6, 4)
+    return words.transpose(2, 3).contiguous()
+
+
+def _unpack_block_kept(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of `_pack_block_kept`."""
+    b, u = packed.shape[:2]
+    words = packed.transpose(2, 3).reshape(b, u, 8, 2, 4, 2, 3).permute(0, 4, 5, 2, 1, 3, 6)
+    records = words.reshape(b * BLOCK, u * 2, 3)[:, : k // SPARSE_BLOCK]
+    return records.reshape(-1).view(torch.uint8).view(b * BLOCK, k // SPARSE_BLOCK * 12)
+
+
+_PACKERS = {
+    "plain": (_pack_block_codes, _unpack_block_codes),
+    "nested": (_pack_block_planes, _unpack_block_planes),
+    "sparse": (_pack_block_kept, _unpack_block_kept),
+}
+
+
+def _stored(geometry: Geometry, parts: Parts) -> Tensor:
+    """uint8 [n, bytes]: the parts that hold the codes, a row's bytes in the order that packing takes them."""
+    if geometry.format.is_nested:
+        return parts["planes"].flatten(1)
+    if geometry.format.sparse:
+        blocks = geometry.k // SPARSE_BLOCK
+        records = (parts["mask"].unflatten(1, (blocks, 4)), parts["codes"].unflatten(1, (blocks, 8)))
+        return torch.cat(records, 2).flatten(1)
+    return parts["codes"]
+
+
+def _canonical(geometry: Geometry, rows: Tensor) -> Parts:
+    """Inverse of `_stored`."""
+    if geometry.format.is_nested:
+        return {"planes": rows.unflatten(1, (geometry.format.bits, rows.shape[1] // geometry.format.bits))}
+    if geometry.format.sparse:
+        records = rows.unflatten(1, (geometry.k // SPARSE_BLOCK, 12))
+        return {"codes": records[:, :, 4:].flatten(1), "mask": records[:, :, :4].flatten(1)}
+    return {"codes": rows}
 
 
 def spare_groups(geometry: Geometry) -> int:
@@ -227,17 +276,26 @@ class Fragments(Layout):
     """See the module; works on any device, the CPU and meta included."""
 
     name = "fragments"
-    storages = ("plain", "nested")
+    storages = ("plain", "nested", "sparse")
+
+    def supports(self, geometry: Geometry) -> str | None:
+        fmt = geometry.format
+        if fmt.sparse and fmt.has_zeros:
+            return f"its layout {self.name} holds no sparse codes with zero points"
+        if fmt.sparse and fmt.group is not None and fmt.group % UNIT:
+            return f"its layout {self.name} holds sparse codes in groups of a multiple of {UNIT}, not {fmt.group}"
+        return super().supports(geometry)
 
     def pack(self, geometry: Geometry, parts: Parts) -> Parts:
-        nested, bits, k = geometry.format.is_nested, geometry.format.bits, geometry.k
-        stream = _pad_ranges(parts["planes"].flatten(1) if nested else parts["codes"], geometry)
+        fmt, k = geometry.format, geometry.k
+        pack_block, _ = _PACKERS[fmt.storage]
+        stream = _pad_ranges(_stored(geometry, parts), geometry)
         b, u = stream.shape[0] // BLOCK, units(k)
-        codes = torch.empty((b, u, bits, 32, 4), dtype=torch.int32, device=stream.device)
+        shape = (6, 16, 4) if fmt.sparse else (fmt.bits, 32, 4)
+        codes = torch.empty((b, u, *shape), dtype=torch.int32, device=stream.device)
         step = max(1, _CHUNK // max(1, BLOCK * u * UNIT))
         for i in range(0, b, step):
-            rows = stream[i * BLOCK : (i + step) * BLOCK]
-            codes[i : i + step] = (_pack_block_planes if nested else _pack_block_codes)(rows, bits, k)
+            codes[i : i + step] = pack_block(stream[i * BLOCK : (i + step) * BLOCK], fmt.bits, k)
         packed = {"codes": codes, "scales": _pack_groups(parts["scales"], geometry)}
         if "zeros" in parts:
             packed["zeros"] = _pack_groups(parts["zeros"], geometry)
@@ -246,11 +304,11 @@ class Fragments(Layout):
         return packed
 
     def unpack(self, geometry: Geometry, parts: Parts) -> Parts:
-        nested, bits, k, codes = geometry.format.is_nested, geometry.format.bits, geometry.k, parts["codes"]
+        fmt, k, codes = geometry.format, geometry.k, parts["codes"]
+        _, unpack_block = _PACKERS[fmt.storage]
         step = max(1, _CHUNK // max(1, BLOCK * units(k) * UNIT))
-        unpack_block = _unpack_block_planes if nested else _unpack_block_codes
-        rows = _unpad_ranges(torch.cat([unpack_block(chunk, bits, k) for chunk in codes.split(step)]), geometry)
-        canonical = {"planes": rows.unflatten(1, (bits, -1))} if nested else {"codes": rows}
+        rows = torch.cat([unpack_block(chunk, fmt.bits, k) for chunk in codes.split(step)])
+        canonical = _canonical(geometry, _unpad_ranges(rows, geometry))
         canonical["scales"] = _unpack_groups(parts["scales"], geometry)
         if "table" in parts:
             canonical["table"] = parts["table"]

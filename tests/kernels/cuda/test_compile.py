@@ -26,11 +26,13 @@ KINDS = [
 ]
 NESTED = [(min(served + 1, 8), decode.ROUNDED, served) for served in range(2, 9)]
 NESTED += [(served, decode.CUT, served) for served in range(2, 9)]
+SPARSE = [(3, decode.SPARSE_INT, 0), (3, decode.SPARSE_TABLE, 0)]
 VARIANTS = [
     (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind, served), m)
-    for bits, kind, served in KINDS + NESTED
+    for bits, kind, served in KINDS + NESTED + SPARSE
     for i, (n, k, group) in enumerate(SHAPES)
     for m in ((1, 8, 16) if i == 0 else (1, 2) if i == 1 else (1,) if (bits + kind + i) % 2 else (2,))
+    if (bits, kind, served) not in SPARSE or group % 64 == 0
 ]
 
 
@@ -78,6 +80,15 @@ def test_one_token_of_nested_slices(arch: str) -> None:
         check(Shape(4096, 4096, bits, 64, served % 3 > 0, kind, served), 1, arch)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [decode.SPARSE_INT, decode.SPARSE_TABLE], ids=["int", "table"])
+def test_sparse_codes(arch: str, kind: int) -> None:
+    for m in (1, 8, 32):
+        check(Shape(4096, 4096, 3, 64, m > 1, kind), m, arch)
+    for bf16 in (True, False):
+        check_dequantise(dense.Variant(3, 128, bf16, kind), arch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -103,9 +114,9 @@ def test_dequantisation_of_every_width(arch: str, bits: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_dequantisation(bits: int, arch: str) -> None:
-    for planes, kind, served in KINDS + NESTED:
-        if planes == bits:
-            for group in (0, 16, 32, 48, 128):
+    for stored, kind, served in KINDS + NESTED + SPARSE:
+        if stored == bits:
+            for group in (0, 128) if kind >= decode.SPARSE_INT else (0, 16, 32, 48, 128):
                 check_dequantise(dense.Variant(bits, group, (bits + kind) % 2 == 0, kind, served), arch)
 
 

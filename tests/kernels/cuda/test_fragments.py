@@ -55,6 +55,27 @@ def test_planes_lie_where_the_module_says() -> None:
         assert code == int(codes[row, column]), (row, column)
 
 
+def test_kept_codes_lie_where_the_module_says() -> None:
+    n, k = 128, 160
+    weight = testing.random_weight(parse("int4_chan_sp16of32"), n, k, seed=1)
+    packed = weight.to_layout("fragments").parts["codes"]
+    assert packed.shape == (n // 64, 3, 6, 16, 4)
+    words = packed.transpose(2, 3).reshape(n // 64, 3, 16, 24)
+    mask, codes = weight.parts["mask"].view(torch.int32), weight.parts["codes"].view(torch.int32)
+    for row in range(n):
+        for block in range(k // 32):
+            r, h, g = row % 64 // 16, row % 16 // 8, row % 8
+            found = words[row // 64, block // 2, 2 * g + block % 2, 6 * r + 3 * h :][:3]
+            assert found.tolist() == [mask[row, block], codes[row, 2 * block], codes[row, 2 * block + 1]], (row, block)
+    assert not words[:, 2, 1::2].any()
+
+
+@pytest.mark.parametrize("name,reason", [("uint4_g64", "zero points"), ("int4_g32", "a multiple of 64, not 32")])
+def test_sparse_weights_that_it_does_not_hold(name: str, reason: str) -> None:
+    weight = testing.random_weight(parse(f"{name}_sp16of32"), 64, 64)
+    assert reason in layout("fragments").supports(weight.geometry)
+
+
 @pytest.mark.parametrize("name", ["lut3_g64", "uint5_g32", "int1_g16"])
 def test_size_is_exactly_bits_per_padded_weight(name: str) -> None:
     fmt = parse(name)

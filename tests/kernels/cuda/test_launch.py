@@ -24,16 +24,16 @@ SHAPES = [
 @pytest.mark.parametrize("n,k", SHAPES)
 def test_configurations_fit(n: int, k: int, bits: int, hopper: bool) -> None:
     blocks = -(-n // 64)
-    for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT, decode.CUT):
-        if kind == decode.CUT and bits == 1:
-            continue
+    kinds = [decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT]
+    kinds += [decode.CUT] * (bits > 1) + [decode.SPARSE_INT, decode.SPARSE_TABLE] * (bits == 3)
+    for kind in kinds:
         shape = Shape(n, k, bits, 64 if k % 64 == 0 else k, True, kind, bits if kind == decode.CUT else 0)
         for m in (1, 2, 3, 8, 16):
             config = decode.choose_config(shape, m, blocks, 132, hopper)
             if config is None:
                 assert m * k * 2 > 8 * decode.MAX_SHARED // 10 or not hopper
                 continue
-            assert m <= config.tokens and not (config.digits and shape.nested)
+            assert m <= config.tokens and not (config.digits and (shape.nested or shape.sparse))
             assert config.shared_bytes(shape, hopper) <= decode.MAX_SHARED
             assert config.threads <= 1024
             assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)

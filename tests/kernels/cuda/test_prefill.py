@@ -65,6 +65,7 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
 def test_what_is_not_served() -> None:
     shape = Shape(4096, 4096, 4, 64, True, decode.UINT_FLOAT)
     assert "fractional" in prefill.unsupported(shape, (64,))
+    assert "masks" in prefill.unsupported(Shape(4096, 4096, 3, 64, True, decode.SPARSE_INT), (64,))
     assert "multiple of 8" in prefill.unsupported(Shape(4096, 4100, 4, 4100, True, decode.INT), (64,))
     assert "tables" in prefill.unsupported(Shape(4096, 4096, 4, 64, True, decode.TABLE), (1,) * 17)
     assert prefill.choose(shape, 64, (64,), 132) is None

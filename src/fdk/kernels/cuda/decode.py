@@ -28,14 +28,21 @@ _TWO_AT_ONCE = _SHARED_PER_SM // 3
 # What it has to ask for so that no second one of the same launch does.
 _ALONE = _SHARED_PER_SM // 2
 
-TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT = range(6)
+TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)
 
 
-def table_bytes(bits: int) -> int:
-    """Bytes of a table in shared memory, as csrc/dequantise.cuh replicates it."""
-    if bits == 1:
+def table_aligned(bits: int, kind: int) -> int:
+    """Bytes of the table in shared memory that starts at a multiple of them (csrc/dequantise.cuh, csrc/sparse.cuh)."""
+    if kind in (SPARSE_INT, SPARSE_TABLE):
+        return 256 * 128
+    if bits == 1 or kind in (ROUNDED, CUT):
         return 0
     return 128 << bits * (4 if bits == 2 else 2 if bits <= 4 else 1)
+
+
+def table_bytes(bits: int, kind: int) -> int:
+    """Bytes of that table and of what lies behind it."""
+    return table_aligned(bits, kind) + (32 * 128 if kind == SPARSE_TABLE else 0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Shape:
     """What is fixed at compile time about a weight; `group` is k for one scale per row.
 
     Nested weights (kinds ROUNDED and CUT): `bits` planes of their codes are read, for a slice of `served` bits.
+    16:32 sparse weights take 3 bits: the mask and, for half of the weights, codes of 4 bits.
     """
 
     n: int
@@ -56,6 +64,10 @@ class Shape:
     @property
     def nested(self) -> bool:
         return self.kind in (ROUNDED, CUT)
+
+    @property
+    def sparse(self) -> bool:
+        return self.kind in (SPARSE_INT, SPARSE_TABLE)
 
     @property
     def units(self) -> int:
@@ -88,7 +100,7 @@ class Shape:
     @property
     def table_bytes(self) -> int:
         """Bytes of the replicated table in shared memory."""
-        return 0 if self.nested else table_bytes(self.bits)
+        return table_bytes(self.bits, self.kind)
 
     @property
     def allows_digits(self) -> bool:
@@ -188,7 +200,7 @@ class Config:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // (self.cluster * self.phases))
         table = 0 if self.digits else shape.table_bytes
-        before = max(0, table - 1024) if hopper else 0
+        before = 0 if self.digits or not hopper else max(0, table_aligned(shape.bits, shape.kind) - 1024)
         table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
         slot = BLOCK * self.tokens * 4
@@ -251,7 +263,9 @@ class Config:
 def shape_of(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Shape:
     """The compile-time shape of a weight whose zeros, if any, have `zeros_dtype`."""
     fmt = geometry.format
-    if fmt.is_nested:
+    if fmt.sparse:
+        kind = SPARSE_TABLE if fmt.is_table else SPARSE_INT
+    elif fmt.is_nested:
         kind = CUT if fmt.kind.cuts else ROUNDED
     elif fmt.is_table:
         kind = TABLE
@@ -260,7 +274,8 @@ def shape_of(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Shape:
     else:
         kind = UINT_U8 if zeros_dtype == torch.uint8 else UINT_FLOAT
     bf16 = geometry.dtype == torch.bfloat16
-    return Shape(geometry.n, geometry.k, fmt.read_bits, geometry.group_size, bf16, kind, fmt.served or 0)
+    bits = 1 + fmt.bits // 2 if fmt.sparse else fmt.read_bits
+    return Shape(geometry.n, geometry.k, bits, geometry.group_size, bf16, kind, fmt.served or 0)
 
 
 def token_tile(m: int) -> int:
@@ -422,6 +437,8 @@ def choose_config(
     """
     tokens = token_tile(m)
     chained = epilogue != PLAIN
+    if shape.sparse and (tokens > 32 or epilogue.tables > 1):
+        return None  # registers do not hold the words of a unit beside the sums of 64 tokens; one table of values
     best = None
     for cluster in (1, 2, 4, 8) if hopper else (1,):
         at_once = clusters_at_once(sms, cluster)

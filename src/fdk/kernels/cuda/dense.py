@@ -40,10 +40,9 @@ class Variant:
 
     def shared_bytes(self, hopper: bool) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/dequantise_weights.cuh, which asserts it."""
-        table = 0 if self.served else decode.table_bytes(self.bits)
-        window = _WINDOW if hopper else 0
-        before = table - window if table > window and window else 0
-        end = before + table
+        aligned = decode.table_aligned(self.bits, self.kind)
+        before = aligned - _WINDOW if aligned > _WINDOW and hopper else 0
+        end = before + decode.table_bytes(self.bits, self.kind)
         return end if before >= _WARPS * _BUFFER else end + _WARPS * _BUFFER
 
     def defines(self, hopper: bool) -> dict[str, int]:

@@ -172,6 +172,8 @@ def unsupported(shape: Shape, blocks: tuple[int, ...]) -> str | None:
     """Why the kernel cannot serve a weight of this shape, or None. Capability 9.0 is the caller's to check."""
     if shape.kind == UINT_FLOAT:
         return "subtracts whole zero points only, the weight has fractional ones"
+    if shape.sparse:
+        return "spreads no codes by masks"
     if shape.k % 8:
         return f"copies rows of x of whole 16-byte pieces, k = {shape.k} is no multiple of 8"
     if len(blocks) > MAX_RANGES:

@@ -23,6 +23,7 @@ _SMS = 132
 _DECODE_START, _DECODE_CLOCKS_PER_US, _DECODE_X_BYTES_PER_US = 2.1, 1830, 58e3
 _UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
 _NESTED_CLOCKS, _PLANE_CLOCKS = 49, 25  # a unit of planes, and each of them
+_SPARSE_CLOCKS = {decode.SPARSE_INT: 195, decode.SPARSE_TABLE: 300}
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 57, 32: 190, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 110, 32: 230, 64: 510}
 
@@ -52,6 +53,12 @@ class Route:
         return self.name == "dense" or (self.name == "prefill" and self.config.rounds)
 
 
+def _unit_clocks(shape: decode.Shape) -> float:
+    if shape.sparse:
+        return _SPARSE_CLOCKS[shape.kind]
+    return _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
+
+
 def decode_us(shape: decode.Shape, m: int, rows: int, blocks: int, sms: int = _SMS, hopper: bool = True) -> float:
     """Predicted time of m rows of x by the decode kernel, `rows` of them per launch: that of the busiest CTA."""
     tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
@@ -60,8 +67,7 @@ def decode_us(shape: decode.Shape, m: int, rows: int, blocks: int, sms: int = _S
         if part and launches:
             config = decode.choose_config(shape, part, blocks, sms, hopper)
             cta_units = -(-shape.units // config.cluster)
-            unit = _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
-            clocks = config.blocks * cta_units * (unit + tokens_clocks[config.tokens])
+            clocks = config.blocks * cta_units * (_unit_clocks(shape) + tokens_clocks[config.tokens])
             x_us = (part - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
             total += launches * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
     return total

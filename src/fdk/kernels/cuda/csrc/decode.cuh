@@ -22,7 +22,7 @@ constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
 
 extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char smem[];
-    if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_BYTES - 1)) != 0) __trap();
+    if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_ALIGNED - 1)) != 0) __trap();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / K_WARPS, k_warp = warp % K_WARPS;
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / CLUSTER;
@@ -69,11 +69,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if constexpr (!FDK_LATE) let_next_kernel_start();
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
-    const u16* table = p.table + (which << BITS);
+    const u16* table = p.table + (which << (SPARSE ? 4 : BITS));
     const int own_table = TABLES > 1 ? row_warp % 2 : 0;
     float low = -1.f, high = 0.f;
     if constexpr (BITS == 1 || DIGITS) {
         if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
+    } else if constexpr (SPARSE) {
+        fill_selectors<WARPS>(smem + Smem::TABLE, warp, lane);
+        if constexpr (SPARSE_TABLE)
+            fill_kept_values<WARPS>(smem + Smem::TABLE + SELECTOR_BYTES, warp, lane, [&](int code) { return u32(table[code]); });
     } else if constexpr (!NESTED) {
         for (int i = 0; i < TABLES; ++i)
             fill_table<BITS, WARPS>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, [&](int code) -> u16 {
@@ -86,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     wait_for_previous_kernel();
     const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
-    const Lookup lookup = {(table_at + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : p.one_bit[0], p.one_bit[1], p.one_bit[2],
-                           round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u};
+    const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
+                           round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero};
     Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase) {

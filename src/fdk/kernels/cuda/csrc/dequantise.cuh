@@ -55,12 +55,23 @@ __device__ __forceinline__ u32 spread_signs(u32 v, u32 selector) {
     return result;
 }
 
+template <bool BF16>
+__device__ __forceinline__ u32 multiply_add_pair(u32 a, u32 b, u32 c) {
+    u32 d;
+    if constexpr (BF16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 // What a lane needs to look codes up: the shared address of its column of the table, which starts at a multiple of its
 // size so that an `or` adds a row's offset. For one bit, the constants of its lop3: they come from the host, because
 // the instruction has room for one immediate only and the compiler splits it when it knows both.
 struct Lookup {
     u32 table, one, base7, base6;
     u32 low, differ;  // SELECT: the value of code 0, and its exclusive or with that of code 1, as pairs
+    u32 zero;         // 0, which the compiler does not know
 };
 
 // Row tile `tile` of a unit: a[s] is the A operand of step s.

@@ -6,21 +6,23 @@
 // an item is loaded while the one before it is written, as far as registers allow, and nothing else overlaps.
 // Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND FDK_SLICE (as in shape.cuh) FDK_SHARED_BYTES.
 #pragma once
-#include "planes.cuh"
+#include "operand.cuh"
 
 namespace fdk {
 
 constexpr int BITS = FDK_BITS, GROUP = FDK_GROUP, KIND = FDK_KIND;
-constexpr bool BF16 = FDK_BF16, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND >= 4;
+constexpr bool BF16 = FDK_BF16, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND == 4 || KIND == 5;
+constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SUBS = GROUP % 64 == 0 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit, at most
 constexpr int ROW = 144, BUFFER = 16 * ROW;                           // rows start in different banks
 
 struct Smem {
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_BYTES = NESTED ? 0 : Table<BITS>::BYTES;
+    static constexpr int TABLE_ALIGNED = NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES;
+    static constexpr int TABLE_BYTES = TABLE_ALIGNED + (SPARSE_TABLE ? KEPT_VALUES_BYTES : 0);
     // A multiple of its size, counted from the start of the shared window; see shape.cuh.
-    static constexpr int TABLE = WINDOW && TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
+    static constexpr int TABLE = WINDOW && TABLE_ALIGNED > WINDOW ? TABLE_ALIGNED - WINDOW : 0;
     static constexpr int BUFFERS = TABLE >= WARPS * BUFFER ? 0 : TABLE + TABLE_BYTES;
     static constexpr int END = TABLE + TABLE_BYTES;
     static constexpr int BYTES = END > BUFFERS + WARPS * BUFFER ? END : BUFFERS + WARPS * BUFFER;
@@ -56,15 +58,16 @@ struct Rows {
 
 // A lane's part of a unit, in registers.
 struct Unit {
-    u32 words[4 * BITS];
+    static constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = BITS * 512 / PIECES;
+    u32 words[4 * PIECES];
     Rows scales[SUBS];
     u32x4 zeros[ZEROS ? SUBS : 1];  // bytes in x and y, or halves like the scales
 
     __device__ __forceinline__ void load(const Params& p, int block, int unit, int lane, u64 policy) {
-        const char* from = p.codes + (i64(block) * p.units + unit) * ((NESTED ? 8 : BITS) * 512) + lane * 16;
+        const char* from = p.codes + (i64(block) * p.units + unit) * ((NESTED ? 8 : BITS) * 512) + lane / (512 / PIECE) * 16;
 #pragma unroll
-        for (int i = 0; i < BITS; ++i) {
-            const u32x4 v = stream_16(from + i * 512, policy);
+        for (int i = 0; i < PIECES; ++i) {
+            const u32x4 v = stream_16(from + i * PIECE, policy);
             words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
         }
 #pragma unroll
@@ -86,7 +89,7 @@ struct Unit {
     }
 };
 
-constexpr bool AHEAD = 4 * BITS + SUBS * (ZEROS ? 8 : 4) < 48;
+constexpr bool AHEAD = 4 * Unit::PIECES + SUBS * (ZEROS ? 8 : 4) < 48;
 
 // The next (block, columns) that a CTA takes, columns in groups of one unit per warp.
 struct Item {
@@ -100,13 +103,13 @@ struct Item {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char smem[];
-    if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_BYTES - 1)) != 0) __trap();
+    if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_ALIGNED - 1)) != 0) __trap();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 policy = evict_first_policy();
     char* buffer = smem + Smem::BUFFERS + warp * BUFFER;
     const i64 items = i64(p.end_block - p.first_block) * ((p.end_unit - p.first_unit + WARPS - 1) / WARPS);
     const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
-    Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : 0, 0, 0, 0, 0};
+    Lookup lookup = {(shared_address(smem) + Smem::TABLE + lane_offset) ^ p.zero, 0, 0, 0, 0, 0, p.zero};
 
     int which = -1;
     const auto fetch = [&](Unit& unit, i64 index) {
@@ -124,13 +127,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
         while (item.block >= p.range[now].end_block) ++now;
         if (now != which) {
             which = now;
-            const u16* table = p.table + (which << BITS);
+            const u16* table = p.table + (which << (SPARSE ? 4 : BITS));
             const auto entry = [&](int code) -> u16 {
                 if constexpr (KIND == 0) return table[code];
                 return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
             };
             if constexpr (BITS == 1) {
                 lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
+            } else if constexpr (SPARSE) {
+                __syncthreads();
+                fill_selectors<WARPS>(smem + Smem::TABLE, warp, lane);
+                if constexpr (SPARSE_TABLE)
+                    fill_kept_values<WARPS>(smem + Smem::TABLE + SELECTOR_BYTES, warp, lane, [&](int code) { return u32(table[code]); });
+                __syncthreads();
             } else if constexpr (!NESTED) {
                 __syncthreads();
                 fill_table<BITS, WARPS>(smem + Smem::TABLE, warp, lane, entry);
@@ -148,10 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
             u32 a[4][4];
-            if constexpr (NESTED)
-                dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a, u.words, tile, lookup);
-            else
-                dequantise<BITS, BF16, BITS == 1>(a, u.words, tile, lookup);
+            to_operand<KIND, BITS, FDK_SLICE, BF16, BITS == 1>(a, u.words, tile, lookup);
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
                 const int sub = s * SUBS / 4;
@@ -165,7 +171,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
                     }
                     a[s][i] = round_pair<BF16>(scale * low, scale * high);
                 }
-                store_matrices(buffer + s * 32, ROW, lane, a[s]);
+                if constexpr (!SPARSE) store_matrices(buffer + s * 32, ROW, lane, a[s]);
+            }
+            if constexpr (SPARSE) {
+                // Rows g and g + 8, columns 16t to 16t + 15, those at the outer end of their block of 32 first (sparse.cuh).
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int h = i / 2, s = i % 2 * 2;
+                    *reinterpret_cast<u32x4*>(buffer + (lane / 4 + 8 * h) * ROW + (2 * (lane % 4) + (i ^ lane) % 2) * 16) =
+                        u32x4{a[s][h], a[s][h + 2], a[s + 1][h], a[s + 1][h + 2]};
+                }
             }
             __syncwarp();
 #pragma unroll

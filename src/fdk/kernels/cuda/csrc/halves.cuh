@@ -75,6 +75,17 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
 // B operands of a unit for tokens 8*nt..8*nt+7: b[2s + i] of step s are columns 16s + 8i + 2t, +1. Lane i names the unit of
 // column i % 8 of the operands, the same for all but a single token's sums.
 __device__ __forceinline__ void load_activations(u32 (&b)[8], const char* x, int unit, int nt, int lane) {
+    if constexpr (SPARSE) {
+        // Columns 16t to 16t + 15, those at the outer end of their block of 32 first (sparse.cuh).
+        const int t = lane % 4, token = M < 8 ? min(lane / 4, M - 1) : nt * 8 + lane / 4;
+        const char* from = x + token * Smem::X_STRIDE + unit * 128 + t * 32;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32x4 v = *reinterpret_cast<const u32x4*>(from + (i ^ t % 2) * 16);
+            b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
+        }
+        return;
+    }
     const int token = M < 8 ? min(lane % 8, M - 1) : nt * 8 + lane % 8;
     const u32 from = shared_address(x) + token * Smem::X_STRIDE + unit * 128 + lane / 8 * 16;
 #pragma unroll
@@ -134,7 +145,7 @@ constexpr int TILES = NT > 2 ? 4 : 1;
 
 // A unit in registers: it leaves the ring before it is used, so that the ring refills meanwhile.
 struct Unit {
-    u32 words[4 * BITS];
+    u32 words[SPARSE ? 24 : 4 * BITS];
     Rows scales[SUBS];
     Zeros zeros[ZEROS ? SUBS : 1];
 };
@@ -142,9 +153,10 @@ struct Unit {
 // Unit number `index` of a stage; `k` is its first column.
 __device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index, int k, int lane) {
     const int g = lane / 4;
+    constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
-    for (int i = 0; i < BITS; ++i) {
-        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
+    for (int i = 0; i < PIECES; ++i) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane / (512 / PIECE) * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
 #pragma unroll
@@ -171,12 +183,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
     for (int first = 0; first < 4; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            if constexpr (NESTED)
-                dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a[i], u.words, first + i, lookup);
-            else
-                dequantise<BITS, BF16, SELECT>(a[i], u.words, first + i, lookup);
-        }
+        for (int i = 0; i < TILES; ++i) to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT>(a[i], u.words, first + i, lookup);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 (&bt)[8] = b[NT > 2 ? 0 : nt];

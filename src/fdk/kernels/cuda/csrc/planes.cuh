@@ -23,16 +23,6 @@ __host__ __device__ constexpr u32 pair_of(double value) {
     return (sign | u32(exponent + BIAS) << MANTISSA | u32((left - 1) * (1 << MANTISSA))) * 0x10001u;
 }
 
-template <bool BF16>
-__device__ __forceinline__ u32 multiply_add_pair(u32 a, u32 b, u32 c) {
-    u32 d;
-    if constexpr (BF16)
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    else
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
 // COUNT planes, the most significant first, to FIELD words: field i of word w in either half belongs to bit FIELD*i + w of the
 // half of the planes. Bits of a field above COUNT are not zero.
 template <int FIELD, int COUNT>
@@ -80,12 +70,6 @@ struct Slice {
     }
 };
 
-// The constants of `Slice` that the compiler must not know, or it splits a lop3 that has an immediate beside them.
-template <bool BF16>
-__device__ __forceinline__ u32 slice_base(u32 zero) {
-    return (BF16 ? 0x43004300u : 0x64006400u) ^ zero;
-}
-
 // Row tile `tile` of a unit whose first PLANES planes are words[4*p + tile]: a[s] is the A operand of step s.
 template <int PLANES, int SLICE, bool CUT, bool BF16>
 __device__ __forceinline__ void dequantise_planes(u32 (&a)[4][4], const u32 (&words)[4 * PLANES], int tile, const Lookup& lookup) {
@@ -106,6 +90,8 @@ __device__ __forceinline__ void dequantise_planes(u32 (&a)[4][4], const u32 (&wo
             carry &= before;
         }
     }
+    // Unknown to the compiler, which would split a lop3 of two constants in two.
+    const u32 base = S::BASE ^ lookup.zero;
     u32 fields[S::FIELD];
     gather_planes<S::FIELD, SLICE>(fields, planes);
 #pragma unroll
@@ -115,11 +101,11 @@ __device__ __forceinline__ void dequantise_planes(u32 (&a)[4][4], const u32 (&wo
         const u32 v = shift < 0 ? fields[w] << 1 : fields[w] >> shift;
         u32 pair;
         if constexpr (S::SPLIT) {
-            const u32 off = combine<NOT_MASK_OR>(v, 0x00800080u, lookup.one ^ 0x80008000u);
-            pair = multiply_add_pair<BF16>(combine<MASK_OR>(v, 0x007f007fu, lookup.one), pair_of<BF16>(1), off);
+            const u32 off = combine<NOT_MASK_OR>(v, 0x00800080u, base ^ 0x80008000u);
+            pair = multiply_add_pair<BF16>(combine<MASK_OR>(v, 0x007f007fu, base), pair_of<BF16>(1), off);
         } else {
             const u32 mask = ((1u << SLICE) - 1) * 0x10001u << at;
-            pair = multiply_add_pair<BF16>(combine<MASK_OR>(v, mask, lookup.one), pair_of<BF16>(S::factor(at)), pair_of<BF16>(S::addend(at)));
+            pair = multiply_add_pair<BF16>(combine<MASK_OR>(v, mask, base), pair_of<BF16>(S::factor(at)), pair_of<BF16>(S::addend(at)));
         }
         if constexpr (S::HALF_APART) pair = multiply_add_pair<BF16>(pair, pair_of<BF16>(S::STEP), pair_of<BF16>(S::STEP / 2));
         a[q / 4][q / 2 % 2 + q % 2 * 2] = pair;

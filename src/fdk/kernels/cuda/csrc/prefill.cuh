@@ -19,7 +19,7 @@
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
 //   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE
 #pragma once
-#include "planes.cuh"
+#include "operand.cuh"
 #include "wgmma.cuh"
 
 namespace fdk {
@@ -512,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         const WordOffsets offsets(r, lane);
         char* const staged = smem + Smem::OUT + group_index * Smem::CHUNK * Smem::OUT_STRIDE;
         const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
-        Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, NESTED ? slice_base<BF16>(p.zero) : 0, 0, 0, 0, 0};
+        Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, 0, 0, 0, 0, 0, p.zero};
         int range_of_table = -1;
         Turn turn(k_group);
         if (TURNS && group_index == WARPGROUPS - 1) named_barrier_arrive(FIRST_TURN, 256);
