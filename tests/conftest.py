@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
         item.add_marker(skip)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, exitstatus):
     folder = os.environ.get("FDK_TEST_SUMMARY")
     if not folder or not torch.cuda.is_available():
         return
@@ -36,6 +36,8 @@ def pytest_terminal_summary(terminalreporter):
     facts = records.environment(torch.device("cuda"))
     summary = {
         **{name: facts.get(name) for name in ("device", "driver", "versions", "commit", "dirty", "date")},
+        # A run that was cut off says so; what it names as passed is then not the whole suite.
+        "complete": exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED),
         "passed": len(stats.get("passed", [])),
         "failed": [report.nodeid for report in (*stats.get("failed", []), *stats.get("error", []))],
         "skipped": dict(skipped.most_common()),

@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--widths", type=int, nargs="+", help="bits on offer then, 16 for dense (1 to 8)")
     quantise.add_argument("--together", action="store_true", help="q, k, v alike, and gate, up: so they can merge")
     quantise.add_argument("--calibration", type=Path, metavar="FILE", help="text on which their errors are measured")
+    quantise.add_argument("--ids", action="store_true", help="that file holds token ids, where there is no tokenizer")
     quantise.add_argument("--calibration-tokens", type=int, default=4096, help="of its beginning (4096)")
     quantise.add_argument("--dtype", help="of scales and dense tensors: bf16, fp16, fp32 (as the source, fp32 as bf16)")
     quantise.add_argument("--device", help="where to quantise: cpu or cuda (cpu)")
@@ -362,7 +363,7 @@ def _chosen_widths(args: argparse.Namespace, config, device):
     folder = resolve(args.model)
     tokens = None
     if args.calibration:
-        tokens = read_tokens(args.calibration, folder, read_config(folder))[: args.calibration_tokens]
+        tokens = read_tokens(args.calibration, folder, read_config(folder), args.ids)[: args.calibration_tokens]
     budget = {"target_bits": args.target_bits, "max_bytes": size, "widths": args.widths, "together": args.together}
     with ExitStack() as stack:
         progress = _bar(stack, "measuring")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdk.bench import command, main, providers, records, roofline
+from fdk.bench import command, main, providers, records
 from fdk.bench.command import settings
 from fdk.bench.providers import PROVIDERS
 
@@ -33,18 +33,6 @@ TINY = [
 ]
 GPU_ONLY = {"torch-tinygemm", "humming", "gemlite"}
 SOURCE_RUN = "--exclude '' -b 16 8 4 2 1 -k 8192 6144 4096 3072".replace("''", "").split()
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Small pools and few copies, so that a run takes a moment."""
-    monkeypatch.setattr(roofline, "POOL_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(roofline, "READ_BYTES", {"cpu": 1 << 18})
-    monkeypatch.setattr(roofline, "PEAK_SIZE", {"cpu": 64})
-    monkeypatch.setattr(command, "cold_bytes", lambda device: 50_000)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(capsys, tmp_path, *arguments):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fdk import cli
+from fdk.models import read_overrides
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
@@ -58,6 +61,30 @@ def test_generate_continues_with_models_of_transformers(capsys, tmp_path, family
     assert status == 0 and 1 <= len(out.split()) <= 8 and "own forward" not in err
     status, drawn, _ = run(capsys, *generate, "--temperature", "1.5", "--top-p", "0.9")
     assert status == 0 and drawn
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mixtral"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_budgets_and_eval_of_models_of_transformers(capsys, tmp_path, family, calibrated):
+    folder = write(tmp_path / "model", family)
+    ids = tmp_path / "ids.txt"
+    ids.write_text(" ".join(str(i * i % 95) for i in range(200)))
+    arguments = ["--target-bits", "3.3", *(["--calibration", ids, "--ids"] if calibrated else [])]
+    status, out, err = run(capsys, "quantise", folder, "--output", tmp_path / "low", *arguments)
+    assert status == 0, err
+    assert ("expected KL" in out) == calibrated
+    layers = read_overrides(tmp_path / "low" / "widths.txt")
+    assert len(layers) == (8 if family == "Mixtral" else 14)
+    stored = json.loads((tmp_path / "low" / "config.json").read_text())["quantization_config"]["layers"]
+    assert {f"^{re.escape(name)}$": int(entry["format"][3]) for name, entry in stored.items()} == layers
+    evaluate = ["eval", tmp_path / "low", "--reference", folder, "--text", ids, "--ids", "--length", "16"]
+    status, out, err = run(capsys, *evaluate)
+    assert status == 0, err
+    kl = float(re.search(r"mean KL to the reference, nats per token +(\S+)", out)[1])
+    assert kl > 1e-3
+    status, out, _ = run(capsys, "eval", folder, *evaluate[2:])
+    assert status == 0
+    assert re.search(r"mean KL to the reference, nats per token +0 ", out)
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(capsys, tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import fdk
 from fdk.models import quantise
 from fdk.models.configs import CUSTOM
+from fdk.models.tiny import save_dense
 
 
 @pytest.fixture
@@ -128,6 +129,25 @@ def test_the_default_device_is_what_is_there(command):
     assert command.module.parser().parse_args([]).model == (
         "custom-llama-4B" if torch.cuda.is_available() else "custom-llama-tiny"
     )
+
+
+def test_steps_beside_each_other(command, capsys, llama, tmp_path):
+    """The forward of transformers and the model's own, both over the first 16-bit row."""
+    pytest.importorskip("transformers")
+    folder = save_dense(llama.bfloat16(), tmp_path / "dense")
+    arguments = ("--bits", "16", "4", "--step", "library", "plain")
+    status, found = command("--model", str(folder), *arguments)
+    assert status == 0
+    assert [(r["format"], r["step"]) for r in found] == [
+        (name, step) for name in ("bf16", "lut4_g64") for step in ("library", "plain")
+    ]
+    for record in found:
+        assert record["x_bf16"] == pytest.approx(found[0]["time_p50"] / record["time_p50"])
+        assert record["bytes_rw"] == found[0 if record["bits"] == 16 else 2]["bytes_rw"]
+    assert "lut4_g64 library" in capsys.readouterr().out
+    status, found = command("--model", "custom-llama-mini", "--bits", "16", "--step", "library")
+    assert status == 0
+    assert "name a folder" in found[-1]["reason"]
 
 
 @pytest.mark.parametrize("budget", [("--target-bits", "3.2"), ("--max-memory", "50KB")])

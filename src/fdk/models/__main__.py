@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from fdk import device, load
+from fdk import device, load, quantise_
 from fdk.bench import records, timing
 from fdk.bench.command import rebind
 from fdk.bench.report import significant
@@ -62,9 +63,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kernel", default="auto", help="auto, a kernel's name, marlin or marlin-lut (auto)")
     p.add_argument(
         "--step",
-        choices=("auto", "fused", "plain"),
-        default="auto",
-        help="fused: one CUDA graph; plain: the model's own forward; auto: fused where it can (auto)",
+        nargs="+",
+        choices=("auto", "fused", "plain", "library"),
+        default=["auto"],
+        help="fused: one CUDA graph; plain: the model's own forward; auto: fused where it can; library: the forward "
+        "of transformers, for folders; with several, x 16 bits is over the first (auto)",
     )
     p.add_argument("--reps", type=int, default=100, help="timed decoding steps (100)")
     p.add_argument("--prompt", type=int, default=16, metavar="TOKENS", help="length of the random prompt (16)")
@@ -147,8 +150,10 @@ class Sweep:
         print(f"widths: {path}", flush=True)
         return choice.config
 
-    def model(self, config: QuantisationConfig | None) -> Llama:
-        """The model in one format, or an FdkError that says why not."""
+    def model(self, config: QuantisationConfig | None, step: str = "auto") -> nn.Module:
+        """The model in one format, or an FdkError that says why not: a Llama, for "library" one of transformers."""
+        if step == "library":
+            return self.library_model(config)
         if self.custom:
             needed = estimated_bytes(self.custom, config)
             total, free = device.memory(self.device)
@@ -170,25 +175,39 @@ class Sweep:
         llama.fdk_report = getattr(model, "fdk_report", None)
         return llama
 
+    def library_model(self, config: QuantisationConfig | None) -> nn.Module:
+        """The model of a folder as transformers builds it, quantised in place."""
+        if self.custom:
+            raise FdkError(f"--step library decodes with transformers, which has no {self.args.model}; name a folder")
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise FdkError(f"{error}; pip install 'fused-dequantisation-kernels[transformers]'") from None
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device).eval()
+        if config is not None:
+            model.fdk_report = quantise_(model, config)
+        return model.requires_grad_(False)
+
     def run(self, writer: records.Writer) -> None:
         for name, config in self.configs.items():
-            gc.collect()
-            try:
-                if self.by_layer and config is not None:
-                    config = self.chosen(config)
-                model = self.model(config)
-            except Exception as error:
-                for batch in self.args.batch_size:
-                    self.skip(writer, name, batch, error)
-                continue
-            for batch in self.args.batch_size:
+            for step in self.args.step:
+                gc.collect()
                 try:
-                    self.time(writer, name, config, model, batch)
+                    if self.by_layer and config is not None and step == self.args.step[0]:
+                        config = self.chosen(config)
+                    model = self.model(config, step)
                 except Exception as error:
-                    self.skip(writer, name, batch, error)
-            del model
+                    for batch in self.args.batch_size:
+                        self.skip(writer, name, batch, step, error)
+                    continue
+                for batch in self.args.batch_size:
+                    try:
+                        self.time(writer, name, config, model, batch, step)
+                    except Exception as error:
+                        self.skip(writer, name, batch, step, error)
+                del model
 
-    def skip(self, writer: records.Writer, name: str, batch: int, error: Exception) -> None:
+    def skip(self, writer: records.Writer, name: str, batch: int, step: str, error: Exception) -> None:
         """Say and record why there is no time."""
         expected = isinstance(error, FdkError | MemoryError | torch.OutOfMemoryError)
         self.failed += not expected
@@ -198,23 +217,24 @@ class Sweep:
         reason = text if isinstance(error, FdkError) else f"{type(error).__name__}: {text}"
         status = "skipped" if expected else "failed"
         print(f"{status}: {self.args.model} {name}, batch {batch}: {reason}", flush=True)
-        writer.write({**self.base(name, batch), "status": status, "reason": reason, **self.environment})
+        writer.write({**self.base(name, batch), "step": step, "status": status, "reason": reason, **self.environment})
 
     def base(self, name: str, batch: int) -> records.Record:
         return {"test": "decode", "model": self.args.model, "m": batch, "format": name, "codebook": self.args.codebook}
 
-    def time(self, writer: records.Writer, name: str, config, model: Llama, batch: int) -> None:
+    def time(self, writer: records.Writer, name: str, config, model: nn.Module, batch: int, step: str) -> None:
         """Decode, print and record."""
         args = self.args
-        seconds = time_steps(model, batch, args.reps, args.prompt, args.seed, args.step)
+        seconds = time_steps(model, batch, args.reps, args.prompt, args.seed, "plain" if step == "library" else step)
         times = timing.Times.of(seconds)
-        size = model_bytes(model)
+        llama = model if isinstance(model, Llama) else as_llama(model)
+        size = model_bytes(llama)
         # Keys and values of the positions filled half way through are read too.
-        cache = model.new_cache(batch, args.prompt + args.reps // 2)
+        cache = llama.new_cache(batch, args.prompt + args.reps // 2)
         read = size.per_step + cache.keys.nbytes + cache.values.nbytes
         floor = read / self.ceilings.read
         if config is None and name == "bf16":
-            self.dense_time[batch] = times.p50
+            self.dense_time.setdefault(batch, times.p50)
         dense = self.dense_time.get(batch)
         report = getattr(model, "fdk_report", None)
         writer.write(
@@ -227,7 +247,7 @@ class Sweep:
                 "reason": None,
                 "reps": args.reps,
                 "prompt": args.prompt,
-                "step": args.step,
+                "step": step,
                 "tokens_per_second": batch / times.p50,
                 "avg_time": times.mean,
                 "time_p20": times.p20,
@@ -247,9 +267,10 @@ class Sweep:
             }
         )
         low, middle, high = (significant(value * 1e3) for value in (times.p20, times.p50, times.p80))
+        label = name if len(args.step) == 1 else f"{name} {step}"
         self.rows.append(
             [
-                name, str(batch), significant(batch / times.p50), f"{middle} ({low}-{high})",
+                label, str(batch), significant(batch / times.p50), f"{middle} ({low}-{high})",
                 significant(read / times.p50 / 1e9), significant(times.p50 / floor),
                 "-" if dense is None else significant(dense / times.p50), significant(size.total / 1e9),
             ]

@@ -349,10 +349,9 @@ def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int
 def _nested_alone(shape: Shape, tokens: int, blocks: int, cta_units: int) -> bool:
     """Whether CTAs of nested weights, which have no table, need their multiprocessor to themselves.
 
-    Where two fit and warps have several units on their way, launches took up to 1.7 times as long: docs/findings.md.
+    Where two fit, launches of large weights took 1.4 to 1.7 times as long: docs/findings.md.
     """
-    several = tokens == 2 or (tokens == 1 and shape.bits > 4 and blocks > 1)
-    return shape.nested and several and cta_units * blocks > 64
+    return shape.nested and tokens <= 4 and cta_units * blocks > 64
 
 
 def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
