@@ -106,7 +106,7 @@ class Step:
         if torch.cuda.get_device_capability(self.model.device) < (9, 0) or jit.unavailable():
             return None
         config, sms = self.config, torch.cuda.get_device_properties(self.model.device).multi_processor_count
-        # With more heads than multiprocessors throughput counts, where fused.attend has the tensor cores: docs/findings.md.
+        # With more heads than multiprocessors throughput counts, and fused.attend has the tensor cores.
         if heads > sms:
             return None
         queries = config.num_attention_heads // config.num_key_value_heads
