@@ -11,7 +11,7 @@ VLLM_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM_VENV)/bin/python -m pip --qui
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-arm check bench bench-gpu figures test-gpu test-vllm lint clean
+.PHONY: help test test-arm test-compile check bench bench-gpu figures test-gpu test-vllm lint clean
 
 help:
 	@echo "make test      environment, install, lint and the whole CPU suite"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-gpu kernel benchmark on a CUDA device: the sizes and formats of docs/benchmarking.md, records in out/"
 	@echo "make figures   draw the figures of the documentation again from results/"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-compile every CUDA kernel variant through NVRTC for four architectures; about ten minutes, no GPU"
 	@echo "make test-vllm vLLM's engine on fdk's layers, in an environment of its own with vLLM's CPU build"
 	@echo "make clean     remove what the targets above made"
 
@@ -68,6 +69,11 @@ test-gpu:
 	else \
 	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu; \
 	fi
+
+# Not part of `make test`, which skips these tests without cuda-bindings: they take longer than all others together.
+test-compile: $(VENV)/.dev
+	@$(PIP) install -c constraints.txt cuda-bindings
+	@$(BIN)/python -m pytest -q -m "not gpu" tests/kernels/cuda
 
 # Not part of `make test`: vLLM wants another transformers, and its CPU build for tests is a third party's.
 test-vllm: $(VLLM_VENV)/.ready
