@@ -70,7 +70,7 @@ test-gpu:
 	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu; \
 	fi
 
-# Not part of `make test`, which skips these tests without cuda-bindings: they take longer than all others together.
+# Not part of `make test` yet, which skips these tests without cuda-bindings: ten minutes of one core more.
 test-compile: $(VENV)/.dev
 	@$(PIP) install -c constraints.txt cuda-bindings
 	@$(BIN)/python -m pytest -q -m "not gpu" tests/kernels/cuda
