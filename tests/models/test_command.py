@@ -1,6 +1,7 @@
 """python -m fdk.models on models of a few thousand parameters."""
 
 import importlib
+import itertools
 import json
 
 import pytest
@@ -22,8 +23,10 @@ def command(monkeypatch, llama, tmp_path):
     ceilings = type("Ceilings", (), {"read": 1e10})()
     monkeypatch.setattr(module, "Memory", lambda device: type("Memory", (), {"ceilings": lambda self: ceilings})())
 
+    runs = itertools.count()
+
     def main(*arguments: str) -> tuple[int, list[dict]]:
-        folder = tmp_path / "out"
+        folder = tmp_path / f"out-{next(runs)}"  # the files of two runs would come in any order
         status = module.main([*arguments, "--reps", "3", "--output-dir", str(folder), "--device", "cpu"])
         lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
         return status, [json.loads(line) for line in lines]
@@ -160,7 +163,7 @@ def test_a_budget_chooses_widths_by_layer(command, capsys, tmp_path, budget):
         assert 3.0 < found[1]["bits"] <= 3.2
     else:
         assert 47_000 < found[1]["model_bytes"] <= 50_000
-    (path,) = (tmp_path / "out").glob("widths-*.txt")
+    (path,) = tmp_path.glob("out-*/widths-*.txt")
     out = capsys.readouterr().out
     assert "the optimum" in out
     # The saved widths are those of a second run that is told them.
