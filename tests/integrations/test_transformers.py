@@ -346,8 +346,6 @@ def test_generate_with_fdks_decoding_gives_the_same_tokens(tmp_path, family):
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stop}
     expected = low.generate(prompt, **settings)
     assert torch.equal(low.generate(prompt, custom_generate=fdk.decode, **settings), expected)
-    with pytest.raises(UnsupportedError, match="without padding"):
-        low.generate(prompt, attention_mask=(prompt != prompt[0, 0]).long(), custom_generate=fdk.decode)
     with pytest.raises(UnsupportedError, match="one beam"):
         low.generate(prompt, num_beams=2, custom_generate=fdk.decode)
 

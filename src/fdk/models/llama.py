@@ -168,13 +168,16 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [b, heads, t, d]; cos, sin [t, d]; channel i is paired with i + d/2."""
+    """Rotary embedding of x [b, heads, t, d]; cos, sin [t, d] or [b, 1, t, d]; channel i is paired with i + d/2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Cache:
-    """Keys and values of `length` positions, [layers, b, g, length, d] each, and the rotary table beside them."""
+    """Keys and values of `length` positions, [layers, b, g, length, d] each, and the rotary table beside them.
+
+    padding: how many positions at the beginning of each sequence hold no token, int64 [b]; None: none in any.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
@@ -183,6 +186,43 @@ class Cache:
         self.cos, self.sin = rotary_table(config, length, device, dtype)
         self.length = length
         self.filled = 0
+        self.padding: Tensor | None = None
+
+    def angles(self, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the next `count` positions, [count, d], or [b, 1, count, d] where sequences are padded."""
+        end = self.filled + count
+        if self.padding is None:
+            return self.cos[self.filled : end], self.sin[self.filled : end]
+        places = torch.arange(self.filled, end, device=self.padding.device)
+        positions = (places - self.padding[:, None]).clamp(min=0)
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+    def mask(self, count: int) -> Tensor | None:
+        """Which positions the next `count` tokens see, bool [b, 1, count, filled + count]; None: all up to their own.
+
+        A position that holds no token sees itself, because a softmax over nothing is not a number.
+        """
+        if self.padding is None:
+            return None
+        end = self.filled + count
+        keys = torch.arange(end, device=self.padding.device)
+        queries = keys[self.filled :, None]
+        return ((keys <= queries) & (keys >= self.padding[:, None, None]) | (keys == queries))[:, None]
+
+
+def left_padding(mask: Tensor) -> Tensor:
+    """Padding [b] of prompts by their attention mask [b, t]: 0 for positions without a token, all before the others.
+
+    UnsupportedError if they are elsewhere, or a prompt has no tokens.
+    """
+    held = mask.bool()
+    padding = (~held).sum(1)
+    expected = torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]
+    if not torch.equal(held, expected):
+        raise UnsupportedError("its prompts are masked elsewhere than at their beginning")
+    if (padding == mask.shape[1]).any():
+        raise UnsupportedError("one of its prompts has no tokens")
+    return padding
 
 
 def rotary_table(config: LlamaConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -213,7 +253,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.heads, self.head_dim)
         k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim)
@@ -227,7 +267,7 @@ class Attention(nn.Module):
             keys, values = cache.keys[self.index], cache.values[self.index]
             keys[:, :, start : start + t], values[:, :, start : start + t] = k, v
             k, v = keys[:, :, : start + t], values[:, :, : start + t]
-        y = attend(q, k, v, start)
+        y = attend(q, k, v, start, mask)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
 
 
@@ -238,19 +278,23 @@ def attention_backends(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """Causal attention of q [b, h, t, d] at positions start.. on k, v [b, g, start + t, d]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
+    """Causal attention of q [b, h, t, d] at positions start.. on k, v [b, g, start + t, d].
+
+    mask: bool [b, 1, t, start + t], in place of the causal one.
+    """
     b, heads, t, d = q.shape
     groups = heads // k.shape[1]
     if t == 1:
         # One query token: the heads that share keys become rows of one product, so that keys are not copied.
-        y = F.scaled_dot_product_attention(q.reshape(b, k.shape[1], groups, d), k, v)
+        y = F.scaled_dot_product_attention(q.reshape(b, k.shape[1], groups, d), k, v, attn_mask=mask)
         return y.reshape(b, heads, 1, d)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if start == 0:
+    if mask is None and start == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mask = torch.ones(t, start + t, dtype=torch.bool, device=q.device).tril(start)
+    if mask is None:
+        mask = torch.ones(t, start + t, dtype=torch.bool, device=q.device).tril(start)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -278,8 +322,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -342,8 +386,12 @@ class Llama(nn.Module):
                 "or decode by transformers' own generate"
             )
 
-    def prefill(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Fill the cache with tokens [b, t], PREFILL_TOKENS at a time; logits [b, vocab] of the last ones."""
+    def prefill(self, tokens: Tensor, cache: Cache, mask: Tensor | None = None) -> Tensor:
+        """Fill the cache with tokens [b, t], PREFILL_TOKENS at a time; logits [b, vocab] of the last ones.
+
+        mask: 0 for positions without a token, [b, t], as `left_padding` takes it.
+        """
+        cache.padding = None if mask is None else left_padding(mask)
         for part in tokens.split(max(1, PREFILL_TOKENS // max(1, tokens.shape[0])), 1):
             logits = self(part, cache, last_only=True)
         return logits[:, -1]
@@ -357,11 +405,12 @@ class Llama(nn.Module):
                 f"the cache holds {cache.length} positions, but {start} + {t} are asked for; make a longer one"
             )
         else:
-            cos, sin = cache.cos[start : start + t], cache.sin[start : start + t]
+            cos, sin = cache.angles(t)
+        mask = None if cache is None else cache.mask(t)
         x = self.model.embed_tokens(tokens)
         with attention_backends(self.device):
             for layer in self.model.layers:
-                x = layer(x, cos, sin, cache)
+                x = layer(x, cos, sin, cache, mask)
         if cache is not None:
             cache.filled += t
         x = self.model.norm(x[:, -1:] if last_only else x)

@@ -21,6 +21,7 @@ _PROGRAMS = 264
 _CHUNKS, _MOST_SPLITS = (64, 512), 64
 _BLOCK, _WARPS = 64, 8
 _LOGITS = 2048
+PADDED = "they are padded, and the kernels of the attention read every position up to the last"
 
 
 def reason_against(model: nn.Module) -> str | None:
@@ -129,8 +130,13 @@ class Step:
         self.position.zero_()
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """Start again with tokens [b, t] by the model's own forward; the most likely next tokens [b, 1]."""
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Start again with tokens [b, t] by the model's own forward; the most likely next tokens [b, 1].
+
+        UnsupportedError for a mask: every sequence begins at the first position.
+        """
+        if mask is not None:
+            raise UnsupportedError(f"Step cannot decode these prompts: {PADDED}; use PlainStep")
         self.cache.filled = 0
         self.logits = self.model.prefill(tokens, self.cache)
         self.tokens.copy_(self.logits.argmax(-1, keepdim=True))

@@ -1,9 +1,4 @@
-"""fdk as a quantisation method of transformers: from_pretrained, on the fly or from a folder, and save_pretrained.
-
-Importing this module registers the method "fdk" and imports transformers; `import fdk` does it as soon as transformers
-is there. The folder is that of `fdk.save` (see models/checkpoint.py): the parts of a layer have its names, so that
-transformers loads them without a conversion.
-"""
+"""`FdkQuantizer`: low-bit layers in a model of transformers while its weights are read."""
 
 from __future__ import annotations
 
@@ -11,130 +6,31 @@ import copy
 import json
 import re
 import warnings
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
 
 from fdk.errors import FormatError, UnsupportedError
-from fdk.formats import Format, parse
-from fdk.models.card import write_card
-from fdk.models.checkpoint import METHOD, contents, describe, guard_of, joined, layer_entry, quantisation_of
-from fdk.models.config import DTYPES, QuantisationConfig, check_dtype, read_overrides
-from fdk.models.decode import AnyStep, LibraryStep, step_for
-from fdk.models.folder import copy_companions, resolve
+from fdk.formats import parse
+from fdk.integrations.transformers.config import FdkConfig
+from fdk.integrations.transformers.saving import SaveWithCard
+from fdk.models.checkpoint import contents, describe, guard_of, joined, layer_entry, quantisation_of
+from fdk.models.config import DTYPES, check_dtype
 from fdk.models.precision import set_precision
 from fdk.models.room import check_room
-from fdk.models.tensors import CHECKSUMS, SHARD_BYTES, check_target, checksum, new_folder
+from fdk.models.tensors import CHECKSUMS, checksum
 from fdk.nn import Linear
-from fdk.nn.convert import DEFAULT_SKIP, Job, plan_jobs, run_job
+from fdk.nn.convert import Job, plan_jobs, run_job
 from fdk.nn.report import Report
 from fdk.packing.layouts import Geometry, canonical_shapes
 
-try:
-    import transformers
-    from transformers.quantizers import auto
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-except ImportError as error:
-    raise ImportError(f"{error}; pip install 'fused-dequantisation-kernels[transformers]'") from None
-
 OLDEST = (5, 17)
-# Caches of `decode` grow in steps, so that a slightly longer generation does not need another graph.
-_LENGTHS = 256
-_OWN = ("quant_method", "version", "fdk_version", "layers", "tied")
-
-
-class FdkConfig(QuantizationConfigMixin):
-    """`quantization_config` of from_pretrained: how to quantise a dense model, or how to read a folder of fdk.
-
-    bits, block_size, format, kernel, skip, codebook, scale, dtype: as for `fdk.models.QuantisationConfig`.
-    overrides   {regular expression: format name or bits}, or a text file of lines `layer.name: bits`.
-    precision   of nested formats: the width to serve, {regular expression: width}, or such a file; see
-                `fdk.set_precision`.
-
-    For a folder that is quantised already, only kernel and precision count. FormatError names a wrong field.
-    """
-
-    def __init__(
-        self,
-        bits: int | str | None = None,
-        block_size: int | str | None = 64,
-        *,
-        format: Format | str | None = None,
-        kernel: str = "auto",
-        skip: str = DEFAULT_SKIP,
-        codebook: str = "uniform",
-        scale: str = "auto",
-        overrides: Mapping[str, str | int] | str | Path | None = None,
-        dtype: torch.dtype | str | None = None,
-        precision: int | Mapping[str, int] | str | Path | None = None,
-    ) -> None:
-        self.quant_method = METHOD
-        self.kernel = kernel
-        self.precision = precision
-        self.stored: dict | None = None
-        self.recipe: QuantisationConfig | None = None
-        if bits is None and format is None:
-            return
-        if overrides is not None and not isinstance(overrides, Mapping):
-            overrides = read_overrides(overrides)
-        self.recipe = QuantisationConfig(
-            bits,
-            block_size,
-            kernel,
-            skip,
-            format,
-            codebook,
-            scale,
-            overrides or {},
-            dtype,
-        )
-
-    @classmethod
-    def of(cls, recipe: QuantisationConfig) -> FdkConfig:
-        """The same as `recipe` says."""
-        config = cls(kernel=recipe.kernel)
-        config.recipe = recipe
-        return config
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        """From the quantization_config of a folder, or from this class's own arguments."""
-        values = dict(config_dict)
-        if values.get("quant_method", METHOD) != METHOD:
-            raise FormatError(f"quant_method {values['quant_method']!r} is not {METHOD!r}; use its own config class")
-        if "layers" in values:
-            config = cls()
-            config.stored = values
-        else:
-            config = cls(**{key: value for key, value in values.items() if key not in _OWN})
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """The quantization_config of config.json; before a model is loaded by it, the recipe."""
-        if self.stored is not None:
-            return copy.deepcopy(self.stored)
-        recipe = self.recipe.to_dict() if self.recipe else {}
-        precision = {} if self.precision is None else {"precision": _plain(self.precision)}
-        return {"quant_method": METHOD, **recipe, **precision}
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What counts of this config where the folder brings its own."""
-        return {"kernel": self.kernel, "precision": self.precision}
-
-
-def _plain(precision) -> int | str | dict:
-    if isinstance(precision, Mapping):
-        return dict(precision)
-    return precision if isinstance(precision, int) else str(precision)
 
 
 class FdkQuantizer(HfQuantizer):
@@ -270,7 +166,7 @@ class FdkQuantizer(HfQuantizer):
             model.fdk_recipe = config.stored.get("recipe")
         else:
             if missing := [name for name, job in self.jobs.items() if job.layers.get(name) is not None]:
-                raise FormatError(_unfilled([joined(name, "weight") for name in missing], model))
+                raise FormatError(unfilled([joined(name, "weight") for name in missing], model))
             model.fdk_recipe, model.fdk_report = config.recipe.to_dict(), self.report
             if self.report.stacked:
                 warnings.warn(f"fdk: {self.report.summary}", stacklevel=2)
@@ -296,7 +192,7 @@ class FdkQuantizer(HfQuantizer):
                 module.adopt(name)
                 module.sqnr_db = entry.get("sqnr_db")
         if missing:
-            raise FormatError(_unfilled(missing, model))
+            raise FormatError(unfilled(missing, model))
         for name, entry in self.layers.items():
             if "same_as" in entry:
                 bias = model.get_submodule(name)._parameters.get("bias")
@@ -336,28 +232,6 @@ class FdkQuantizer(HfQuantizer):
                 model.set_submodule(name, dense)
         del model.save_pretrained
         return model
-
-
-class SaveWithCard:
-    """A model's save_pretrained, and after it the model card, for which transformers has no place.
-
-    It knows the model weakly, so that a model that is let go is gone at once. A second frame around the same modules
-    stands in for it in `from_pretrained(...).save_pretrained(...)`, where nothing else holds the model any more.
-    """
-
-    def __init__(self, model: nn.Module, stand_in: nn.Module | None = None) -> None:
-        self.model, self.stand_in = weakref.ref(model), stand_in
-
-    def __call__(self, save_directory, *args, **kwargs) -> None:
-        model = self.model()
-        model = self.stand_in if model is None else model
-        type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_card(Path(save_directory), model.config.quantization_config.to_dict())
-
-    def __reduce__(self) -> tuple:
-        # A copy of the model gets one of its own.
-        return SaveWithCard, (self.model(),)
 
 
 def _only_device(device_map) -> torch.device | None:
@@ -413,7 +287,7 @@ def _operation() -> type:
     return Quantise
 
 
-def _unfilled(names: list[str], model: nn.Module) -> str:
+def unfilled(names: list[str], model: nn.Module) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
         f"{model.config.name_or_path} lacks the tensor {names[0]}{more}, and fdk does not run on what was not read; "
@@ -428,154 +302,3 @@ def _refuse_offload(device_map: Mapping) -> None:
             f"device_map puts parts of the model on {' and '.join(sorted(places))}, but fdk's layers run where they "
             "lie; use fewer bits, so that all fits on the GPUs, or device_map='cpu'"
         )
-
-
-def load_causal(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The causal model of a folder by from_pretrained, low-bit or dense, without progress bars; `dtype` if dense."""
-    transformers.utils.logging.disable_progress_bar()
-    # device_map needs accelerate; without it the packed model passes through the host's memory.
-    direct = device.type != "cpu" and find_spec("accelerate") is not None
-    settings = {"device_map": str(device)} if direct else {}
-    if not hasattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config"):
-        settings["dtype"] = dtype
-    return _complete(folder, **settings).to(device)
-
-
-def _complete(folder: Path, **settings) -> nn.Module:
-    """from_pretrained that raises FormatError where transformers would go on with random numbers."""
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    if found["missing_keys"]:
-        raise FormatError(_unfilled(sorted(found["missing_keys"]), model))
-    return model
-
-
-def convert_folder(
-    source: str | Path,
-    target: str | Path,
-    config: QuantisationConfig,
-    *,
-    device: torch.device | str | None = None,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    texts: Mapping[str, str] | None = None,
-) -> Report:
-    """`fdk.models.quantise_folder` for folders whose tensors transformers renames or stacks when it reads them.
-
-    The quantised model is held in memory as a whole, the dense one is not. Returns the report.
-    """
-    check_target(Path(target), overwrite)
-    folder = resolve(source)
-    stored = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
-    settings = {"dtype": config.dtype or (torch.float16 if stored == torch.float16 else torch.bfloat16)}
-    settings |= {} if device is None else {"device_map": str(device)}
-    with warnings.catch_warnings():
-        # The report, which the caller prints, says it too.
-        warnings.filterwarnings("ignore", message="fdk: ")
-        model = _complete(folder, quantization_config=FdkConfig.of(config), **settings)
-    with new_folder(Path(target), overwrite) as work:
-        model.save_pretrained(work, max_shard_size=shard_bytes)
-        copy_companions(folder, work, texts)
-    return model.fdk_report
-
-
-_steps: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A step that `decode` has made, for prompts and answers of `length` tokens together at most."""
-
-    step: AnyStep
-    batch: int
-    length: int
-    weights: tuple
-    """What it decodes with: another width, device or weight makes it another model's."""
-
-
-@torch.inference_mode()
-def decode(
-    model: nn.Module,
-    input_ids: Tensor,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
-    streamer=None,
-    **model_kwargs,
-) -> Tensor:
-    """The decoding loop for `model.generate(..., custom_generate=fdk.decode)`: one CUDA graph a token.
-
-    input_ids [b, t] to tokens [b, t + new], greedy or sampled, with the processors and criteria that generate prepared.
-    Models that fdk's Llama does not cover, and those on a CPU, are decoded as `fdk.models.decode.step_for` says. The
-    step stays for the next call, until `forget(model)`. generate does not hand its streamer on to a loop of others;
-    give it as `functools.partial(fdk.decode, streamer=streamer)`. UnsupportedError for padded prompts, beams and other
-    outputs than tokens.
-    """
-    # Were it an argument of its own, generate would pass it twice.
-    attention_mask = model_kwargs.get("attention_mask")
-    if attention_mask is not None and not attention_mask.all():
-        raise UnsupportedError(
-            "fdk.decode takes prompts without padding; generate from one at a time, or of one length"
-        )
-    if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
-        raise UnsupportedError("fdk.decode returns the tokens of one beam; leave custom_generate out for anything else")
-    batch = input_ids.shape[0]
-    step = _step(model, batch, stopping_criteria.max_length or generation_config.max_length)
-    padding = generation_config._pad_token_tensor
-    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    tokens = input_ids
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    step.prefill(input_ids)
-    while True:
-        scores = logits_processor(tokens, step.logits.to(torch.float32, copy=True))
-        if generation_config.do_sample:
-            chosen = torch.multinomial(torch.softmax(scores, -1), 1)
-        else:
-            chosen = scores.argmax(-1, keepdim=True)
-        if padding is not None:
-            chosen = torch.where(unfinished[:, None], chosen, padding)
-        tokens = torch.cat([tokens, chosen], 1)
-        if streamer is not None:
-            streamer.put(chosen[:, 0].cpu())
-        unfinished &= ~stopping_criteria(tokens, scores)
-        if not unfinished.any():
-            break
-        step.tokens.copy_(chosen)
-        step()
-    if streamer is not None:
-        streamer.end()
-    return tokens
-
-
-def _step(model: nn.Module, batch: int, length: int) -> AnyStep:
-    kept = _steps.get(model)
-    if kept and kept.batch == batch and kept.length >= length and kept.weights == _weights(model):
-        return kept.step
-    # The old step's merged weights go before the new one's come.
-    _steps.pop(model, None)
-    kept = None
-    window = getattr(model.config, "sliding_window", None) or length
-    longest = max(length, min(-(-length // _LENGTHS) * _LENGTHS, window))
-    step = step_for(model, batch, longest)
-    if not isinstance(step, LibraryStep):
-        _steps[model] = Kept(step, batch, longest, _weights(model))
-    return step
-
-
-def _weights(model: nn.Module) -> tuple:
-    low = [module.weight for module in model.modules() if isinstance(module, Linear)]
-    where = tuple(parameter.data_ptr() for parameter in model.parameters())
-    return (*((weight.format, *(part.data_ptr() for part in weight.parts.values())) for weight in low), *where)
-
-
-def forget(model: nn.Module) -> None:
-    """Drop the step that `decode` keeps of a model, with its cache and graph."""
-    _steps.pop(model, None)
-
-
-if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-    auto.register_quantization_config(METHOD)(FdkConfig)
-    auto.register_quantizer(METHOD)(FdkQuantizer)
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FdkConfig,)
-
-__all__ = ["FdkConfig", "FdkQuantizer", "decode", "forget"]
