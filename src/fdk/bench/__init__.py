@@ -16,6 +16,7 @@ report.py     tables and progress
 plots.py      figures from records
 summary.py    the README's tables of speed from records
 quality.py    the README's table of quality from records
+variants/     configurations of the CUDA kernels against each other, a command of its own
 """
 
 

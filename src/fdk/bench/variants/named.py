@@ -1,0 +1,56 @@
+"""Named sets of problems and configurations: what to time next, and what it is expected to show.
+
+A set stays while its question is open; its outcome goes into docs/findings.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fdk.bench.variants.configurations import Change, Problem
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Changes to the chosen configuration, tried on each of some problems."""
+
+    problems: tuple[Problem, ...]
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Trials that answer one question.
+
+    seconds  that they take on an H200 with 16 cores beside it, estimated
+    """
+
+    question: str
+    seconds: int
+    trials: tuple[Trial, ...]
+
+
+def problems(kernel: str, formats: str, shapes: str, ms: str) -> tuple[Problem, ...]:
+    """All combinations of blank-separated formats, shapes "NxK" and ms."""
+    sizes = [tuple(int(size) for size in shape.split("x")) for shape in shapes.split()]
+    return tuple(
+        Problem(kernel, format, n, k, int(m)) for format in formats.split() for n, k in sizes for m in ms.split()
+    )
+
+
+SETS: dict[str, Named] = {
+    "rings": Named(
+        "Are the rings of one token the best since x and clusters changed? Half to twice as many units on their way.",
+        40,
+        (
+            Trial(
+                problems("decode", "lut2_g64 lut3_g64 lut4_g64", "8192x8192", "1"),
+                tuple(
+                    {"k_warps": warps, "stage_units": unit, "stages": stages}
+                    for warps in (8, 16)
+                    for unit, stages in ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2))
+                ),
+            ),
+        ),
+    ),
+}
