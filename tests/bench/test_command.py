@@ -137,6 +137,7 @@ def test_a_run_prints_and_records_every_line(small, capsys, tmp_path):
         for field in ("avg_time", "floor", "x_bf16", "x_floor", "read_fraction", "read_bandwidth", "peak", "bytes_rw"):
             assert entry[field] > 0, field
         assert entry["reps"] == 2
+        assert entry["floor_memory"] == "weights"
     assert f"{len(found)} records in" in out
 
 

@@ -68,3 +68,12 @@ def test_named_formats_replace_widths_and_groups_and_keep_the_baseline():
     assert {line.format for line in found if line.provider == "fdk"} == {"int4_g128", "lut2_chan"}
     assert {line.format for line in found if line.provider == "bitsandbytes-nf4"} == {"nf4_g128"}
     assert not any(line.family.startswith("marlin") for line in found)
+
+
+def test_peers_beside_sparse_weights_have_dense_ones_of_the_same_groups():
+    found = lines(Selection((16,), ("int4_g64_sp16of32",)), 64)
+    assert {(line.provider, line.format) for line in found if line.bits == 4 and not line.ref} == {
+        ("fdk", "int4_g64_sp16of32"),
+        ("torch-int4pack", "int4_g64"),
+        ("bitsandbytes-nf4", "nf4_g64"),
+    }

@@ -114,6 +114,14 @@ class Prepared(ABC):
     def run(self, x: Tensor, index: int, out: Tensor) -> Tensor:
         """x [m, k] times the weight of copy `index`; returns the tensor that holds the result, out or a new one."""
 
+    def tensors(self, index: int) -> list[Tensor]:
+        """What a product reads of copy `index`, the largest tensor first."""
+        weight = self.weights[index]
+        if isinstance(weight, QuantisedWeight):
+            weight = tuple(weight.parts.values())
+        found = [weight] if isinstance(weight, Tensor) else list(weight)
+        return sorted(found, key=lambda tensor: -tensor.numel() * tensor.element_size())
+
     def copy_to(self, copies: int) -> None:
         """Have `copies` copies; a first one exists."""
         self.weights = self.weights[:copies]

@@ -105,7 +105,8 @@ def lines(selection: Selection, group: int | None) -> list[Line]:
         family = "lut8" if parse(name).is_table else "int"
         found += [Line(provider, family, name, dtype) for provider in selection.fdk]
         found.append(Line("reference", family, name, dtype, ref=True))
-        tail = name.partition("_")[2]
+        # No peer has sparse weights, so beside those it multiplies dense ones of the same groups.
+        tail = name.partition("_")[2].partition("_")[0]
         if selection.cuda:
             found += [Line(peer, "int", f"int{bits}_{tail}", dtype) for peer in ("humming", "gemlite")]
         if bits == 4:

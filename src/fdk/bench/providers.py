@@ -171,6 +171,10 @@ class BitsAndBytesNF4(Prepared):
             state.packing_format_for_cpu = True
         return packed.clone(), state
 
+    def tensors(self, index: int) -> list[Tensor]:
+        packed, state = self.weights[index]
+        return [packed, state.absmax]
+
     def run(self, x: Tensor, index: int, out: Tensor) -> Tensor:
         packed, state = self.weights[index]
         return self.multiply(x, packed, quant_state=state)

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from fdk.bench.records import FIELDS, Record
 
-COLUMNS = ("name", "us (p20-p80)", "GB/s", "TFLOP/s", "x torch bf16", "x floor", "% of read")
+COLUMNS = ("name", "us (p20-p80)", "GB/s", "TFLOP/s", "x torch bf16", "x floor", "% of pool")
 
 NEEDED_WIDTH = 116
 

@@ -1,7 +1,8 @@
 """Ceilings, measured in the same process as what is held to them.
 
-Read bandwidth: a sum over several hundred MB by the fastest of a few readers. Streaming floor: the same reader over
-as many bytes as a product moves, rotated over cold memory. bf16 rate: a large square torch matmul.
+Read bandwidth: a sum over several hundred MB of a pool by the fastest of a few readers. bf16 rate: a large square torch
+matmul. Streaming floors are in floor.py for GPUs and in weights_floor.py for CPUs; where a GPU's kernel cannot run, the
+reader of the pool reads as many bytes as a product moves, rotated over cold memory.
 """
 
 from __future__ import annotations

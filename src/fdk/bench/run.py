@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fdk.bench import records, roofline, timing, warm
+from fdk.bench import records, roofline, timing, warm, weights_floor
 from fdk.bench.command import Settings, Shape, UsageError, cold_bytes, copies_for
 from fdk.bench.gate import Gate
 from fdk.bench.modes import MODES
@@ -201,6 +201,73 @@ def estimate(call: timing.Call, least: int = 3) -> float:
     return max(fastest, 1e-7)
 
 
+@dataclass
+class Calls:
+    """What one point times, by name: lines by their number, "chain", "floor" and "plain" in front of it, and "read".
+
+    inner: calls in a block on a GPU. floors: for every line, whose floor is its own and the factor to scale it by.
+    facts: the fields of a record that say what read a line's floor, and which memory.
+    """
+
+    calls: dict[str, timing.Call] = field(default_factory=dict)
+    inner: dict[str, int] = field(default_factory=dict)
+    floors: dict[str, tuple[str, float]] = field(default_factory=dict)
+    facts: dict[str, records.Record] = field(default_factory=dict)
+
+
+def calls_of(bench: Bench, m: int, ok: dict[str, Line], memory: roofline.Memory, reader: str) -> Calls:
+    """The calls of the lines that passed the gate for m rows, and of the floors beside them.
+
+    reader: the name of torch's fastest reader, which reads a GPU's floor where the streaming kernel cannot.
+    """
+    settings, shape = bench.settings, bench.shape
+    found = Calls()
+    for name, line in ok.items():
+        prepared = bench.prepared[line]
+        found.calls[name] = bench.call(line, m)
+        found.inner[name] = max(settings.inner or 1, len(prepared.weights))
+        if settings.chain and shape.n == shape.k:
+            found.calls[f"chain {name}"] = bench.chain(line, m)
+            found.inner[f"chain {name}"] = found.inner[name]
+        if memory.floor is None:
+            copies = [prepared.tensors(index) for index in range(len(prepared.weights))]
+            found.calls[f"floor {name}"] = weights_floor.stream(copies, prepared.weight_bytes)
+            found.floors[name] = name, 1.0
+            found.facts[name] = {"floor_memory": "weights", "floor_reader": weights_floor.READER}
+    if memory.floor is not None:
+        add_pool_floors(bench, m, ok, memory, reader, found)
+    found.calls["read"] = memory.stream(roofline.READ_BYTES[bench.device.type])
+    found.inner["read"] = READ_CALLS
+    return found
+
+
+def add_pool_floors(
+    bench: Bench, m: int, ok: dict[str, Line], memory: roofline.Memory, reader: str, found: Calls
+) -> None:
+    """The floors of a GPU, one for all lines of a size: reads of a pool by the streaming kernel or by torch."""
+    shape = bench.shape
+    if memory.streams:
+        # The floor reads what the format stores: activations lie in the cache, and a peer's padding is its own.
+        sizes = {name: weight_bytes(line.format, shape.n, shape.k, line.dtype) for name, line in ok.items()}
+    else:
+        sizes = {name: moved_bytes(bench, line, m) for name, line in ok.items()}
+    found.floors = roofline.share_floors(sizes)
+    for name, (owner, _) in found.floors.items():
+        size = sizes[owner]
+        if memory.streams:
+            found.facts[name] = {"floor_memory": "pool", "floor_reader": memory.floor.grid(size, shape.n)}
+            found.calls[f"floor {owner}"], found.calls[f"plain {owner}"] = memory.floor.calls(size, shape.n)
+            found.inner |= dict.fromkeys((f"floor {owner}", f"plain {owner}"), memory.floor.cold_calls(size))
+        else:
+            found.facts[name] = {"floor_memory": "pool", "floor_reader": reader}
+            found.calls[f"floor {owner}"] = memory.stream(size)
+
+
+def moved_bytes(bench: Bench, line: Line, m: int) -> int:
+    """Bytes of weight, activations and output that a product of m rows reads and writes."""
+    return bench.prepared[line].weight_bytes + activation_bytes(m, bench.shape.n, bench.shape.k, line.dtype)
+
+
 def measure_point(
     bench: Bench, m: int, memory: roofline.Memory, ceilings: roofline.Ceilings, seconds: float, common: records.Record
 ) -> tuple[list[records.Record], str | None]:
@@ -209,32 +276,9 @@ def measure_point(
     active = [line for line in bench.lines if line == BASELINE or settings.wants(line.test(m), line.provider)]
     verdicts = {line: bench.check(line, m) for line in active}
     ok = {str(index): line for index, line in enumerate(active) if verdicts[line][0] == "ok"}
-    moved = {
-        name: bench.prepared[line].weight_bytes + activation_bytes(m, shape.n, shape.k, line.dtype)
-        for name, line in ok.items()
-    }
-    # On a GPU the floor reads what the format stores: activations lie in the cache, and a peer's padding is its own.
-    sizes = moved
-    if memory.streams:
-        sizes = {name: weight_bytes(line.format, shape.n, shape.k, line.dtype) for name, line in ok.items()}
-    floors = roofline.share_floors(sizes)
-    calls = {name: bench.call(line, m) for name, line in ok.items()}
-    inner = {name: max(settings.inner or 1, len(bench.prepared[line].weights)) for name, line in ok.items()}
-    if settings.chain and shape.n == shape.k:
-        for name, line in ok.items():
-            calls[f"chain {name}"] = bench.chain(line, m)
-            inner[f"chain {name}"] = inner[name]
-    for owner in {owner for owner, _ in floors.values()}:
-        if memory.streams:
-            calls[f"floor {owner}"], calls[f"plain {owner}"] = memory.floor.calls(sizes[owner], shape.n)
-            inner |= dict.fromkeys((f"floor {owner}", f"plain {owner}"), memory.floor.cold_calls(sizes[owner]))
-        else:
-            calls[f"floor {owner}"] = memory.stream(sizes[owner])
-    read_bytes = roofline.READ_BYTES[device.type]
-    calls["read"] = memory.stream(read_bytes)
-    inner["read"] = READ_CALLS
-    times, blocks, plan, broken = time_calls(calls, settings, seconds, device, inner)
-    read = times["read"]
+    found = calls_of(bench, m, ok, memory, ceilings.reader)
+    times, blocks, plan, broken = time_calls(found.calls, settings, seconds, device, found.inner)
+    read, read_bytes = times["read"], roofline.READ_BYTES[device.type]
     baseline = next((name for name, line in ok.items() if line == BASELINE), None)
     results = []
     for index, line in enumerate(active):
@@ -242,7 +286,6 @@ def measure_point(
             continue
         name = str(index)
         status, reason = verdicts[line]
-        prepared = bench.prepared.get(line)
         entry = dict(
             common, test=line.test(m), m=m, k=shape.k, n=shape.n, bits=line.bits, format=line.format, dtype=line.dtype,
             g=None if line.dense else parse(line.format).group_size(shape.k), provider=line.provider, status=status,
@@ -253,28 +296,28 @@ def measure_point(
             ours = is_ours(line.provider)
             entry |= {"status": "failed" if ours else "skipped", "reason": f"timing failed: {broken[name]}"}
         elif status == "ok":
-            owner, factor = floors[name]
+            prepared, block, own = bench.prepared[line], blocks[name], times[name]
+            spread, moved = timing.Times.of(own), moved_bytes(bench, line, m)
+            owner, factor = found.floors[name]
             floor = [value * factor for value in times[f"floor {owner}"]]
-            spread = timing.Times.of(times[name])
-            block = blocks[name]
             if reason := getattr(block, "why_not_graph", None):
                 entry["reason"] = f"no CUDA graph: {reason}"
             entry |= {
                 "kernel": prepared.kernel(m), "copies": len(prepared.weights), "launch": block.launch,
-                "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(times[name]), "bytes_rw": moved[name],
+                "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(own), "bytes_rw": moved,
                 "relative_error": bench.relative_error(line, m),
                 "avg_time": spread.mean, "time_p20": spread.p20, "time_p50": spread.p50, "time_p80": spread.p80,
-                "floor": timing.median(floor), "x_floor": timing.ratio(times[name], floor),
-                "read_fraction": moved[name] / read_bytes * timing.ratio(read, times[name]),
+                "floor": timing.median(floor), "x_floor": timing.ratio(own, floor),
+                "read_fraction": moved / read_bytes * timing.ratio(read, own),
+                **found.facts[name],
             }  # fmt: skip
-            entry["floor_reader"] = memory.floor.grid(sizes[owner], shape.n) if memory.streams else ceilings.reader
             if f"plain {owner}" in times:
                 entry["floor_plain"] = factor * timing.median(times[f"plain {owner}"])
             if f"chain {name}" in times:
                 entry["chain_time"] = timing.median(times[f"chain {name}"])
-                entry["x_chain"] = timing.ratio(times[f"chain {name}"], times[name])
+                entry["x_chain"] = timing.ratio(times[f"chain {name}"], own)
             if baseline in times:
-                gains = timing.ratios(times[baseline], times[name])
+                gains = timing.ratios(times[baseline], own)
                 entry["x_bf16"] = timing.median(gains)
                 entry |= {f"x_bf16_p{q}": timing.percentile(gains, q) for q in (20, 80)}
         results.append(records.record(**entry))

@@ -50,16 +50,26 @@ def ours(entries: Iterable[Record]) -> list[Record]:
     return sorted(found, key=lambda e: (e["m"], e["bits"], e["format"]))
 
 
+def floor_of_weights(entry: Record) -> bool:
+    """Whether the floor read the bytes of the weight that was multiplied."""
+    return entry.get("floor_memory") == "weights"
+
+
 def decode_table(entries: Sequence[Record], m: int = 1) -> str:
-    """One row of activations: speed-up over torch bf16, share of the read bandwidth, and over the best peer."""
+    """One row of activations: speed-up over torch bf16, x of the floor, and over the best peer.
+
+    A floor that read other memory than the weights' own is not shown: it says where the pool lay.
+    """
     shapes = sorted({shape_of(entry) for entry in ours(entries)})
-    head = ["m = 1", *(f"{n} x {k}: x torch bf16 (p20-p80), % of read, x best 4-bit peer" for n, k in shapes)]
+    honest = any(floor_of_weights(entry) for entry in ours(entries))
+    what = f"x torch bf16 (p20-p80), {'x floor, ' if honest else ''}x best 4-bit peer"
+    head = [f"m = {m}", *(f"{n} x {k}: {what}" for n, k in shapes)]
     cells: dict[str, dict[tuple[int, int], str]] = {}
     for entry in ours(entries):
         if entry["m"] != m or entry["dtype"] != "bf16":
             continue
         text = f"{entry['x_bf16']:.1f} ({entry['x_bf16_p20']:.1f}-{entry['x_bf16_p80']:.1f})"
-        text += f", {100 * entry['read_fraction']:.0f} %"
+        text += f", {entry['x_floor']:.2f}" if floor_of_weights(entry) else ""
         if (peer := best_peer(entries, entry)) and entry["bits"] == 4:
             text += f", {peer / entry['time_p50']:.1f}"
         cells.setdefault(f"`{entry['format']}`", {})[shape_of(entry)] = text

@@ -155,10 +155,10 @@ void write_record(const char* test, const char* provider, const char* format, co
     if (!reason) snprintf(times, sizeof times, "%.9g, \"time_p20\": %.9g, \"time_p50\": %.9g, \"time_p80\": %.9g", t.average, t.p20, t.p50, t.p80);
     if (!reason && x_bf16 > 0) snprintf(ratios, sizeof ratios, "%.6g", x_bf16);
     else snprintf(ratios, sizeof ratios, "null");
-    char floors[200] = "null, \"floor_plain\": null, \"floor_reader\": null";
+    char floors[200] = "null, \"floor_plain\": null, \"floor_memory\": null, \"floor_reader\": null";
     char fraction[120] = "null, \"read_fraction\": null";
     if (!reason && floor > 0) {
-        snprintf(floors, sizeof floors, "%.9g, \"floor_plain\": null, \"floor_reader\": \"fdk_read\"", floor);
+        snprintf(floors, sizeof floors, "%.9g, \"floor_plain\": null, \"floor_memory\": \"pool\", \"floor_reader\": \"fdk_read\"", floor);
         snprintf(fraction, sizeof fraction, "%.6g, \"read_fraction\": %.6g", t.p50 / floor, floor / t.p50);
     }
     if (s.g) snprintf(sizes, sizeof sizes, "%lld", (long long)s.g);
