@@ -71,9 +71,18 @@ def test_figures_are_the_same_each_time(one, tmp_path):
     assert first == second
 
 
-def test_the_newest_record_of_a_line_counts():
-    old, new = (synthetic("fdk", "lut4_g64", 1, date=f"2026-11-{day}T00:00:00+00:00") for day in (19, 20))
-    assert plots.newest([new, old]) == [new]
+def test_points_of_two_runs_or_of_two_widths_are_never_joined():
+    entries = [synthetic("fdk", "lut4_g64", m) | {"id": run} for run in "ab" for m in (1, 8)]
+    entries += [synthetic("humming", f"int{bits}_g64", m) | {"id": "b"} for bits in (4, 8) for m in (1, 8)]
+    found = plots.series_of(entries)
+    assert [*found] == [("fdk lut4_g64", "a"), ("fdk lut4_g64", "b"), ("humming int4", "b"), ("humming int8", "b")]
+    assert all([entry["m"] for entry in group] == [1, 8] for group in found.values())
+
+
+def test_the_caption_counts_runs():
+    entries = [synthetic("fdk", "lut4_g64", 1) | {"id": run} for run in "ab"]
+    assert plots.caption(entries).endswith("2026-11-20, 2 runs, a line for each")
+    assert plots.caption(entries[:1]).endswith("2026-11-20")
 
 
 def test_a_single_record_is_enough_for_a_roofline(one, tmp_path):

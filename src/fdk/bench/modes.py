@@ -89,7 +89,7 @@ class MatGPTQ(Mode):
         batches = sorted({entry["m"] for entry in entries})
         for axes, size in zip(panels[0], sizes, strict=True):
             here = [entry for entry in entries if (entry["n"], entry["k"]) == size]
-            for label, group in plots.series_of(here).items():
+            for (label, _), group in plots.series_of(here).items():
                 xs = [batches.index(entry["m"]) for entry in group]
                 axes.plot(xs, [e["x_bf16"] for e in group], label=label, markersize=5, **plots.style_of(group[0]))
             axes.set_yscale("log", base=2)

@@ -13,6 +13,7 @@ from math import log2
 from pathlib import Path
 
 from fdk.bench.records import Record, RecordError, read
+from fdk.bench.runs import fullest_run, needed_runs
 from fdk.errors import FormatError
 from fdk.formats import parse
 
@@ -34,8 +35,8 @@ PEERS = {
     "torch-int4pack": ("torch int4pack", "#000000", "^"),
     "bitsandbytes-nf4": ("bitsandbytes NF4", "#777777", "D"),
     "torch-tinygemm": ("torch tinygemm", "#000000", "^"),
-    "humming": ("humming int", "#444444", "v"),
-    "gemlite": ("gemlite int", "#999999", "P"),
+    "humming": ("humming int{}", "#444444", "v"),
+    "gemlite": ("gemlite int{}", "#999999", "P"),
     "plain-bf16": ("bf16 in plain C++", "#000000", "s"),
     "byte-table": ("byte table in plain C++", "#777777", "D"),
 }
@@ -79,14 +80,22 @@ def shape_of(entry: Record) -> tuple[int, int]:
     return entry["n"], entry["k"]
 
 
-def label_of(entry: Record) -> str:
-    """Who ran it: fdk's format with the kernel where one was asked for or the reference had to serve, or the peer."""
+def label_of(entry: Record, width: bool = True) -> str:
+    """Who ran it: fdk's format with the kernel where one was asked for or the reference had to serve, or the peer.
+
+    width: whether the label of a peer with several widths says which.
+    """
     provider = str(entry["provider"])
     if provider in PEERS:
-        return PEERS[provider][0]
+        return PEERS[provider][0].format(entry["bits"] if width else "")
     if provider == "fdk" and entry.get("kernel") == "reference":
         provider = "fdk:reference"
     return f"{provider} {entry['format']}"
+
+
+def family_of(entry: Record) -> str:
+    """A label for entries of all widths of a peer."""
+    return label_of(entry, width=False)
 
 
 def style_of(entry: Record) -> dict[str, object]:
@@ -100,16 +109,19 @@ def style_of(entry: Record) -> dict[str, object]:
     return {"color": COLOUR_OF_BITS[fmt.width], "marker": marker, "linestyle": line, "linewidth": 1.8}
 
 
-def series_of(entries: Iterable[Record]) -> dict[str, list[Record]]:
-    """Entries by label, each in ascending m; ours by width first, then peers."""
-    found: dict[str, list[Record]] = {}
+def series_of(entries: Iterable[Record]) -> dict[tuple[str, object], list[Record]]:
+    """Entries by label and run, each in ascending m; ours by width first, then peers.
+
+    Points of two runs are never joined: a process has its own memory and its own moment.
+    """
+    found: dict[tuple[str, object], list[Record]] = {}
     for entry in sorted(entries, key=lambda e: (e["provider"] in PEERS, e["bits"], label_of(e), e["m"])):
-        found.setdefault(label_of(entry), []).append(entry)
+        found.setdefault((label_of(entry), entry.get("id")), []).append(entry)
     return found
 
 
 def caption(entries: Sequence[Record]) -> str:
-    """Device, threads and date of records that share them."""
+    """Device, threads and date of records that share them, and of how many runs they are."""
     first = entries[0]
     threads = first.get("threads")
     parts = [str(first.get("device"))]
@@ -117,15 +129,9 @@ def caption(entries: Sequence[Record]) -> str:
         parts.append(f"{threads} thread{'s' if threads != 1 else ''}")
     dates = sorted({str(entry.get("date", ""))[:10] for entry in entries})
     parts.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
+    if (runs := len({entry.get("id") for entry in entries})) > 1:
+        parts.append(f"{runs} runs, a line for each")
     return ", ".join(parts)
-
-
-def newest(entries: Iterable[Record]) -> list[Record]:
-    """The last record of every line, so that a folder of many runs draws the newest of each."""
-    found: dict[tuple, Record] = {}
-    for entry in sorted(entries, key=lambda e: str(e.get("date"))):
-        found[tuple(entry[name] for name in ("test", "provider", "format", "dtype", "m", "n", "k"))] = entry
-    return list(found.values())
 
 
 def titled(axes, headline: str, entries: Sequence[Record]) -> None:
@@ -170,7 +176,7 @@ def roofline(plt, entries: list[Record]):
     ceiling = f"ceilings measured in the same run:\nread {read / 1e9:.1f} GB/s\nbf16 matmul {peak / 1e9:.0f} GFLOP/s"
     heights = [left * read / 1e9, peak / 1e9, peak / 1e9]
     axes.plot([left, corner, right], heights, color=GREY, linewidth=2, zorder=1, label=ceiling)
-    for label, group in series_of(entries).items():
+    for (label, _), group in series_of(entries).items():
         xs, ys = zip(*(place(entry) for entry in group), strict=True)
         axes.plot(xs, ys, label=label, markersize=5, **style_of(group[0]))
     axes.set(xscale="log", yscale="log", xlim=(left, right))
@@ -196,11 +202,12 @@ def speedup(plt, entries: list[Record]):
     ms = sorted({entry["m"] for group in found.values() for entry in group})
     places = {m: place for place, m in enumerate(ms)}
     axes.axhline(1, color=GREY, linewidth=1.2, linestyle="--")
-    ends = []
-    for label, group in found.items():
+    ends: dict[str, tuple[str, float, float, str]] = {}
+    for (label, _), group in found.items():
         style = style_of(group[0])
         axes.plot([places[e["m"]] for e in group], [e["x_bf16"] for e in group], **style)
-        ends.append((label, group[-1]["x_bf16"], places[group[-1]["m"]], style["color"]))
+        end = (label, group[-1]["x_bf16"], places[group[-1]["m"]], style["color"])
+        ends[label] = max(ends.get(label, end), end, key=lambda e: e[2])
     # A log axis, so that a slow-down and a speed-up of the same factor are equally far from 1.
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
@@ -208,7 +215,7 @@ def speedup(plt, entries: list[Record]):
     axes.set_xlabel("m, rows of activations")
     axes.set_ylabel("speed-up over torch bf16 (median of ratios)")
     axes.set_xlim(-0.15 - 0.05 * len(ms), len(ms) - 1 + 0.1 * len(ms))
-    label_ends(axes, ends)
+    label_ends(axes, list(ends.values()))
     axes.text(0.0, 1, " torch bf16 = 1", transform=axes.get_yaxis_transform(), fontsize=9, color=GREY, va="bottom")
     n, k = shape_of(entries[0])
     titled(axes, f"Speed-up over torch bf16, [{n}, {k}]", entries)
@@ -240,7 +247,7 @@ def over_bits(plt, entries: list[Record]):
         2, 1, figsize=(9.2, 6.6), layout="constrained", sharex=True, height_ratios=(3, 2)
     )
     longest = max(kinds.values(), key=len)
-    peers = sorted((e for e in entries if e["provider"] in PEERS), key=label_of)
+    peers = sorted((e for e in entries if e["provider"] in PEERS), key=family_of)
     floors = {e["bits"]: e["floor"] * 1e6 for e in [*peers, *longest]}
     upper.plot(
         *zip(*sorted(floors.items()), strict=True),
@@ -255,7 +262,7 @@ def over_bits(plt, entries: list[Record]):
         above = [max(0.0, e["time_p80"] - e["time_p50"]) * 1e6 for e in group]
         upper.errorbar(bits, times, yerr=[below, above], label=label, capsize=3, elinewidth=1, **style)
         lower.plot(bits, [1 / e["x_floor"] for e in group], **style)
-    for label, same in groupby(peers, label_of):
+    for label, same in groupby(peers, family_of):
         group = sorted(same, key=lambda e: e["bits"])
         widths = [e["bits"] for e in group]
         style = style_of(group[0])
@@ -293,7 +300,7 @@ def over_size(plt, entries: list[Record]):
     if not found:
         return None
     figure, axes = plt.subplots(figsize=(9.2, 5.4), layout="constrained")
-    for label, unordered in found.items():
+    for (label, _), unordered in found.items():
         group = sorted(unordered, key=lambda e: e["bytes_rw"])
         style = style_of(group[0])
         axes.plot([e["bytes_rw"] / 1e6 for e in group], [1 / e["x_floor"] for e in group], label=label, **style)
@@ -346,19 +353,19 @@ def draw(sources: Iterable[Path], folder: Path) -> list[Path]:
     drawn: list[Path] = []
     devices = {entry.get("device") for entry in entries}
     for (device, threads, n, k), group in _grouped(entries, "device", "threads", "n", "k"):
-        group = newest(group)
+        group = needed_runs(group)
         tail = f"{n}x{k}" + (f"_t{threads}" if threads is not None else "")
         if len(devices) > 1:
             tail += "_" + "".join(c if c.isalnum() else "-" for c in str(device)).strip("-").lower()
-        drawn += save(plt, roofline(plt, group), folder, f"roofline_{tail}")
+        drawn += save(plt, roofline(plt, fullest_run(group)), folder, f"roofline_{tail}")
         if (figure := speedup(plt, group)) is not None:
             drawn += save(plt, figure, folder, f"speedup_{tail}")
         for (m,), rows in _grouped(group, "m"):
-            if (figure := over_bits(plt, rows)) is not None:
+            if (figure := over_bits(plt, fullest_run(rows))) is not None:
                 drawn += save(plt, figure, folder, f"bits_{tail}_m{m}")
     on_gpus = [entry for entry in entries if str(entry.get("isa") or "").startswith("sm_")]
     for (device, m), group in _grouped(on_gpus, "device", "m"):
-        if (figure := over_size(plt, newest(group))) is not None:
+        if (figure := over_size(plt, fullest_run(group))) is not None:
             tail = "" if len(devices) == 1 else "_" + "".join(c if c.isalnum() else "-" for c in str(device)).lower()
             drawn += save(plt, figure, folder, f"sizes_m{m}{tail}")
     return drawn

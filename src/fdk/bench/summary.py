@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fdk.bench.plots import newest, shape_of
+from fdk.bench.plots import shape_of
 from fdk.bench.records import Record, RecordError, files, read
+from fdk.bench.runs import newest, what_was_timed
 
 NAME = "summary"
 # The smallest, a middle and the largest of the usual m; the other lines are in the records.
@@ -55,14 +56,16 @@ def floor_of_weights(entry: Record) -> bool:
     return entry.get("floor_memory") == "weights"
 
 
-def decode_table(entries: Sequence[Record], m: int = 1) -> str:
-    """One row of activations: speed-up over torch bf16, x of the floor, and over the best peer.
+def decode_table(entries: Sequence[Record], others: Sequence[Record] = (), m: int = 1) -> str:
+    """One row of activations: speed-up over torch bf16, x of the floor, over the best peer, and what other runs got.
 
-    A floor that read other memory than the weights' own is not shown: it says where the pool lay.
+    others: records of the same machine; which part of its memory a process gets changes every ratio, so the speed-ups
+    of other runs stand beside. A floor that read other memory than the weights' own says where the pool lay, and is
+    not shown.
     """
     shapes = sorted({shape_of(entry) for entry in ours(entries)})
     honest = any(floor_of_weights(entry) for entry in ours(entries))
-    what = f"x torch bf16 (p20-p80), {'x floor, ' if honest else ''}x best 4-bit peer"
+    what = f"x torch bf16 (p20-p80), {'x floor, ' if honest else ''}x best 4-bit peer; x torch bf16 in other runs"
     head = [f"m = {m}", *(f"{n} x {k}: {what}" for n, k in shapes)]
     cells: dict[str, dict[tuple[int, int], str]] = {}
     for entry in ours(entries):
@@ -72,6 +75,8 @@ def decode_table(entries: Sequence[Record], m: int = 1) -> str:
         text += f", {entry['x_floor']:.2f}" if floor_of_weights(entry) else ""
         if (peer := best_peer(entries, entry)) and entry["bits"] == 4:
             text += f", {peer / entry['time_p50']:.1f}"
+        same = [other for other in others if what_was_timed(other) == what_was_timed(entry)]
+        text += "; " + ", ".join(f"{other['x_bf16']:.1f}" for other in same) if same else ""
         cells.setdefault(f"`{entry['format']}`", {})[shape_of(entry)] = text
     return table(head, [[name, *(row.get(shape, "") for shape in shapes)] for name, row in cells.items()])
 
@@ -133,6 +138,12 @@ def section(path: Path) -> str:
     if not ours(entries):
         return ""
     first = entries[0]
+    others = [
+        entry
+        for entry in read([path.parent])
+        if entry["status"] == "ok" and entry["id"] != first["id"]
+        and (entry["device"], entry["threads"]) == (first["device"], first["threads"])
+    ]  # fmt: skip
     where = f"{first['device']}, {first['isa']}, {threads} threads" if threads else str(first["device"])
     title = f"**{where}**, {first['date'][:10]}, `{path.as_posix()}`:"
     if on_gpu(entries):
@@ -140,7 +151,7 @@ def section(path: Path) -> str:
         if 1 not in sizes:
             return "\n\n".join([title, many_rows_table(entries)])
         return "\n\n".join([title, *(gpu_table(entries, m) for m in sizes if m in SHOWN_ON_GPU)])
-    tables = [decode_table(entries)] if any(e["m"] == 1 for e in ours(entries)) else []
+    tables = [decode_table(entries, others)] if any(e["m"] == 1 for e in ours(entries)) else []
     if len({entry["m"] for entry in ours(entries)}) > 1:
         tables.append(batch_table(entries))
     return "\n\n".join([title, *tables])
