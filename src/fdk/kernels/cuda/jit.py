@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -90,11 +90,16 @@ def compile_log(program) -> str:
     return buffer.rstrip(b"\0 ").decode()
 
 
-def build(file: str, defines: Defines, arch: str) -> tuple[bytes, str]:
-    """Compile csrc/<file> for `arch`; the cubin and the compiler's log (registers, spills). RuntimeError on failure."""
+@contextlib.contextmanager
+def _compiled(file: str, defines: Defines, target: str) -> Iterator[object]:
+    """csrc/<file>, compiled, as a program of NVRTC. RuntimeError on failure."""
     nvrtc = _nvrtc()
     headers = sources()
-    options = [f"--gpu-architecture={arch}", *_FLAGS, *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
+    options = [
+        f"--gpu-architecture={target}",
+        *_FLAGS,
+        *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+    ]
     status, program = nvrtc.nvrtcCreateProgram(
         f'#include "{file}"\n'.encode(),
         b"fdk.cu",
@@ -106,14 +111,33 @@ def build(file: str, defines: Defines, arch: str) -> tuple[bytes, str]:
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         _check(status, program)
+        yield program
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def build(file: str, defines: Defines, arch: str) -> tuple[bytes, str]:
+    """Compile csrc/<file> for `arch`; the cubin and the compiler's log (registers, spills). RuntimeError on failure."""
+    nvrtc = _nvrtc()
+    with _compiled(file, defines, arch) as program:
         status, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(status)
         cubin = b" " * size
         (status,) = nvrtc.nvrtcGetCUBIN(program, cubin)
         _check(status)
         return cubin, compile_log(program)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
+
+
+def ptx(file: str, defines: Defines, arch: str) -> str:
+    """The PTX that csrc/<file> becomes on its way to `arch`. RuntimeError on failure."""
+    nvrtc = _nvrtc()
+    with _compiled(file, defines, arch.replace("sm_", "compute_")) as program:
+        status, size = nvrtc.nvrtcGetPTXSize(program)
+        _check(status)
+        text = b" " * size
+        (status,) = nvrtc.nvrtcGetPTX(program, text)
+        _check(status)
+        return text.rstrip(b"\0 ").decode()
 
 
 def cache_key(file: str, defines: Defines, arch: str, version: tuple[int, int]) -> str:

@@ -321,6 +321,8 @@ class Params(ctypes.Structure):
         ("partial", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
         ("range", decode.Range * MAX_RANGES),
+        # The kernel's struct is a multiple of 64 bytes, and a launch copies all of it.
+        ("pad", ctypes.c_uint64 * 4),
     )
 
 

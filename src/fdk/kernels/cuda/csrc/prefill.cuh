@@ -582,6 +582,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
             };
             const auto load = [&](Operand& u, const Turn& at, int unit) {
+                // Where a stage goes from one k group to another, this one may come before the other's copies have: parity
+                // alone would take that for the round before. What the other gives back, it has waited for.
+                if constexpr (STAGES % K_GROUPS != 0) barrier_wait(empty + at.stage * 8, at.parity ^ 1);
                 barrier_wait(full + at.stage * 8, at.parity);
                 load_codes(codes, block_at(at), offsets, unit, r, g);
                 expand(u, codes, 0, lookup);

@@ -1,0 +1,185 @@
+"""CUDA kernels on the emulated GPU of emulate/: results, accesses, barriers and orders, without a device.
+
+FDK_TEST_EMULATED_GPU=1 runs every case under every schedule, at every number of rows and on both architectures; without
+it each case takes one of each in turn.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from emulate import SCHEDULES, EmulationError, Schedule, device, emulated, unavailable
+from fdk import reference, testing
+from fdk.formats import all_formats, parse
+from fdk.kernels import Problem, reason_against
+from fdk.kernels.cuda import KERNEL, _routes, decode, jit
+
+REASON = unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+WIDE = os.environ.get("FDK_TEST_EMULATED_GPU") == "1"
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+def turns(cases: list, **choices: tuple) -> list:
+    """The cases, each with every combination of choices if WIDE, else with one of each choice in turn."""
+    found = []
+    for i, case in enumerate(cases):
+        if WIDE:
+            combined = [()]
+            for options in choices.values():
+                combined = [(*chosen, option) for chosen in combined for option in options]
+        else:
+            # Steps that share no factor with the number of options, so that neighbours differ in all of them.
+            combined = [
+                tuple(
+                    options[i * step % len(options)]
+                    for step, options in zip((1, 1, 1, 5), choices.values(), strict=False)
+                )
+            ]
+        found += [(case, *chosen) for chosen in combined]
+    return found
+
+
+def inputs(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def shape_of(weight) -> decode.Shape:
+    zeros = weight.parts.get("zeros")
+    return decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+
+
+def check(call, m: int, weight, rounds: bool, bias: bool = False, one_hot: bool = True) -> None:
+    """A random product within its bound, and a weight's own columns bit for bit."""
+    n, k = weight.shape
+    added = inputs(1, n, weight.dtype, 7)[0] if bias else None
+    run = lambda x, _, bias, out: call(x, bias, out)  # noqa: E731
+    assert testing.check_product(run, inputs(m, k, weight.dtype), weight, added, rounds) is None
+    if one_hot:
+        columns = torch.randperm(k, generator=torch.Generator().manual_seed(m))[:m]
+        out = testing.poisoned(len(columns), n, weight.dtype, "cpu")
+        call(testing.one_hot_probe(k, columns, weight.dtype, "cpu"), None, out)
+        assert torch.equal(out, reference.dequantise(weight)[:, columns].T)
+
+
+FORMATS = [str(fmt) for fmt in all_formats((16, 48, 64, None) if WIDE else (64,))]
+FORMATS += (
+    []
+    if WIDE
+    else ["lut4_g16", "lut3_g32", "lut5_g48", "uint4_g16", "uint3_g48", "lut4_chan", "int8_chan", "uint8_chan"]
+)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name,m,schedule,capability,dtype",
+    turns(FORMATS, m=(1, 2, 5, 8, 16), schedule=SCHEDULES, capability=(HOPPER, AMPERE), dtype=DTYPES),
+)
+def test_every_format(name: str, m: int, schedule: Schedule, capability, dtype) -> None:
+    with emulated(capability, schedule=schedule):
+        weight = testing.random_weight(parse(name), 40 if m == 1 else 100, 192, dtype, seed=3, tables=3)
+        problem = Problem(m, weight.geometry, weight.device)
+        if reason := reason_against(KERNEL, problem):
+            pytest.skip(reason)
+        weight = weight.to_layout(KERNEL.layout)
+        found = next(r for r in _routes(weight.geometry, torch.uint8, m, weight.device) if r.name == "decode")
+        check(KERNEL._bind(weight, m, (found,)), m, weight, found.rounds, bias=m == 5)
+
+
+def config(tokens: int, cluster: int, k_warps: int, row_warps: int, blocks: int, **more) -> decode.Config:
+    plain = decode.Config(tokens, cluster, k_warps, row_warps, 1, 1, blocks, 1, 1)
+    return replace(plain, **more)
+
+
+# Clusters, chunks, phases and slices; rings of several stages and units; sums kept over steps; integer products.
+CONFIGS = [
+    ("lut4_g64", config(1, 1, 8, 1, 2, stages=2, batch=2)),
+    ("lut4_g64", config(1, 2, 4, 1, 3, batch=3)),
+    ("lut4_g64", config(1, 2, 4, 2, 4, stages=3)),
+    ("lut2_g64", config(2, 4, 2, 1, 1, stage_units=2)),
+    ("lut3_g64", config(4, 8, 1, 2, 2)),
+    ("lut3_g64", config(8, 2, 4, 2, 2, phases=2)),
+    ("uint4_g64", config(8, 1, 4, 1, 1, phases=2)),
+    ("lut1_g64", config(16, 2, 2, 2, 2, x_chunks=2)),
+    ("lut4_g64", config(16, 2, 1, 5, 5, x_chunks=4)),
+    ("int4_g64", config(32, 1, 4, 1, 1, x_chunks=2)),
+    ("int8_g128", config(64, 4, 1, 2, 2)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, digits=True)),
+    ("int2_g64", config(1, 2, 4, 1, 2, digits=True, stages=2)),
+    ("uint4_g64", config(2, 1, 8, 1, 1, digits=True, stages=2)),
+    ("int8_g64", config(1, 2, 4, 2, 2, digits=True)),
+]
+
+
+@pytest.mark.parametrize("case,schedule", turns(CONFIGS, schedule=SCHEDULES))
+def test_decode_configurations(case, schedule: Schedule) -> None:
+    name, chosen = case
+    with emulated(sms=2, schedule=schedule):
+        weight = testing.random_weight(parse(name), 300, 1024, tables=2 if "lut" in name else 1)
+        weight = weight.to_layout(KERNEL.layout)
+        m = max(1, chosen.tokens - chosen.tokens // 4)
+        check(decode.Plan(weight, chosen), m, weight, False, bias=chosen.tokens == 8)
+
+
+@pytest.mark.parametrize("name", ["lut4_g64", "uint3_g48", "nest8s4_g128"])
+def test_dense_weights(name: str) -> None:
+    with emulated(schedule=SCHEDULES[len(name) % 3]):
+        weight = testing.random_weight(parse(name), 100, 384, tables=2 if "lut" in name else 1).to_layout(KERNEL.layout)
+        assert torch.equal(KERNEL.dequantise(weight), reference.dequantise(weight))
+
+
+# Configuration, file, text and what takes its place: each must be noticed under at least one schedule.
+ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
+FAULTS = {
+    "no barrier behind the table": (ALONE, "decode.cuh", "    __syncthreads();  // table and barriers are ready\n", ""),
+    "no wait for weights": (ALONE, "decode.cuh", "                    w.wait(stage, parity);\n", ""),
+    "no barrier before sums": (ALONE, "decode.cuh", "BATCH == 1) {\n            __syncthreads();", "BATCH == 1) {"),
+    "a slice of k is not added": (
+        ALONE,
+        "decode.cuh",
+        "kw = 1; kw < K_WARPS; ++kw) sum +=",
+        "kw = 2; kw < K_WARPS; ++kw) sum +=",
+    ),
+    "slices of k overlap": (
+        ALONE,
+        "decode.cuh",
+        "first_unit = units * k_warp / K_WARPS;",
+        "first_unit = (units * k_warp - 1) / K_WARPS;",
+    ),
+    "no wait for the cluster": (CLUSTERED, "decode.cuh", "if (!COUNTED_SUMS || step == 0) cluster_wait();", ""),
+    "no wait for sums": (CLUSTERED, "decode.cuh", "            barrier_wait(sums_barrier, 0);\n", ";\n"),
+    "too few bytes expected": (CLUSTERED, "decode.cuh", "ROW_WARPS * 64 * M * 4);", "ROW_WARPS * 64 * M * 4 - 16);"),
+    "a wrong entry of the table": (
+        CLUSTERED,
+        "decode.cuh",
+        "table[(i << BITS) + code]",
+        "table[(i << BITS) + code - (code == 5)]",
+    ),
+    "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, monkeypatch) -> None:
+    chosen, file, old, new = FAULTS[fault]
+    sources = jit.sources()
+    assert old in sources[file]
+    monkeypatch.setattr(jit, "sources", lambda: {**sources, file: sources[file].replace(old, new)})
+    monkeypatch.setattr(device, "_kernel", cache(device._kernel.__wrapped__))
+    found = []
+    for schedule in SCHEDULES:
+        with emulated(sms=4, schedule=schedule):
+            weight = testing.random_weight(parse("lut4_g64"), 100, 1024).to_layout(KERNEL.layout)
+            plan = decode.Plan(weight, chosen)
+            run = lambda x, _, bias, out, plan=plan: plan(x, bias, out)  # noqa: E731
+            try:
+                found.append(testing.check_product(run, inputs(8, 1024), weight, None, False))
+            except EmulationError as error:
+                found.append(error)
+    assert any(found), fault
