@@ -1,7 +1,7 @@
 """Instructions per weight of the ARM kernels, and what a pipeline model makes of them. Nothing is run.
 
 `python -m fdk.bench.instructions [--output FILE]` cross-compiles the units as an installation does, finds the innermost
-loop of the direct kernels in the disassembly and counts it; llvm-mca models its cycles. It needs g++-aarch64-linux-gnu
+loop of each kernel in the disassembly and counts it; llvm-mca models its cycles. It needs g++-aarch64-linux-gnu
 (or $FDK_AARCH64_CXX) and its binutils, and for the model an llvm-mca that knows the cores ($LLVM_MCA, else llvm-mca-19
 or llvm-mca).
 
@@ -30,7 +30,8 @@ from fdk.kernels.cpu import build
 
 @dataclass(frozen=True)
 class Unit:
-    """A compiled unit: its instruction set, its path, its multiplication and how many weights that takes."""
+    """A compiled unit: its instruction set, its path, its multiplication and how many weights that takes; the widths of
+    which one row of x takes sums that NEON looks up by nibbles."""
 
     isa: str
     source: str
@@ -38,12 +39,13 @@ class Unit:
     path: str
     multiplication: str
     weights: int
+    nibbles: tuple[int, ...] = ()
 
 
 UNITS = (
-    Unit("neon", "arm_neon.cpp", "", "NeonPath<{anon}NeonUpper>", "fmla", 4),
-    Unit("neonbf16", "arm_bf16.cpp", "", "ArmDotPath<{anon}NeonDot>", "bfdot", 8),
-    Unit("sve128", "arm_sve.cpp", "-msve-vector-bits=128", "ArmDotPath<{anon}Sve>", "bfdot", 8),
+    Unit("neon", "arm_neon.cpp", "", "NeonPath<{anon}NeonUpper>", "fmla", 4, (1, 2)),
+    Unit("neonbf16", "arm_bf16.cpp", "", "ArmDotPath<{anon}NeonDot>", "bfdot", 8, (1,)),
+    Unit("sve128", "arm_sve.cpp", "-msve-vector-bits=128", "ArmDotPath<{anon}Sve>", "bfdot", 8, (1,)),
     Unit("sve256", "arm_sve.cpp", "-msve-vector-bits=256", "ArmDotPath<{anon}Sve>", "bfdot", 16),
     Unit("sve512", "arm_sve.cpp", "-msve-vector-bits=512", "ArmDotPath<{anon}Sve>", "bfdot", 32),
 )
@@ -100,19 +102,28 @@ def modelled_cycles(loop: list[str], core: str, model: str) -> float:
 
 def rows(compiler: list[str], model: str | None):
     """A flat record for every instruction set, width and number of rows of x, and for every core that has it."""
+    here = "(anonymous namespace)::"
+    neon = None
     for unit in UNITS:
         with tempfile.TemporaryDirectory(prefix="fdk-count-") as folder:
             text = disassemble(unit, compiler, Path(folder))
-        path = unit.path.format(anon="(anonymous namespace)::")
+        neon = neon or text
         for bits in range(1, 9):
             for m in (1, 4, 8) if bits <= 6 else (1,):
-                name = f"(anonymous namespace)::Block<(anonymous namespace)::{path}, {bits}, {m}, false>::run("
-                loop = inner_loop(text, name, unit.multiplication)
-                count = sum(line.startswith(unit.multiplication) for line in loop)
-                weights = count * unit.weights / m
+                if m == 1 and bits in unit.nibbles:
+                    # An addition serves four rows and the codes of a nibble.
+                    operation, weights, kernel = "fadd", 4 * 4 // bits, "nibbles"
+                    loop = inner_loop(neon, f"{here}Nibbles<{here}Neon, {bits}>::run(", operation)
+                else:
+                    operation, weights, kernel = unit.multiplication, unit.weights / m, "direct"
+                    path = unit.path.format(anon=here)
+                    loop = inner_loop(text, f"{here}Block<{here}{path}, {bits}, {m}, false>::run(", operation)
+                count = sum(line.startswith(operation) for line in loop)
+                weights *= count
                 entry = {
-                    "test": "instructions", "isa": unit.isa, "bits": bits, "m": m, "loop_instructions": len(loop),
-                    "loop_multiplications": count, "loop_weights": weights,
+                    "test": "instructions", "isa": unit.isa, "bits": bits, "m": m, "kernel": kernel,
+                    "loop_instructions": len(loop), "operation": operation, "loop_operations": count,
+                    "loop_weights": weights,
                     "stack_accesses": sum("[sp" in line or "[x29" in line for line in loop),
                     "instructions_per_weight": round(len(loop) / weights, 4),
                 }  # fmt: skip

@@ -49,14 +49,27 @@ def test_unit_activations_give_the_weight_rounded_once(isa, fmt: Format, dtype: 
             assert torch.equal(multiply(isa, unit[7 : 7 + m].contiguous(), weight), dense[:, 7 : 7 + m].T), m
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_one_row_of_many_blocks(isa, bits: int) -> None:
+def test_one_row_of_many_blocks(isa, bits: int, dtype: torch.dtype) -> None:
     """Enough blocks, and k, for the paths that only pay on larger weights; several tables; an odd last block."""
-    for fmt, tables in ((f"lut{bits}_g64", 1), (f"lut{bits}_g64", 3), (f"uint{bits}_g128", 1), (f"lut{bits}_chan", 2)):
-        weight = testing.random_weight(parse(fmt), 397, 1152, seed=bits, tables=tables).to_layout(KERNEL.layout)
-        x = torch.randn(1, 1152, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    cases = (
+        (f"lut{bits}_g64", 1, 1152),
+        (f"lut{bits}_g64", 3, 1152),
+        (f"uint{bits}_g128", 1, 1152),
+        (f"lut{bits}_chan", 2, 1111),
+    )
+    for fmt, tables, k in cases:
+        weight = testing.random_weight(parse(fmt), 797, k, dtype, seed=bits, tables=tables)
+        dense = reference.dequantise(weight)
+        weight = weight.to_layout(KERNEL.layout)
+        x = torch.randn(1, k, generator=torch.Generator().manual_seed(bits)).to(dtype)
         wrong = testing.check_product(isa.linear, x, weight, None, False)
         assert wrong is None, f"{isa} {fmt}: {wrong}"
+        for column in range(0, k, 37):
+            unit = torch.zeros(1, k, dtype=dtype)
+            unit[0, column] = 1
+            assert torch.equal(multiply(isa, unit, weight)[0], dense[:, column]), f"{isa} {fmt}: column {column}"
 
 
 @pytest.mark.parametrize("m", [9, 12, 13, 20, 23, 33, 45, 128, 129, 200, 385, 513, 520])
@@ -94,7 +107,9 @@ def test_many_rows_multiply_the_weight_rounded_once(isa, name: str) -> None:
 def random_case(seed: int) -> tuple[QuantisedWeight, torch.Tensor, torch.Tensor | None, str]:
     rng = random.Random(seed)
     fmt = rng.choice(all_formats((rng.choice((None, 16, 32, 48, 64, 80, 128, 256)),)))
-    n, m = rng.randint(1, 90), rng.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 130, 260))
+    m = rng.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 130, 260))
+    # One row of many blocks has a path of its own.
+    n = rng.randint(256, 900) if m == 1 and rng.random() < 0.5 else rng.randint(1, 90)
     k = fmt.k_multiple * rng.randint(1, 600 if fmt.k_multiple == 1 else 6)
     dtype = rng.choice(DTYPES)
     weight = testing.random_weight(fmt, n, k, dtype, seed, tables=rng.randint(1, 4), float_zeros=rng.random() < 0.5)

@@ -45,6 +45,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     if (w.storage == FDK_NESTED_PLANES) return nested_linear<UpperPath>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS)
         return run_panels<UpperPath>(*job, block0, block1, workspace, tiles, upper(w) ? nullptr : expand);
+    if (job->plan->algorithm == FDK_NIBBLES)
+        return (w.bits == 1 ? Nibbles<Neon, 1>::run : Nibbles<Neon, 2>::run)(*job, block0, block1, (float*)workspace);
     DirectFn direct[9];
     for (int i = 0; i < 9; i++)
         direct[i] = DirectFn{upper(w) ? by_width[i][w.split][w.bits] : all_bytes[w.split][w.bits], tiles[i].write};
@@ -55,6 +57,7 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     const bool never = w->storage == FDK_SPARSE || Panels<UpperPath>::subtracts(*w);
     const int64_t direct = never ? 0 : w->split || w->storage == FDK_NESTED_PLANES || w->bits > 6 || !upper(*w) ? 1 : 8;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
+    if (m == 1 && direct && (Nibbles<Neon, 1>::plan(*w, plan) || Nibbles<Neon, 2>::plan(*w, plan))) return;
     if (m > direct) return plan_panels<UpperPath>(*w, m, 12, plan);
     const int32_t width = m <= 2 ? (int32_t)m : m <= 4 ? 4 : 8;
     plan->rows = m;

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "nibbles.h"
 
 namespace {
 
@@ -135,6 +136,16 @@ struct Avx512 {
     }
     static FDK_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
+    // Tables of nibbles.h; consecutive ones add into different sums.
+    static FDK_INLINE void keep_table(float* table, const vf (&sum)[1]) { _mm512_store_ps(table, sum[0]); }
+    static FDK_INLINE void add_nibbles(const uint8_t* line, const float* tables, vf (&acc)[4]) {
+        const vi codes = load(line);
+        unroll<0, 8>([&](auto n) FDK_LAMBDA {
+            constexpr int N = decltype(n)::value;
+            acc[N % 4] = add(acc[N % 4], _mm512_permutexvar_ps(shr<4 * N>(codes), _mm512_load_ps(tables + 16 * N)));
+        });
+    }
+
     // 16 x 16 dwords, rows become columns.
     static FDK_INLINE void transpose(vi (&v)[16]) {
         vi t[16];
@@ -195,100 +206,5 @@ struct Avx512 {
 };
 
 typedef FloatPath<Avx512> Avx512Path;
-
-// 1 bit, one row of x: four codes select one of 16 precomputed sums of four values times x, so one look-up and one
-// addition replace four multiply-adds. nibbles :: [ranges][k_padded / 32][8][16] float32; in a unit, entry half * 4 + j
-// serves bits 4j .. 4j + 3 of that half.
-struct Nibbles {
-    static bool plan(const fdk_weight& w, fdk_plan* plan) {
-        // A thread's tables take it about as long as four blocks; each range of rows needs its own.
-        if (w.bits != 1 || w.storage != FDK_PLAIN || w.split || w.blocks < 16 * w.ranges_count) return false;
-        plan->algorithm = FDK_NIBBLES;
-        plan->workspace = w.ranges_count * w.k_padded * 4 * (int64_t)sizeof(float);
-        return true;
-    }
-
-    static void prepare(const fdk_weight& w, const uint8_t* x, float* nibbles) {
-        for (int64_t r = 0; r < w.ranges_count; r++) {
-            __m512 value[4];
-            for (int b = 0; b < 4; b++) {
-                __mmask16 set = 0;
-                for (int c = 0; c < 16; c++) set |= (__mmask16)((c >> b & 1) << c);
-                value[b] = _mm512_mask_blend_ps(set, _mm512_set1_ps(w.ranges[r].value[0]), _mm512_set1_ps(w.ranges[r].value[1]));
-            }
-            for (int64_t k = 0; k < w.k_padded; k += FDK_UNIT) {
-                float xs[FDK_UNIT];
-                for (int c = 0; c < FDK_UNIT; c += 16) {
-                    const int64_t left = w.k - k - c;
-                    const int lanes = left < 0 ? 0 : left < 16 ? (int)left : 16;
-                    _mm512_storeu_ps(xs + c, Avx512::floats_partial(x + (k + c) * w.scale_bytes, w.dtype, lanes));
-                }
-                for (int n = 0; n < 8; n++, nibbles += 16) {
-                    const float* p = xs + 8 * (n % 4) + n / 4;
-                    __m512 sum = _mm512_mul_ps(value[0], _mm512_set1_ps(p[0]));
-                    for (int b = 1; b < 4; b++) sum = _mm512_fmadd_ps(value[b], _mm512_set1_ps(p[2 * b]), sum);
-                    _mm512_store_ps(nibbles, sum);
-                }
-            }
-        }
-    }
-
-    // Tables of 64 bytes for every 4 k do not fit the first-level cache, so BATCH blocks share a stretch of k whose
-    // tables do.
-    static constexpr int64_t TABLE_BYTES = 16 << 10;
-
-    // Every thread makes its own tables: fetching them from another core takes longer.
-    static void run(const fdk_job& job, int64_t block0, int64_t block1, float* nibbles) {
-        const fdk_weight& w = *job.w;
-        prepare(w, (const uint8_t*)job.tiles[0].x, nibbles);
-        const int64_t fit = TABLE_BYTES / (w.units * 512), step = fit < 1 ? 1 : fit;
-        for_batches(job, block0, block1, BATCH, [&](Call* calls, int64_t count) {
-            __m512 totals[BATCH];
-            for (int64_t b = 0; b < count; b++) {
-                set_tile(calls[b], job, 0);
-                totals[b] = _mm512_setzero_ps();
-            }
-            for (int64_t s = 0; s < w.supers; s += step) {
-                const int64_t end = s + step < w.supers ? s + step : w.supers;
-                for (int64_t b = 0; b < count; b++) {
-                    // What is read next: the same stretch of the next block, the next stretch of the first, or the
-                    // start of the next batch.
-                    const uint8_t* next = b + 1 < count      ? calls[b + 1].block + s * w.super_bytes
-                                          : end < w.supers ? calls[0].block + end * w.super_bytes
-                                                           : calls[b].block + w.block_bytes;
-                    stretch(calls[b], nibbles, s, end, next - (calls[b].block + s * w.super_bytes), totals[b]);
-                }
-            }
-            for (int64_t b = 0; b < count; b++) finish<Avx512, 1>(calls[b], &totals[b]);
-        });
-    }
-
-    static FDK_INLINE void stretch(const Call& call, const float* nibbles, int64_t first, int64_t end, int64_t ahead,
-                                   __m512& total) {
-        const fdk_weight& w = *call.w;
-        const float* t = nibbles + call.range_index * w.k_padded * 4 + first * w.units * 128;
-        const float* sums = call.tile->sums ? call.tile->sums + first : nullptr;
-        const int64_t scales_size = FDK_ROWS * w.scale_bytes, zeros_size = FDK_ROWS * w.zero_bytes;
-        const uint8_t* super = call.block + first * w.super_bytes;
-        for (int64_t s = first; s < end; s++, super += w.super_bytes) {
-            const uint8_t* zeros = zeros_size ? super + scales_size : nullptr;
-            const uint8_t* unit = super + scales_size + zeros_size;
-            __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            _mm_prefetch((const char*)super + ahead, _MM_HINT_T0);
-            for (int64_t u = 0; u < w.units; u++, unit += 64, t += 128) {
-                const __m512i codes = _mm512_loadu_si512(unit);
-                _mm_prefetch((const char*)unit + ahead, _MM_HINT_T0);
-                unroll<0, 8>([&](auto n) FDK_LAMBDA {
-                    constexpr int N = decltype(n)::value;
-                    const __m512 value = _mm512_permutexvar_ps(Avx512::shr<4 * N>(codes), _mm512_load_ps(t + 16 * N));
-                    acc[N % 4] = _mm512_add_ps(acc[N % 4], value);
-                });
-            }
-            acc[0] = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
-            apply_scale<Avx512, 1>(w, super, zeros, sums, 0, acc, &total);
-            if (sums) sums++;
-        }
-    }
-};
 
 }  // namespace

@@ -76,14 +76,15 @@ struct ArmDotPath : PlainPath {
     }
 };
 
-// What the units of bf16 instructions share: weights whose values those do not take exactly go to NEON.
+// What the units of bf16 instructions share: weights whose values those do not take exactly go to NEON, and one row at 1 bit,
+// where sums looked up by nibbles take fewer instructions unless vectors are longer.
 template <class I>
 struct ArmDot {
     typedef ArmDotPath<I> Path;
 
     static void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
         const fdk_weight& w = *job->w;
-        if (!w.bf16_exact) return fdk_ops_neon()->linear(job, block0, block1, workspace);
+        if (!w.bf16_exact || job->plan->algorithm == FDK_NIBBLES) return fdk_ops_neon()->linear(job, block0, block1, workspace);
         static const BlockFn by_width[9][2][9] = {
             {{nullptr}, {nullptr}},
             {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)},
@@ -109,6 +110,8 @@ struct ArmDot {
 
     static void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
         if (!w->bf16_exact) return fdk_ops_neon()->plan(w, m, plan);
+        *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
+        if (m == 1 && I::W == Neon::W && Nibbles<Neon, 1>::plan(*w, plan)) return;
         const int64_t direct = w->storage == FDK_SPARSE ? 0 : w->split || w->storage == FDK_NESTED_PLANES || w->bits > 6 ? 1 : 8;
         const int32_t width = m <= 2 ? (int32_t)m : m <= 4 ? 4 : 8;
         *plan = fdk_plan{m, 0, 1, width, width, FDK_DIRECT, 1};

@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include "bytes.h"
+#include "nibbles.h"
 
 namespace {
 
@@ -114,6 +115,33 @@ struct Neon {
         memcpy(p, &h, 2 * (lanes < W ? lanes : W));
     }
     static FDK_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+
+    // Tables of nibbles.h: four times the same byte of 16 sums, because that is what an instruction looks up; the bytes that
+    // it finds for 16 rows are put together.
+    static FDK_INLINE void keep_table(float* table, const vf (&sum)[4]) {
+        for (int i = 0; i < 4; i++) keep(table + 4 * i, sum[i]);
+        const uint8x16x4_t bytes = vld4q_u8((const uint8_t*)table);
+        for (int i = 0; i < 4; i++) vst1q_u8((uint8_t*)(table + 4 * i), bytes.val[i]);
+    }
+    static FDK_INLINE void add_nibbles(const uint8_t* line, const float* tables, vf (&acc)[4]) {
+        const uint8x16x4_t codes = vld4q_u8(line);
+        unroll<0, 8>([&](auto n) FDK_LAMBDA {
+            constexpr int N = decltype(n)::value;
+            const uint8x16_t byte = codes.val[N / 2], index = N % 2 ? vshrq_n_u8(byte, 4) : vandq_u8(byte, vdupq_n_u8(15));
+            const uint8x16x4_t t = vld1q_u8_x4((const uint8_t*)(tables + 16 * N));
+            const uint8x16_t b0 = vqtbl1q_u8(t.val[0], index), b1 = vqtbl1q_u8(t.val[1], index);
+            const uint8x16_t b2 = vqtbl1q_u8(t.val[2], index), b3 = vqtbl1q_u8(t.val[3], index);
+            const uint16x8_t low[2] = {vreinterpretq_u16_u8(vzip1q_u8(b0, b1)), vreinterpretq_u16_u8(vzip2q_u8(b0, b1))};
+            const uint16x8_t high[2] = {vreinterpretq_u16_u8(vzip1q_u8(b2, b3)), vreinterpretq_u16_u8(vzip2q_u8(b2, b3))};
+            unroll<0, 2>([&](auto i) FDK_LAMBDA {
+                constexpr int J = decltype(i)::value;
+                acc[2 * J] = add(acc[2 * J], vreinterpretq_f32_u16(vzip1q_u16(low[J], high[J])));
+                acc[2 * J + 1] = add(acc[2 * J + 1], vreinterpretq_f32_u16(vzip2q_u16(low[J], high[J])));
+            });
+            // Or compilers would mix all nibbles and put what they looked up onto the stack.
+            if constexpr (N % 2) __asm__("" : "+w"(acc[0]), "+w"(acc[1]), "+w"(acc[2]), "+w"(acc[3]));
+        });
+    }
     typedef PlainPanel<Neon> Panel;
 };
 

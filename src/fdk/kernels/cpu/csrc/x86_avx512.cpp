@@ -19,7 +19,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     if (job->w->storage == FDK_SPARSE) return sparse_linear<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
-    if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
+    if (job->plan->algorithm == FDK_NIBBLES) return Nibbles<Avx512, 1>::run(*job, block0, block1, (float*)workspace);
     DirectFn direct[9];
     for (int i = 0; i < 9; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
     run_direct(*job, block0, block1, workspace, direct);
@@ -31,7 +31,7 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     const bool one = w->split || w->storage == FDK_NESTED_PLANES;
     const int64_t direct = never ? 0 : one ? 1 : w->bits <= 4 ? m : 4;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
-    if (m == 1 && direct && Nibbles::plan(*w, plan)) return;
+    if (m == 1 && direct && Nibbles<Avx512, 1>::plan(*w, plan)) return;
     if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);
     plan->rows = rows_of_chunk(m, 32 * 8);
     cut_evenly(8, plan);

@@ -141,7 +141,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         return ScaledPanels<DotPath>::run(*job, block0, block1, workspace, scaled);
     }
     if (job->plan->algorithm == FDK_PANELS) return run_panels<DotPath>(*job, block0, block1, workspace, tiles);
-    if (job->plan->algorithm == FDK_NIBBLES) return Nibbles::run(*job, block0, block1, (float*)workspace);
+    if (job->plan->algorithm == FDK_NIBBLES) return Nibbles<Avx512, 1>::run(*job, block0, block1, (float*)workspace);
     DirectFn direct[13];
     for (int i = 0; i < 13; i++) direct[i] = DirectFn{by_width[i][job->w->split][job->w->bits], tiles[i].write};
     run_direct(*job, block0, block1, workspace, direct);
@@ -154,7 +154,7 @@ void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     if (w->storage == FDK_SPARSE && m <= SparseRows::FEW) return SparseRows::plan(m, plan);
     const int64_t direct = w->split || w->storage != FDK_PLAIN ? 1 : w->bits <= 6 ? m : 32;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 1};
-    if (m == 1 && Nibbles::plan(*w, plan)) return;
+    if (m == 1 && Nibbles<Avx512, 1>::plan(*w, plan)) return;
     if (w->storage == FDK_PLAIN && m > FDK_EXACT_ROWS) {
         plan_panels<DotPath>(*w, m, 12, plan);
         if (plan->rows > FDK_EXACT_ROWS) plan->algorithm = FDK_SCALED_PANELS;
