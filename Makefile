@@ -32,10 +32,12 @@ check: lint
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 test-arm: export FDK_TEST_EMULATED = 1
+test-arm: export FDK_TEST_FETCH = 1
 test-arm: export FDK_FUZZ_CASES ?= 2000
 test-arm: export FDK_TEST_SUMMARY ?= out
 test-arm: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q tests/kernels/cpu/test_kernels.py -k "cortex or neoverse or max or sve"
+	@$(BIN)/python -m pytest -q tests/kernels/cpu/test_arm.py tests/kernels/cpu/test_kernels.py \
+	    -k "test_arm or cortex or neoverse or max or sve"
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check --quiet .

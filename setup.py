@@ -59,6 +59,8 @@ class BuildWithLibrary(build_py):
                 self.library().unlink(missing_ok=True)
                 cpu_build.build(self.library(), cpu_build.find_compiler(MACHINE), MACHINE)
         except cpu_build.BuildError as error:
+            if MACHINE:
+                raise SystemExit(f"fdk: no library for {MACHINE}: {error}") from None
             print(f"fdk: installing without the compiled CPU kernels: {error}")
             print("fdk: at run time they are built if a compiler is found then; otherwise plain torch is used")
 

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -83,10 +84,13 @@ def why_not_emulated() -> str | None:
 
 @cache
 def driver() -> Path:
-    """The kernels for aarch64 with driver.cpp, built once for these sources."""
+    """The kernels for aarch64 with driver.cpp, built once for these sources; beside it the library for aarch64."""
     key = build.cache_key([*cross_compiler()], DRIVER)
     target = build.cache_directory() / f"aarch64-{key}" / "driver"
-    return target if target.exists() else build.build_program(DRIVER, target, cross_compiler(), "aarch64")
+    shared = target.with_name(build.LIBRARY.name)
+    if not (target.exists() and shared.exists()):
+        build.build_program(DRIVER, target, cross_compiler(), "aarch64", library=shared)
+    return target
 
 
 class Emulated:
@@ -161,6 +165,32 @@ def driver_path() -> Path:
     if why_not_emulated():
         pytest.skip(why_not_emulated())
     return driver()
+
+
+@pytest.fixture
+def run_python(driver_path):
+    """Output of a Python for aarch64: run_python(processor of qemu, script, arguments...).
+
+    FDK_TEST_FETCH=1 (`make test-arm`, .ci/run) fetches that Python; without it one that is in the cache is used.
+    """
+    root = build.cache_directory() / "aarch64-python"
+    if not root.exists():
+        script = Path(__file__).parent / "fetch_python.py"
+        if os.environ.get("FDK_TEST_FETCH") != "1":
+            pytest.skip(
+                f"no aarch64 Python in {root}; FDK_TEST_FETCH=1 or `python {script.name} {root}` fetches Debian's"
+            )
+        done = subprocess.run([sys.executable, script, root], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(done.stderr.strip())
+
+    def run(processor: str, *arguments) -> str:
+        command = [emulator(), "-cpu", processor, "-L", root, root / "usr" / "bin" / "python3", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture

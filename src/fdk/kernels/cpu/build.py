@@ -82,6 +82,18 @@ def find_compiler(machine: str | None = None) -> list[str] | None:
     return None
 
 
+def compiler_for(machine: str | None = None) -> list[str]:
+    """As `find_compiler`; BuildError that names the remedy where there is none."""
+    if found := find_compiler(machine):
+        return found
+    if not machine or machine == platform.machine():
+        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+    raise BuildError(
+        f"no compiler for {machine}; for aarch64 on Debian: apt-get install g++-aarch64-linux-gnu, or name one in "
+        "FDK_AARCH64_CXX"
+    )
+
+
 def units(machine: str | None = None) -> list[tuple[Path, tuple[str, ...]]]:
     """Sources with their flags for an architecture (default: this one)."""
     machine = machine or platform.machine()
@@ -119,42 +131,57 @@ def build(output: Path, compiler: list[str] | None = None, machine: str | None =
 
     Raises BuildError without a compiler, or with the compiler's messages if it fails.
     """
-    return _build(output, compiler, units(machine), LINK_FLAGS)
-
-
-def build_program(source: Path, output: Path, compiler: list[str] | None = None, machine: str | None = None) -> Path:
-    """Compile `source` with the kernels into a program that needs no shared library; as `build` otherwise."""
-    own = (source, (*FLAGS, "-O3", "-I", str(CSRC)))
-    return _build(output, compiler, [*units(machine), own], PROGRAM_LINK_FLAGS)
-
-
-def _build(output: Path, compiler: list[str] | None, sources, link_flags: tuple[str, ...]) -> Path:
-    compiler = compiler or find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
-    output = Path(output)
+    compiler = compiler or compiler_for(machine)
     with tempfile.TemporaryDirectory(prefix="fdk-build-") as folder:
-        running = []
-        for number, (source, flags) in enumerate(sources):
-            target = Path(folder) / f"{number}-{source.stem}.o"
-            command = [*compiler, *flags, "-c", str(source), "-o", str(target)]
-            running.append((command, target, _start(command)))
-        for command, _, process in running:
-            _finish(command, process)
-        built = Path(folder) / output.name
-        command = [*compiler, *(str(target) for _, target, _ in running), *link_flags, "-o", str(built)]
-        _finish(command, _start(command))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # The temporary folder may be on another file system: copy next to the target, then rename.
-        handle, staged = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
-        os.close(handle)
-        try:
-            shutil.copy(built, staged)
-            os.chmod(staged, 0o755)
-            os.replace(staged, output)
-        except BaseException:
-            Path(staged).unlink(missing_ok=True)
-            raise
+        return _link(compiler, _compile(compiler, units(machine), Path(folder)), LINK_FLAGS, Path(folder), Path(output))
+
+
+def build_program(
+    source: Path,
+    output: Path,
+    compiler: list[str] | None = None,
+    machine: str | None = None,
+    library: Path | None = None,
+) -> Path:
+    """Compile `source` with the kernels into a program that needs no shared library; as `build` otherwise. The kernels
+    are linked into `library` too if that is given.
+    """
+    compiler = compiler or compiler_for(machine)
+    own = (source, (*FLAGS, "-O3", "-I", str(CSRC)))
+    with tempfile.TemporaryDirectory(prefix="fdk-build-") as folder:
+        program, *kernels = _compile(compiler, [own, *units(machine)], Path(folder))
+        if library:
+            _link(compiler, kernels, LINK_FLAGS, Path(folder), Path(library))
+        return _link(compiler, [program, *kernels], PROGRAM_LINK_FLAGS, Path(folder), Path(output))
+
+
+def _compile(compiler: list[str], sources: list[tuple[Path, tuple[str, ...]]], folder: Path) -> list[str]:
+    """The objects of sources with their flags, compiled side by side."""
+    running = []
+    for number, (source, flags) in enumerate(sources):
+        target = str(folder / f"{number}-{source.stem}.o")
+        command = [*compiler, *flags, "-c", str(source), "-o", target]
+        running.append((command, target, _start(command)))
+    for command, _, process in running:
+        _finish(command, process)
+    return [target for _, target, _ in running]
+
+
+def _link(compiler: list[str], objects: list[str], flags: tuple[str, ...], folder: Path, output: Path) -> Path:
+    built = folder / output.name
+    command = [*compiler, *objects, *flags, "-o", str(built)]
+    _finish(command, _start(command))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # The temporary folder may be on another file system: copy next to the target, then rename.
+    handle, staged = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    os.close(handle)
+    try:
+        shutil.copy(built, staged)
+        os.chmod(staged, 0o755)
+        os.replace(staged, output)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
     return output
 
 
@@ -178,9 +205,7 @@ def cached_library() -> Path:
 
     A finished build is reused even where the cache is read-only. Raises BuildError if it cannot be built or kept.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found; install g++ or clang++, or set CXX")
+    compiler = compiler_for()
     try:
         target = cache_directory() / f"cpu-{cache_key(compiler)}" / LIBRARY.name
         return target if target.exists() else build(target, compiler)
