@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import time
@@ -74,27 +75,42 @@ def test_an_interrupted_run_leaves_whole_lines(program: Path, tmp_path: Path) ->
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_a_full_disk_leaves_whole_lines(program: Path, tmp_path: Path) -> None:
+    """A limit on the size of files, which cuts a write short as a full disk does."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    path = tmp_path / "native.jsonl"
+    done = subprocess.run([program, *SMALL, "--output", path], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and f"cannot write {path}: is the disk full?" in done.stderr
+    lines = path.read_text().splitlines()
+    assert lines and all(tuple(json.loads(line)) == records.FIELDS for line in lines)
+
+
 ADB = """#!/bin/sh
 echo "$@" >> {log}
 [ "$1" = -s ] && shift 2
 case "$1" in
-    devices) printf 'List of devices attached\\n{devices}\\n' ;;
+    devices) printf '* daemon started successfully\\nList of devices attached\\n{devices}\\n\\n' ;;
     push) {push} ;;
     shell) case "$2" in */bench*--output*) {run} ;; esac ;;
-    pull) cp {records} "$3" ;;
+    pull) {pull} ;;
 esac
 """
 
 
 @pytest.fixture
 def adb(tmp_path: Path, monkeypatch):
-    """adb(devices=..., push=..., run=...): a script in its place; returns the log of what it is asked."""
+    """adb(devices=..., push=..., run=..., pull=...): a script in its place; returns the log of what it is asked."""
 
-    def install(devices: str, push: str = "true", run: str = "true") -> Path:
+    def install(devices: str, push: str = "true", run: str = "true", pull: str = 'cp {records} "$3"') -> Path:
         log, script, fetched = tmp_path / "log", tmp_path / "bin" / "adb", tmp_path / "on-device.jsonl"
         fetched.write_text('{"test": "mv_lut"}\n')
         script.parent.mkdir()
-        script.write_text(ADB.format(log=log, devices=devices, push=push, run=run, records=fetched))
+        pull = pull.format(records=fetched)
+        script.write_text(ADB.format(log=log, devices=devices, push=push, run=run, pull=pull))
         script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
         monkeypatch.setattr(native, "binary", lambda machine: tmp_path / machine)
@@ -117,6 +133,19 @@ def test_records_of_a_run_that_fails_are_fetched(adb, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     assert native.main(["--adb", "--output", str(path)]) == 130
     assert path.exists()
+
+
+def test_no_space_here_is_not_taken_for_the_device_s(adb, tmp_path: Path, capsys) -> None:
+    adb("phone\\tdevice", pull="echo \"adb: error: cannot write 'out.jsonl': No space left on device\" >&2; exit 1")
+    assert native.main(["--adb", "--output", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "exit status 0, its records cannot be fetched" in said and native.FOLDER + ":" not in said
+
+
+@pytest.mark.parametrize("flags", [["--serial", "a"], ["--machine", "aarch64"]])
+def test_flags_that_need_another(capsys, flags: list[str]) -> None:
+    assert native.main(flags) == 2
+    assert "for --" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,21 +31,9 @@ class NativeError(Exception):
     """The benchmark cannot be built or run; the text names the remedy."""
 
 
-def compiler_for(machine: str) -> list[str]:
-    """The compiler for an architecture as a command; NativeError without one."""
-    if found := build.find_compiler(machine):
-        return found
-    if machine == platform.machine():
-        raise NativeError("no C++ compiler found; install g++ or clang++, or set CXX")
-    raise NativeError(
-        f"no compiler for {machine}; for aarch64 on Debian: apt-get install g++-aarch64-linux-gnu, or name one in "
-        "FDK_AARCH64_CXX"
-    )
-
-
 def binary(machine: str) -> Path:
     """The static binary for an architecture, built once for these sources."""
-    compiler = compiler_for(machine)
+    compiler = build.compiler_for(machine)
     target = build.cache_directory() / f"bench-{machine}-{build.cache_key(compiler, SOURCE)}" / "bench"
     if not target.exists():
         print(f"building {target} (a minute or two)", file=sys.stderr)
@@ -59,7 +47,7 @@ def _adb(serial: str | None, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     said = (done.stderr.strip() or done.stdout.strip()).replace("\n", "; ")
     if done.returncode:
-        if "No space left" in said:
+        if "No space left" in said and "pull" not in arguments:
             raise NativeError(
                 f"no space left on the device for {FOLDER}: delete something there, then run again ({said})"
             )
@@ -71,7 +59,8 @@ def device(serial: str | None) -> str:
     """The serial number of the one device to use; NativeError if there is none, or several to choose from."""
     if not shutil.which("adb"):
         raise NativeError("adb is not installed; on Debian: apt-get install adb")
-    lines = [line.split() for line in _adb(None, "devices").splitlines()[1:] if line.strip()]
+    # A line with a tab for each device; some versions speak of their daemon first.
+    lines = [line.split() for line in _adb(None, "devices").splitlines() if "\t" in line]
     ready = [line[0] for line in lines if line[1] == "device"]
     others = ", ".join(" ".join(line[:2]) for line in lines if line[1] != "device")
     if serial is not None:
@@ -102,7 +91,7 @@ def on_device(serial: str | None, flags: list[str], output: Path) -> int:
     try:
         _adb(serial, "pull", remote, str(output))
     except NativeError as error:
-        raise NativeError(f"the run left no records (exit status {status}): {error}") from None
+        raise NativeError(f"the run ended with exit status {status}, its records cannot be fetched: {error}") from None
     return status
 
 
@@ -126,9 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
         adb = "--adb" in flags
         if adb:
             flags.remove("--adb")
-        serial, wanted, machine = take("--serial"), take("--build-only"), take("--machine") or platform.machine()
+        serial, wanted, machine = take("--serial"), take("--build-only"), take("--machine")
+        if serial and not adb:
+            raise NativeError("--serial names a device for --adb")
+        if machine and not wanted:
+            raise NativeError("--machine names an architecture for --build-only")
         if wanted:
-            shutil.copy(binary(machine), wanted)
+            shutil.copy(binary(machine or platform.machine()), wanted)
             return 0
         output = take("--output")
         now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
@@ -141,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = on_device(serial, flags, path)
         else:
             try:
-                status = subprocess.run([str(binary(machine)), *flags, "--output", str(path)]).returncode
+                status = subprocess.run([str(binary(platform.machine())), *flags, "--output", str(path)]).returncode
             except KeyboardInterrupt:
                 status = 130
     except (NativeError, build.BuildError, OSError) as error:

@@ -1,6 +1,7 @@
 // The kernels measured without Python: memcpy, a sum, dense bf16 products, byte tables and table weights of every width.
 // One binary, linked statically, for any Linux and for Android. bench --help lists the flags. Every product is checked against
 // double precision before it is timed. Records are lines of JSON with the fields of fdk.bench; each is written whole.
+#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -128,7 +129,7 @@ struct Rates {
     double read, copy, peak, bf16[MOST];  // bytes and operations a second; seconds of the dense product by position in -m
 } rates;
 
-FILE* out;
+int out;
 char device[160], driver[96], date[40];
 const char* isa_name;
 
@@ -179,8 +180,13 @@ void write_record(const char* test, const char* provider, const char* format, co
         ratios, fraction, rates.read, rates.copy, rates.peak, (long long)s.threads, isa_name, quoted(device, a, sizeof a),
         quoted(driver, b, sizeof b), quoted(options.commit, c, sizeof c), *options.dirty ? options.dirty : "null", date, date,
         (int)getpid());
-    if ((int)fwrite(line, 1, size, out) != size || fflush(out)) fail("cannot write %s: is the disk full?", *options.output ? options.output : "to stdout");
-    if (out != stdout)
+    // At once, so that neither a signal nor a full disk leaves a part of a line.
+    const off_t before = lseek(out, 0, SEEK_END);
+    if (write(out, line, size) != size) {
+        if (before >= 0 && ftruncate(out, before)) {}
+        fail("cannot write %s: is the disk full?", *options.output ? options.output : "to stdout");
+    }
+    if (out != STDOUT_FILENO)
         fprintf(stderr, "%-10s %-10s m=%-4lld %lldx%lld threads=%lld  %10.1f us  %7.2f GB/s%s%s\n", test, format, (long long)s.m,
                 (long long)s.n, (long long)s.k, (long long)s.threads, 1e6 * t.p50, bytes / t.p50 / 1e9, reason ? "  WRONG: " : "",
                 reason ? reason : "");
@@ -512,8 +518,8 @@ int main(int argc, char** argv) {
     fdk_use_isa(isa);
     isa_name = ISA_NAMES[isa];
     name_machine();
-    out = *options.output ? fopen(options.output, "a") : stdout;
-    if (!out) fail("cannot write %s", options.output);
+    out = *options.output ? open(options.output, O_WRONLY | O_CREAT | O_APPEND, 0666) : STDOUT_FILENO;
+    if (out < 0) fail("cannot write %s", options.output);
     signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
     fdk_use_openmp((void*)parallel, (void*)thread_num, (void*)num_threads);
     unsigned most = 1;
