@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -16,11 +17,14 @@ def test_it_records_what_it_prints(tmp_path, monkeypatch, capsys) -> None:
     assert host.main(["-n", "64", "-k", "128", "--rounds", "2", "--output-dir", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("bench-host-*.jsonl")
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    first, *rest = entries
-    assert first["test"] == "overhead"
-    if first["status"] == "ok":
-        assert first["module_p50"] > first["kernel_p50"] > 0
-        assert first["added_p20"] <= first["added_p50"] <= first["added_p80"]
+    layers = [entry for entry in entries if entry["test"] == "overhead"]
+    rest = entries[len(layers) :]
+    assert [entry["through"] for entry in layers] == ["module", "vllm"][: 1 + bool(find_spec("vllm"))]
+    for entry in layers:
+        if entry["status"] == "ok":
+            assert entry["module_p50"] > entry["kernel_p50"] > 0
+            assert entry["added_p20"] <= entry["added_p50"] <= entry["added_p80"]
+    first = entries[0]
     assert [(entry["format"], entry["codebook"]) for entry in rest] == list(host.QUANTISED)
     for entry in rest:
         assert entry["weights_per_second"] == pytest.approx(64 * 128 / entry["time_p50"])

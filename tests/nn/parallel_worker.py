@@ -1,11 +1,12 @@
 """One process of the tensor-parallel tests: builds the same weights as every other, compares its part with the whole.
 
-python parallel_worker.py STORE RANK WORLD BACKEND
+python parallel_worker.py STORE RANK WORLD gloo|nccl|fails
 """
 
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import fdk
 from fdk import reference, testing
 from fdk.nn import ColumnParallelLinear, Linear, RowParallelLinear
 
+# How long a process waits for the others, which may be compiling kernels.
+LIMIT = timedelta(seconds=240)
 FORMATS = (
     "lut4_g32", "lut3_chan", "int4_g32", "uint4_g32", "nf4_g32", "nest8s4_g32", "trunc8s3_g32", "lut4_g32_sp16of32"
 )  # fmt: skip
@@ -52,7 +55,9 @@ def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
     assert error < limit, f"{name}: gradient off by {error:.2e} on rank {column.rank}, limit {limit:.2e}"
 
 
-def refuse_what_does_not_divide() -> None:
+def refuse_what_does_not_divide(world: int) -> None:
+    if world == 1:
+        return
     layer = Linear(testing.random_weight(fdk.parse("lut4_g64"), 6, 64))
     try:
         RowParallelLinear.from_linear(layer, name="o_proj")
@@ -64,14 +69,23 @@ def refuse_what_does_not_divide() -> None:
 
 def main() -> None:
     store, rank, world, backend = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    if backend == "fails":
+        # One process ends with an error while the other waits for it.
+        backend = "gloo"
+        if rank == 0:
+            raise SystemExit("rank 0 fails")
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=LIMIT,
+        device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
     for name in FORMATS:
-        for dtype in (torch.bfloat16, torch.float16) if backend == "nccl" else (torch.float32, torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float16, *([torch.float32] if device.type == "cpu" else [])):
+            print(name, dtype, flush=True)
             check(name, device, dtype)
-    refuse_what_does_not_divide()
+    refuse_what_does_not_divide(world)
     dist.destroy_process_group()
     print("ok")
 

@@ -1,9 +1,10 @@
-"""Tensor-parallel layers on two processes: gloo on the CPU, NCCL on two GPUs."""
+"""Tensor-parallel layers on one process and on two: gloo on the CPU, NCCL on GPUs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,29 +17,55 @@ from fdk.nn import ColumnParallelLinear, Linear
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
-def run_processes(tmp_path: Path, backend: str, world: int = 2) -> None:
-    arguments = [sys.executable, str(WORKER), str(tmp_path / "store")]
-    workers = [
-        subprocess.Popen(
-            [*arguments, str(rank), str(world), backend], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(world)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0 and output.strip().endswith("ok"), output
+def run_processes(folder: Path, backend: str, world: int, seconds: float = 300) -> None:
+    """Run `world` workers; AssertionError, with what each said, unless all end well in time. None outlives this."""
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    workers = []
+    try:
+        for rank, log in enumerate(logs):
+            arguments = [sys.executable, str(WORKER), str(folder / "store"), str(rank), str(world), backend]
+            with log.open("w") as file:
+                workers.append(subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT))
+        end = time.monotonic() + seconds
+        # A worker whose peer has failed would wait for it until its collective times out.
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < end:
+            if any(worker.poll() for worker in workers):
+                break
+            time.sleep(0.05)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    told = "\n".join(
+        f"rank {rank}, exit status {worker.returncode}:\n{log.read_text(errors='replace')}"
+        for rank, (worker, log) in enumerate(zip(workers, logs, strict=True))
+    )
+    assert all(worker.returncode == 0 for worker in workers), told
+    assert all("ok" in log.read_text().splitlines() for log in logs), told
 
 
 @pytest.mark.slow
-def test_two_processes_with_gloo(tmp_path) -> None:
-    run_processes(tmp_path, "gloo")
+@pytest.mark.parametrize("world", [1, 2])
+def test_processes_with_gloo(tmp_path, world) -> None:
+    run_processes(tmp_path, "gloo", world)
 
 
 @pytest.mark.gpu
-def test_two_gpus_with_nccl(tmp_path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs two GPUs, torch sees {torch.cuda.device_count()}")
-    run_processes(tmp_path, "nccl")
+@pytest.mark.parametrize("world", [1, 2])
+def test_gpus_with_nccl(tmp_path, world) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, torch sees {torch.cuda.device_count()}")
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("torch was built without NCCL")
+    run_processes(tmp_path, "nccl", world)
+
+
+def test_a_process_that_fails_is_shown_and_ends_the_others(tmp_path) -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1, exit status -9") as failure:
+        run_processes(tmp_path, "fails", 2)
+    assert "rank 0, exit status 1" in str(failure.value) and "rank 0 fails" in str(failure.value)
+    assert time.monotonic() - start < 60
 
 
 def test_without_a_process_group_the_error_says_what_to_call() -> None:
