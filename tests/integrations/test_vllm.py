@@ -149,7 +149,7 @@ def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True, **
     )
     run = subprocess.run(
         [sys.executable, str(WORKER), str(job), str(result)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "2"} | environment,
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
     output = run.stdout + run.stderr
     assert (run.returncode == 0) == succeeds, output[-6000:]
@@ -365,12 +365,6 @@ BAD = {
         {"format": "lut4_g32", "dtype": "float16"}, {}, EAGER | {"dtype": "bfloat16"},
         "float16, but the model runs in bfloat16, which would round it; serve it with --dtype float16",
     ),
-    "a width that nested codes do not have": (
-        {"format": "nest8_g32"}, {}, EAGER | {"additional_config": {"fdk": {"precision": 9}}}, "slice of 9 bits"
-    ),
-    "a setting that does not exist": (
-        {"format": "lut4_g32"}, {}, EAGER | {"additional_config": {"fdk": {"precison": 4}}}, "unknown key 'precison'"
-    ),
 }  # fmt: skip
 
 
@@ -386,6 +380,23 @@ def test_bad_input_is_named(workshop, tmp_path, case) -> None:
         (folder / "config.json").write_text(json.dumps(stored))
     output = serve(tmp_path, folder, options, succeeds=False)
     assert re.search(message, output), output[-4000:]
+
+
+def test_a_table_that_a_projection_lacks_is_named(workshop, tmp_path) -> None:
+    _, dense = workshop("plain", llama)
+    folder, lost = tmp_path / "folder", "model.layers.0.self_attn.k_proj.table"
+    quantise_folder(dense, folder, "lut4_g32", dtype=torch.float32)
+    files = TensorFiles(folder)
+    kept = {name: files.get(name) for name in files if name != lost}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    output = serve(tmp_path, folder, EAGER, succeeds=False)
+    assert f"the checkpoint has no tensor {lost}; copy the whole folder again" in output, output[-4000:]
+
+
+def test_a_folder_of_another_method_is_refused(workshop, tmp_path) -> None:
+    folder, _ = workshop("stock", make_stock)
+    output = serve(tmp_path, folder, EAGER | {"quantization": "fdk"}, succeeds=False)
+    assert re.search(r"model config \(compressed-tensors\) does not match .* \(fdk\)", output), output[-4000:]
 
 
 @pytest.mark.parametrize("kind", ["stored", "quantised"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from fdk.errors import FormatError
+from fdk.formats import Format
 from fdk.models.config import read_overrides
 from fdk.nn import Linear
 
@@ -28,24 +29,29 @@ def set_precision(model: nn.Module, precision: int | Mapping[str, int] | str | P
         for name, module in model.named_modules()
         if isinstance(module, Linear) and module.weight.format.is_nested
     }
-    if not layers:
+    for name, bits in widths({name: layer.weight.format for name, layer in layers.items()}, precision).items():
+        layers[name].set_precision(bits)
+    return {name: layer.weight.format.served for name, layer in layers.items()}
+
+
+def widths(nested: Mapping[str, Format], precision: int | Mapping[str, int] | str | Path) -> dict[str, int]:
+    """The width that `precision` gives each of these layers that it concerns; FormatError as for `set_precision`."""
+    if not nested:
         raise FormatError("the model has no nested layer; quantise it to a nested format such as nest8_g128 first")
     if isinstance(precision, int):
-        chosen = dict.fromkeys(layers, precision)
+        chosen = dict.fromkeys(nested, precision)
     else:
-        widths = precision if isinstance(precision, Mapping) else read_overrides(precision)
+        asked = precision if isinstance(precision, Mapping) else read_overrides(precision)
         chosen = {}
-        for pattern, bits in widths.items():
-            found = [name for name in layers if re.search(pattern, name)]
+        for pattern, bits in asked.items():
+            found = [name for name in nested if re.search(pattern, name)]
             if not found:
-                some = ", ".join(list(layers)[:3]) + (", ..." if len(layers) > 3 else "")
+                some = ", ".join(list(nested)[:3]) + (", ..." if len(nested) > 3 else "")
                 raise FormatError(f"precision {pattern!r} matches no nested layer; they are called {some}")
             chosen.update(dict.fromkeys(found, bits))
     for name, bits in chosen.items():
         try:
-            layers[name].weight.format.at(bits)
+            nested[name].at(bits)
         except (FormatError, TypeError) as error:
             raise FormatError(f"{name or 'the layer'}: {error}") from None
-    for name, bits in chosen.items():
-        layers[name].set_precision(bits)
-    return {name: layer.weight.format.served for name, layer in layers.items()}
+    return chosen

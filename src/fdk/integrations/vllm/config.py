@@ -12,13 +12,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from fdk.errors import FdkError, FormatError, UnsupportedError
-from fdk.formats import parse
+from fdk.formats import Format, parse
 from fdk.formats.spec import MASTER_BITS
 from fdk.importers import matgptq
 from fdk.integrations.vllm import interfaces as vllm
@@ -26,6 +27,7 @@ from fdk.integrations.vllm.linear import FdkLinearMethod
 from fdk.integrations.vllm.sources import Dense, MatGPTQ, Place, Quantising, Source, Stored
 from fdk.models.checkpoint import METHOD, check_stored
 from fdk.models.config import QuantisationConfig, read_overrides
+from fdk.models.precision import widths
 from fdk.packing.layouts import Geometry
 
 log = logging.getLogger("fdk.vllm")
@@ -63,6 +65,7 @@ class FdkConfig(vllm.QuantizationConfig):
         super().__init__()
         self.layers, self.plan = layers, plan
         self._precision: int | dict[str, int] | None = None
+        self._widths: dict[str, int] = {}
         self._read_settings = False
 
     def get_name(self) -> str:
@@ -83,12 +86,6 @@ class FdkConfig(vllm.QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FdkConfig:
         """The config of a saved folder, or a dict of QuantisationConfig's fields for a 16-bit checkpoint."""
-        method = config.get("quant_method", METHOD)
-        if method != METHOD:
-            raise FormatError(
-                f"the checkpoint was quantised by {method!r}, which the method fdk does not read; "
-                "leave --quantization out, or quantise the original model with `fdk quantise`"
-            )
         if "layers" in config:
             return cls(layers=dict(check_stored(config, WHERE)["layers"]))
         if plan := {key: value for key, value in config.items() if key != "quant_method"}:
@@ -134,7 +131,11 @@ class FdkConfig(vllm.QuantizationConfig):
         self._read_settings = True
         given = settings()
         precision = given.pop(PRECISION, None)
-        self._precision = read_overrides(precision) if isinstance(precision, str) else precision
+        if precision is not None and not isinstance(precision, int | str | Mapping):
+            raise FormatError(
+                f"additional_config['fdk']['{PRECISION}'] = {precision!r} is neither bits, nor "
+                "{regular expression: bits}, nor the name of a file of lines 'layer.name: bits'"
+            )
         if given and not self._quantises:
             raise FormatError(
                 f"additional_config['fdk'] asks for {', '.join(given)}, but the checkpoint is quantised already; "
@@ -147,29 +148,34 @@ class FdkConfig(vllm.QuantizationConfig):
                 "the checkpoint is not quantised, and nothing says how it should be; "
                 """give --additional-config '{"fdk": {"format": "lut4_g64"}}', or serve a folder of `fdk quantise`"""
             )
-        self._check_precision()
+        if precision is not None and self.layers is not None:
+            self._widths = widths(self._nested(), precision)
+        elif precision is not None:
+            self._precision = read_overrides(precision) if isinstance(precision, str) else precision
 
     @property
     def _quantises(self) -> bool:
         return self.layers is None
 
-    def _check_precision(self) -> None:
-        if not isinstance(self._precision, Mapping) or self.layers is None:
-            return
-        for pattern in self._precision:
-            if not any(re.search(pattern, name) for name in self.layers):
-                some = ", ".join(list(self.layers)[:3])
-                raise FormatError(f"precision {pattern!r} matches no low-bit layer; they are called {some}, ...")
+    def _nested(self) -> dict[str, Format]:
+        """The stored layers of nested formats; one of an unknown format is reported where it is read."""
+        found = {}
+        for name, entry in self.layers.items():
+            with suppress(FdkError, KeyError, TypeError):
+                if (fmt := parse(entry["format"])).is_nested:
+                    found[name] = fmt
+        return found
 
     def served(self, name: str, default: int) -> int:
         """The width at which a nested layer is served."""
         if self._precision is None or isinstance(self._precision, int):
-            return default if self._precision is None else self._precision
-        chosen = default
-        for pattern, bits in self._precision.items():
-            if re.search(pattern, name):
-                chosen = bits
-        return chosen
+            return self._widths.get(name, self._precision or default)
+        found = [bits for pattern, bits in self._precision.items() if re.search(pattern, name)]
+        return found[-1] if found else default
+
+    def _sliced(self, name: str, fmt: Format) -> Format:
+        """The format at the width that the settings give a nested layer."""
+        return fmt.at(self.served(name, fmt.served)) if fmt.is_nested else fmt
 
     def source(self, name: str, place: Place, dtype: torch.dtype, device: torch.device) -> Source:
         """What the checkpoint holds of one projection, for this process."""
@@ -177,8 +183,7 @@ class FdkConfig(vllm.QuantizationConfig):
             recipe = self.plan.recipe(name)
             if recipe is None:
                 return Dense(name, place, dtype, device)
-            if (fmt := recipe.format).is_nested:
-                recipe = replace(recipe, format=fmt.at(self.served(name, fmt.served)))
+            recipe = replace(recipe, format=self._sliced(name, recipe.format))
             return Quantising(name, recipe, place, dtype, device)
         entry = self.layers.get(name)
         if entry is None:
@@ -192,10 +197,8 @@ class FdkConfig(vllm.QuantizationConfig):
                 "quantise the model again with one of the two skipped"
             )
         try:
-            fmt = parse(entry["format"])
-            fmt = fmt.at(self.served(name, fmt.served)) if fmt.is_nested else fmt
             n, k = (int(size) for size in entry["shape"])
-            return Geometry(fmt, n, k, dtype, tuple(entry.get("row_ends") or (n,)))
+            stored = Geometry(parse(entry["format"]), n, k, dtype, tuple(entry.get("row_ends") or (n,)))
         except FdkError as error:
             raise FormatError(
                 f"{WHERE}: layer {name!r}: {error}; if a newer fdk wrote it, "
@@ -205,6 +208,7 @@ class FdkConfig(vllm.QuantizationConfig):
             raise FormatError(
                 f"{WHERE}: layer {name!r} is not readable: {entry!r:.200}; copy the folder again"
             ) from None
+        return replace(stored, format=self._sliced(name, stored.format))
 
 
 class MatGPTQConfig(FdkConfig):
