@@ -12,7 +12,7 @@ VLLM_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM_VENV)/bin/python -m pip --qui
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-arm test-compile check bench bench-gpu figures test-gpu test-vllm test-vllm-next lint clean
+.PHONY: help test test-arm check bench bench-gpu figures test-gpu test-vllm test-vllm-next lint clean
 
 help:
 	@echo "make test      environment, install, lint and the whole CPU suite"
@@ -22,7 +22,6 @@ help:
 	@echo "make bench-gpu kernel benchmark on a CUDA device: the sizes and formats of docs/benchmarking.md, records in out/"
 	@echo "make figures   draw the figures of the documentation again from results/"
 	@echo "make test-gpu  the tests that need a CUDA device"
-	@echo "make test-compile every CUDA kernel variant through NVRTC for four architectures; about ten minutes, no GPU"
 	@echo "make test-vllm vLLM's engine on fdk's layers, in an environment of its own with vLLM's CPU build"
 	@echo "make test-vllm-next the same with the Python of the newest vLLM"
 	@echo "make clean     remove what the targets above made"
@@ -73,11 +72,6 @@ test-gpu:
 	else \
 	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu; \
 	fi
-
-# Not part of `make test` yet, which skips these tests without cuda-bindings: ten minutes of one core more.
-test-compile: $(VENV)/.dev
-	@$(PIP) install -c constraints.txt cuda-bindings
-	@$(BIN)/python -m pytest -q -m "not gpu" tests/kernels/cuda
 
 VLLM_TESTS := $(wildcard tests/integrations/test_vllm*.py) tests/bench/test_serve.py tests/bench/test_host.py
 

@@ -1,7 +1,6 @@
 """The prefill kernel: configurations and launch arithmetic anywhere, its code with NVRTC, its products on a GPU."""
 
 import itertools
-import re
 from dataclasses import replace
 
 import pytest
@@ -9,16 +8,13 @@ import torch
 
 from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, jit, prefill
+from fdk.kernels.cuda import decode, prefill
 from fdk.kernels.cuda.decode import Shape
 from fdk.kernels.cuda.prefill import Config
 
 SHAPES = [(8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (5120, 5120), (28672, 8192), (100, 104), (64, 128)]
 KINDS = (decode.TABLE, decode.INT, decode.UINT_U8)
 ROWS = (1, 8, 16, 33, 64, 65, 96, 128, 200, 256, 300, 384, 512, 768, 1000, 2048, 8192)
-
-WITHOUT_NVRTC = jit.unavailable()
-needs_nvrtc = pytest.mark.skipif(WITHOUT_NVRTC is not None, reason=WITHOUT_NVRTC or "")
 
 # One of every way that the kernel splits its work, at the widest tile that `choose` gives it.
 CONFIGS = [
@@ -108,13 +104,13 @@ def test_row_tiles_cover_every_block_once(tables: int) -> None:
     assert prefill.Params.x_map.offset == 0 and prefill.Params.codes.offset == 128
 
 
-def check_code(shape: Shape, config: Config) -> None:
-    _, log = jit.build("prefill.cuh", config.defines(shape), "sm_90a")
-    registers, spilled = (re.search(pattern, log) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    assert registers and spilled and int(spilled[1]) == 0, (shape, config, log)
-    # The compiler says so where it makes wgmma wait for each other.
-    assert "C75" not in log, (shape, config, log)
-    assert int(registers[1]) * config.threads <= 65536, (shape, config)
+def check_code(compiled, problems: list[tuple[Shape, Config]]) -> None:
+    sources = [("prefill.cuh", config.defines(shape), "sm_90a") for shape, config in problems]
+    for (shape, config), result in zip(problems, compiled(sources), strict=True):
+        assert result.spilled == 0, (shape, config)
+        # The compiler says so where it makes wgmma wait for each other.
+        assert "C75" not in result.log, (shape, config, result.log)
+        assert result.registers * config.threads <= 65536, (shape, config)
 
 
 def fitting(shape: Shape, config: Config) -> Config | None:
@@ -122,32 +118,31 @@ def fitting(shape: Shape, config: Config) -> Config | None:
     return replace(config, stages=stages[-1]) if stages else None
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_four_bits_compile_without_spills(config: Config) -> None:
-    for shape in (Shape(4096, 4096, 4, 64, True, decode.TABLE), Shape(200, 992, 4, 32, False, decode.UINT_U8)):
-        check_code(shape, fitting(shape, config))
+def test_every_way_to_split_four_bits_compiles_without_spills(compiled) -> None:
+    shapes = Shape(4096, 4096, 4, 64, True, decode.TABLE), Shape(200, 992, 4, 32, False, decode.UINT_U8)
+    check_code(compiled, [(shape, fitting(shape, config)) for config in CONFIGS for shape in shapes])
 
 
-@needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize("served", range(2, 9))
-def test_every_slice_compiles_without_spills(served: int) -> None:
+def test_every_slice_compiles_without_spills(compiled, served: int) -> None:
+    problems = []
     for bits, kind in ((min(8, served + 1), decode.ROUNDED), (served, decode.CUT)):
         for group, m in ((32, 64), (128, 16), (128, 256), (4096, 8192)):
             shape = Shape(4096, 4096, bits, group, (served + kind) % 2 > 0, kind, served)
-            check_code(shape, chosen(shape, m))
+            problems.append((shape, chosen(shape, m)))
+    check_code(compiled, problems)
 
 
-@needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_every_variant_compiles_without_spills(bits: int) -> None:
+def test_every_variant_compiles_without_spills(compiled, bits: int) -> None:
+    problems = []
     for kind in KINDS:
         for group in (32, 128, 4096):
             shape = Shape(4096, 4096, bits, group, (bits + kind) % 2 > 0, kind)
-            for m in (16, 64, 256, 8192):
-                check_code(shape, chosen(shape, m))
+            problems += [(shape, chosen(shape, m)) for m in (16, 64, 256, 8192)]
+    check_code(compiled, problems)
 
 
 FORMATS = [

@@ -89,7 +89,13 @@ struct Unit {
     }
 };
 
-constexpr bool AHEAD = 4 * Unit::PIECES + SUBS * (ZEROS ? 8 : 4) < 48;
+// Words of the next item that registers hold beside this one; gathering planes takes some, and most on Blackwell.
+constexpr int HELD = 4 * Unit::PIECES + SUBS * (ZEROS ? 8 : 4);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool AHEAD = NESTED ? BITS <= 4 : HELD < 48;
+#else
+constexpr bool AHEAD = HELD < (NESTED ? 44 : 48);
+#endif
 
 // The next (block, columns) that a CTA takes, columns in groups of one unit per warp.
 struct Item {
