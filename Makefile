@@ -62,15 +62,17 @@ figures: $(VENV)/.bench
 	@$(BIN)/python -m fdk.bench.quality results/nvidia_h200/quality.jsonl --into README.md
 
 # A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing. Most of
-# the time goes into compiling kernels, so processes share the work where pytest-xdist is installed.
+# the time goes into compiling kernels, so processes share the work where pytest-xdist is installed. Of a test that takes
+# more than a minute the stacks of all threads are shown.
+test-gpu: SLOW_TEST = -o faulthandler_timeout=60
 test-gpu: export FDK_REQUIRE_GPU = 1
 test-gpu: export FDK_TEST_SUMMARY ?= results
 test-gpu:
 	@if $(PYTHON) -c "import pytest, torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; then \
 	    spread=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n auto"); \
-	    PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $$spread; \
+	    PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu $(SLOW_TEST) $$spread; \
 	else \
-	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu; \
+	    $(MAKE) --no-print-directory $(VENV)/.dev && $(BIN)/python -m pytest -q -m gpu $(SLOW_TEST); \
 	fi
 
 VLLM_TESTS := $(wildcard tests/integrations/test_vllm*.py) tests/bench/test_serve.py tests/bench/test_host.py

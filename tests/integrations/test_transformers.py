@@ -23,8 +23,6 @@ from fdk import cli
 from fdk.errors import FdkError, FormatError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, quantise_folder
 from fdk.models.checkpoint import guard_of
-from fdk.models.decode import LibraryStep, step_for
-from fdk.models.step import Step
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
@@ -395,6 +393,59 @@ def test_copies_save_themselves(tmp_path, source):
     assert (tmp_path / "other" / "README.md").exists()
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_is_saved_over(tmp_path, source):
+    low = read(source, fdk.FdkConfig(4))
+    low.save_pretrained(tmp_path / "low", max_shard_size="20KB")
+    shards = names(tmp_path / "low")
+    again = read(tmp_path / "low")
+    # Onto the files that it was read from, which it may have mapped: into one, and into several again.
+    for size in ("50GB", 20_000):
+        again.save_pretrained(tmp_path / "low", max_shard_size=size)
+        assert equal_states(fdk.load(tmp_path / "low", model=read(source)), low)
+        again = read(tmp_path / "low")
+        assert equal_states(again, low)
+        if size == "50GB":
+            assert {name for name in names(tmp_path / "low") if "safetensors" in name} == {"model.safetensors"}
+    assert names(tmp_path / "low") == shards
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path, source, monkeypatch):
+    low = read(source, fdk.FdkConfig(4))
+    low.save_pretrained(tmp_path / "low")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "low").iterdir()}
+
+    def fail(*_) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fdk.models.tensors.TensorWriter.finish", fail)
+    with pytest.raises(OSError, match="no space left"):
+        read(source, fdk.FdkConfig(3)).save_pretrained(tmp_path / "low")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "low").iterdir()} == before
+    with pytest.raises(FormatError, match="is a file; give a folder"):
+        low.save_pretrained(source / "config.json")
+
+
+def test_what_is_pushed_is_saved_by_fdk(tmp_path, source, monkeypatch):
+    low = read(source, fdk.FdkConfig(4))
+    pushed = []
+    monkeypatch.setattr(type(low), "push_to_hub", lambda model, name, **settings: pushed.append((name, settings)))
+    low.save_pretrained(tmp_path / "low", push_to_hub=True, commit_message="four bits")
+    ((name, settings),) = pushed
+    assert name == "low" and settings["commit_message"] == "four bits"
+    assert equal_states(read(tmp_path / "low"), low)
+
+
+def test_a_variant_is_written_by_transformers(tmp_path, source):
+    low = read(source, fdk.FdkConfig(4))
+    low.save_pretrained(tmp_path / "low", variant="four")
+    assert "model.four.safetensors" in names(tmp_path / "low")
+    assert equal_states(read(tmp_path / "low", variant="four"), low)
+
+
 @pytest.mark.parametrize("tool", ["gptq", "awq", "compressed-tensors"])
 def test_folders_of_other_tools_are_named(capsys, source, tool):
     config = json.loads((source / "config.json").read_text())
@@ -407,105 +458,3 @@ def test_folders_of_other_tools_are_named(capsys, source, tool):
         assert cli.main([str(part) for part in command]) == 1
         err = capsys.readouterr().err
         assert f"{tool!r}" in err and "original model" in err and err.count("\n") == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fmt", [None, "lut4_g64"])
-def test_the_graph_follows_the_forward_of_transformers(tmp_path, family, fmt):
-    source = write(tmp_path / "source", family, **GPU_SIZES)
-    low = read(source, fmt and fdk.FdkConfig(format=fmt)).cuda()
-    with torch.no_grad():
-        for name, parameter in low.named_parameters():
-            if "_norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    prompt = torch.randint(1, 95, (3, 40), generator=torch.Generator().manual_seed(0)).cuda()
-    step, plain = step_for(low, 3, 128), step_for(low, 3, 128, "plain")
-    assert isinstance(step, Step) and isinstance(plain, LibraryStep)
-    step.prefill(prompt)
-    plain.prefill(prompt)
-    for _ in range(40):
-        plain.tokens = step.tokens.clone()
-        plain()
-        step()
-        # Both round every value to bfloat16 a few dozen times on the way, in another order.
-        assert (step.logits - plain.logits).abs().max() <= 32 * 2.0**-8 * plain.logits.abs().max()
-    del step
-    settings = {"max_new_tokens": 12, "min_new_tokens": 12}
-    greedy = low.generate(prompt, custom_generate=fdk.decode, do_sample=False, **settings)
-    again = low.generate(prompt, custom_generate=fdk.decode, do_sample=False, **settings)
-    assert greedy.shape == (3, 52) and torch.equal(greedy, again)
-    drawn = low.generate(prompt, custom_generate=fdk.decode, do_sample=True, top_p=0.9, **settings)
-    assert drawn.shape == (3, 52)
-    low.save_pretrained(tmp_path / "saved")
-    assert equal_states(read(tmp_path / "saved").cuda(), low)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (extra: transformers)")
-def test_weights_are_quantised_where_they_are_to_run(tmp_path):
-    source = write(tmp_path / "source", **GPU_SIZES)
-    low = read(source, fdk.FdkConfig(4, codebook="kmeans"), device_map="cuda")
-    assert {tensor.device.type for tensor in low.state_dict().values()} == {"cuda"}
-    low.save_pretrained(tmp_path / "low")
-    for device_map in ("cuda", "auto"):
-        again = read(tmp_path / "low", device_map=device_map)
-        assert equal_states(low, again)
-        assert again.generate(IDS.cuda(), max_new_tokens=3).shape == (2, 10)
-    with torch.no_grad():
-        compiled = torch.compile(low, fullgraph=True, backend="aot_eager")(IDS.cuda(), use_cache=False).logits
-        assert torch.equal(compiled, low(IDS.cuda(), use_cache=False).logits)
-
-
-MEMORY = """
-import sys, threading, time, torch
-sys.path[:0] = {path!r}
-import fdk, transformers
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained({warm!r}, quantization_config=fdk.FdkConfig(4))
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-most, done = 0, False
-def watch():
-    global most
-    while not done:
-        most = max(most, anonymous())
-        time.sleep(0.001)
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-model = AutoModelForCausalLM.from_pretrained({folder!r}, **{settings})
-done = True
-thread.join()
-packed = sum(t.nbytes for t in {{t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}}.values())
-layers = sum(isinstance(m, fdk.nn.Linear) for m in model.modules())
-print(most - before, packed, layers)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which only Linux has")
-@pytest.mark.parametrize("way", ["on the fly", "stored"])
-def test_loading_takes_the_packed_model_and_one_dense_tensor(tmp_path, way):
-    large = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 128}
-    warm = write(tmp_path / "warm")
-    config = transformers.LlamaConfig(**{**SIZES, **large, "num_attention_heads": 16})
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    linear = sum(p.numel() * 2 for name, p in model.named_parameters() if "proj" in name)
-    model.save_pretrained(tmp_path / "large")
-    del model
-    folder, settings = tmp_path / "large", "dict(quantization_config=fdk.FdkConfig(4))"
-    if way == "stored":
-        quantise_folder(tmp_path / "large", tmp_path / "low", "lut4_g64")
-        folder, settings = tmp_path / "low", "dict()"
-    code = MEMORY.format(path=sys.path, warm=str(warm), folder=str(folder), settings=settings)
-    # Freed memory goes back at once, so that what is measured is in use.
-    peak, packed, layers = map(int, fresh(code, MALLOC_MMAP_THRESHOLD_="65536").split())
-    dense = 2048 * 4096 * 2
-    # Weights on a CPU start and end at pages of 2 MiB; layers are quantised by chunks of 2^20 weights, in float32.
-    allowed = packed + dense + layers * (2 << 20) + 8 * 4 * (1 << 20)
-    print(f"{way}: peak {peak / 1e6:.0f} MB, packed {packed / 1e6:.0f}, dense linears {linear / 1e6:.0f}")
-    assert peak <= allowed
-    assert allowed < linear - dense, "the model is too small to tell"

@@ -96,3 +96,5 @@ def test_models_of_transformers_give_the_tokens_of_their_own_forward(family, fmt
         assert (step.logits - plain.logits).abs().max() <= 1e-4 * plain.logits.abs().max()
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, before)
+    # With autograd too, although a step is made in the inference mode.
+    assert torch.equal(model(tokens).logits, before)

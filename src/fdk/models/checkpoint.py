@@ -99,19 +99,19 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, shard_b
     """
     path = Path(path)
     check_target(path, overwrite)
-    layers, tied, specs, tensors = contents(model)
-    if not layers:
+    found = contents(model)
+    if not found.layers:
         raise FormatError(
             "the model has no low-bit layer to save; quantise it first, or use safetensors for a dense one"
         )
     with new_folder(path, overwrite) as work:
-        with TensorWriter(work, specs, shard_bytes) as writer:
-            for name, tensor in tensors:
+        with TensorWriter(work, found.specs, shard_bytes) as writer:
+            for name, tensor in found.tensors:
                 writer.write(name, tensor)
             writer.finish()
-        stored = describe(layers, tied, recipe_of(model))
+        stored = describe(found.layers, found.tied, recipe_of(model))
         write_config(work, {**_model_config(model), "quantization_config": stored})
-        if "" not in layers:
+        if "" not in found.layers:
             write_card(work, stored)
     return path
 
@@ -133,10 +133,21 @@ def _model_config(model: nn.Module) -> dict:
     return {"fdk_module": type(model).__name__}
 
 
-def contents(
-    model: nn.Module,
-) -> tuple[dict[str, dict], dict[str, str], dict[str, Spec], Iterator[tuple[str, Tensor]]]:
-    """(layers, tied, specs, tensors) of a model's folder; a layer's tensors are converted when they are drawn."""
+@dataclass(frozen=True)
+class Contents:
+    """What a model's folder is to hold: `layers` and `tied` of its quantization_config, and its tensors by name.
+
+    `tensors` can be drawn once, in the order of `specs`; a layer's parts are made canonical when they are.
+    """
+
+    layers: dict[str, dict]
+    tied: dict[str, str]
+    specs: dict[str, Spec]
+    tensors: Iterator[tuple[str, Tensor]]
+
+
+def contents(model: nn.Module) -> Contents:
+    """The contents of a folder for `model`; FormatError for what a folder of fdk cannot hold."""
     layers: dict[str, dict] = {}
     tied: dict[str, str] = {}
     specs: dict[str, Spec] = {}
@@ -177,7 +188,7 @@ def contents(
     if guard := guard_of(name for name, entry in layers.items() if "same_as" not in entry):
         specs[guard] = GUARD
         sources[guard] = (torch.empty(GUARD[1], dtype=GUARD[0]), "weight")
-    return layers, tied, specs, _draw(sources)
+    return Contents(layers, tied, specs, _draw(sources))
 
 
 def _draw(sources: dict[str, tuple[Tensor | Linear, str]]) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ class PlainStep:
     def __init__(self, model: Llama, batch: int, length: int) -> None:
         self.model, self.batch, self.length = model, batch, length
 
+    @torch.inference_mode()
     def prefill(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Start again with tokens [b, t]; the most likely next tokens [b, 1]. mask [b, t]: 0 where there is none."""
         self.cache = self.model.new_cache(self.batch, self.length)

@@ -74,15 +74,17 @@ class Step:
         self.cache = model.new_cache(batch, length)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=model.device)
-        self.products = [
-            Products(
-                merge_([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-                layer.self_attn.o_proj,
-                merge_([layer.mlp.gate_proj, layer.mlp.up_proj]),
-                layer.mlp.down_proj,
-            )
-            for layer in model.model.layers
-        ]
+        # The model's weights become views of the merged ones, and autograd takes no tensor of the inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self.products = [
+                Products(
+                    merge_([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                    layer.self_attn.o_proj,
+                    merge_([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                    layer.mlp.down_proj,
+                )
+                for layer in model.model.layers
+            ]
         heads = batch * config.num_key_value_heads
         self.rows = max(16, 1 << (config.num_attention_heads // config.num_key_value_heads - 1).bit_length())
         self.chunk = chunk_of(length, heads)

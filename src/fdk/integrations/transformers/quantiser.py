@@ -6,7 +6,8 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import parse
 from fdk.integrations.transformers.config import FdkConfig
-from fdk.integrations.transformers.saving import SaveWithCard
+from fdk.integrations.transformers.saving import SavePretrained
 from fdk.models.checkpoint import contents, describe, guard_of, joined, layer_entry, quantisation_of
 from fdk.models.config import DTYPES, check_dtype
 from fdk.models.precision import set_precision
@@ -45,6 +46,7 @@ class FdkQuantizer(HfQuantizer):
         self.jobs: dict[str, Job] = {}
         self.report: Report | None = None
         self.sums: dict[str, str] = {}
+        self.gives_tensors = True
 
     def validate_environment(self, device_map=None, **_) -> None:
         found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -173,7 +175,7 @@ class FdkQuantizer(HfQuantizer):
             config.stored = describe(self.layers, {}, model.fdk_recipe)
         if config.precision is not None:
             set_precision(model, config.precision)
-        model.save_pretrained = SaveWithCard(model, copy.copy(model))
+        model.save_pretrained = SavePretrained(model, copy.copy(model))
         return model
 
     def _fill(self, model: nn.Module) -> None:
@@ -212,12 +214,23 @@ class FdkQuantizer(HfQuantizer):
                 )
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        layers, tied, _, drawn = contents(model)
-        tensors = dict(drawn)
-        self.quantization_config.stored = describe(layers, tied, model.fdk_recipe)
+        found = contents(model)
+        self.quantization_config.stored = describe(found.layers, found.tied, model.fdk_recipe)
         model.config.quantization_config = self.quantization_config
+        if not self.gives_tensors:
+            return {}, {}
+        tensors = dict(found.tensors)
         sums = {name: checksum(tensor) for name, tensor in tensors.items()}
         return tensors, {CHECKSUMS: json.dumps(sums, separators=(",", ":"))}
+
+    @contextmanager
+    def without_tensors(self) -> Iterator[None]:
+        """While this lasts, transformers' save_pretrained finds no tensors to write; `SavePretrained` writes them."""
+        self.gives_tensors = False
+        try:
+            yield
+        finally:
+            self.gives_tensors = True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from fdk import dequantise
