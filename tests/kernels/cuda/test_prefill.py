@@ -1,5 +1,6 @@
 """The prefill kernel: configurations and launch arithmetic anywhere, its code with NVRTC, its products on a GPU."""
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -34,6 +35,10 @@ CONFIGS = [
     Config(256, 2, 4, pair=2, rounds=True, stream=True),
     Config(192, 3, 4, rounds=True, parts=2, stream=True),
     Config(128, 3, 4, rounds=True, stream=True),
+    Config(256, 2, 4, rounds=True, unrolled=True),
+    Config(192, 2, 4, split=2, rounds=True, unrolled=True),
+    Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True, apart=True, band=3),
+    Config(192, 3, 4, rounds=True, parts=2, stream=True, unrolled=True),
 ]
 
 
@@ -113,14 +118,37 @@ def check_code(compiled, problems: list[tuple[Shape, Config]]) -> None:
         assert result.registers * config.threads <= 65536, (shape, config)
 
 
+def fits(shape: Shape, config: Config) -> bool:
+    if config.unrolled and (config.stages % 2 or shape.units % (config.stages * config.split)):
+        return False
+    with contextlib.suppress(ValueError):
+        return config.shared_bytes(shape) <= decode.MAX_SHARED
+    return False
+
+
 def fitting(shape: Shape, config: Config) -> Config | None:
-    stages = [s for s in range(2, 13) if replace(config, stages=s).shared_bytes(shape) <= decode.MAX_SHARED]
-    return replace(config, stages=stages[-1]) if stages else None
+    found = [filled for s in range(2, 13) if fits(shape, filled := replace(config, stages=s))]
+    return found[-1] if found else None
 
 
 def test_every_way_to_split_four_bits_compiles_without_spills(compiled) -> None:
     shapes = Shape(4096, 4096, 4, 64, True, decode.TABLE), Shape(200, 992, 4, 32, False, decode.UINT_U8)
     check_code(compiled, [(shape, fitting(shape, config)) for config in CONFIGS for shape in shapes])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_wide_table_leaves_four_stages_beside_the_largest_tile(compiled, bits: int) -> None:
+    shape = Shape(8192, 8192, bits, 64, True, decode.TABLE)
+    apart = Config(256, 2, 4, rounds=True, wide=True, unrolled=True, apart=True)
+    assert fits(shape, apart) and not fits(shape, replace(apart, apart=False))
+    check_code(compiled, [(shape, apart), (shape, replace(apart, pair=2, stream=True))])
+
+
+def test_what_does_not_fit_below_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="below the table"):
+        Config(256, 2, 6, unrolled=True, apart=True).shared_bytes(Shape(4096, 4096, 4, 64, True, decode.TABLE))
+    with pytest.raises(ValueError, match="below the table"):
+        Config(256, 2, 4, unrolled=True, apart=True).shared_bytes(Shape(4096, 4096, 8, 64, True, decode.INT))
 
 
 @pytest.mark.slow
@@ -179,7 +207,10 @@ def test_products(name: str, n: int, k: int, more: dict) -> None:
         if shape.units < 2 * config.split * config.k_groups:
             continue
         wide = replace(config, wide=prefill._wide(shape, config))
-        plan = prefill.Plan(weight, fitting(shape, wide) or fitting(shape, config))
+        filled = fitting(shape, wide) or fitting(shape, config)
+        if filled is None and (config.unrolled or config.apart):
+            continue
+        plan = prefill.Plan(weight, filled)
         for m in (1, 17, 200, 300):
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(weight.dtype).cuda()
             bias = torch.randn(n, device="cuda:0").to(weight.dtype) if m % 2 else None

@@ -53,4 +53,47 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "prefill-unrolled": Named(
+        "Does a third fewer instructions beside wgmma bring 512 rows and more to 1.00 of cuBLAS?",
+        90,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192 4096x4096 14336x4096", "1024 4096 512")
+                + problems("prefill", "lut2_g64", "8192x8192", "1024"),
+                ({"unrolled": True}, {"unrolled": True, "apart": True, "wide": True}),
+            ),
+        ),
+    ),
+    "prefill-middle": Named(
+        "The same for 256 to 768 rows, whose tiles are smaller or cut along k.",
+        70,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192 14336x4096", "256 384 768")
+                + problems("prefill", "lut4_g64", "4096x4096", "384 768"),
+                ({"stages": 4, "unrolled": True},),
+            ),
+        ),
+    ),
+    "prefill-eight": Named(
+        "The same for 8 bits, where shared memory is the bound of tables and arithmetic that of integers.",
+        50,
+        (
+            Trial(
+                problems("prefill", "int8_g64 lut8_g64", "8192x8192 14336x4096", "1024 4096"),
+                ({"stages": 4}, {"stages": 4, "unrolled": True}),
+            ),
+        ),
+    ),
+    "prefill-raster": Named(
+        "Where x is larger than the second-level cache, do fewer tokens a band save power?",
+        40,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "4096x14336", "2048 4096 8192")
+                + problems("prefill", "lut4_g64", "8192x8192", "8192"),
+                ({"band": 4}, {"band": 16}, {"pair": 1}, {"pair": 2}, {"pair": 2, "band": 4}),
+            ),
+        ),
+    ),
 }

@@ -83,6 +83,9 @@ class Config:
     parts       parts of a unit that are dequantised one after the other: two need half the registers
     wide        rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
+    unrolled    unroll the loop over units over the ring: stages are even and divide the units of a slice of k
+    apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
+    band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
     """
 
     tokens: int
@@ -97,6 +100,9 @@ class Config:
     parts: int = 1
     wide: bool = False
     stream: bool = False
+    unrolled: bool = False
+    apart: bool = False
+    band: int = 8
 
     @property
     def cluster(self) -> int:
@@ -117,14 +123,25 @@ class Config:
         return shape.bits * 512 + staged * (128 + (64 if shape.kind == UINT_U8 else 0))
 
     def shared_bytes(self, shape: Shape) -> int:
-        """Shared memory of a CTA; the host twin of `Smem` in csrc/prefill.cuh, which asserts that they agree."""
+        """Shared memory of a CTA; the host twin of `Smem` in csrc/prefill.cuh, which asserts that they agree.
+
+        ValueError if what lies below the table (`apart`) does not fit there.
+        """
         integers = shape.kind in (INT, UINT_U8) and shape.bits >= 5 and not self.wide
         table_bytes = 0 if integers else shape.table_bytes << self.wide
         table = max(0, table_bytes - _WINDOW)
-        stage = _whole(self.tokens * 128 + self.blocks * self.block_bytes(shape))
         slices = self.split * self.k_groups
-        out = self.warpgroups * min(self.tokens, 64) * _OUT_STRIDE
-        head = _whole(out + -(-2 * self.stages * 8 // 16) * 16)
+        x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
+        out = self.warpgroups * min(self.tokens, 32 if self.apart else 64) * _OUT_STRIDE
+        barriers = -(-2 * self.stages * 8 // 16) * 16
+        if self.apart:
+            low_x = min(table // x_bytes, self.stages)
+            below = low_x * x_bytes + self.stages * codes_bytes + out + barriers
+            if below > table:
+                raise ValueError(f"{below} bytes do not fit into {table} below the table")
+            return table + table_bytes + (self.stages - low_x) * x_bytes
+        stage = _whole(x_bytes + codes_bytes)
+        head = _whole(out + barriers)
         low = head if head <= table else 0
         low_stages = min(self.stages, (table - low) // stage)
         high = table + table_bytes + (0 if low else head)
@@ -155,6 +172,8 @@ class Config:
             "FDK_PARTS": self.parts,
             "FDK_STREAM": int(self.stream),
             "FDK_WIDE": int(self.wide),
+            "FDK_UNROLLED": int(self.unrolled),
+            "FDK_APART": int(self.apart),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
         }
 
@@ -399,7 +418,7 @@ class Plan:
         params.out = out.data_ptr()
         params.m = m
         params.token_tiles = -(-m // config.tokens)
-        params.band = min(params.token_tiles, 8)
+        params.band = min(params.token_tiles, config.band)
         tiles = params.row_tiles * params.token_tiles
         clusters, params.streamed = clusters_and_streamed(self.shape, config, tiles, self.sms)
         grid = clusters * config.cluster

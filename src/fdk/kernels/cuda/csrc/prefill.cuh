@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kind 3 is not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART
 #pragma once
 #include "operand.cuh"
 #include "wgmma.cuh"
@@ -42,6 +42,9 @@ constexpr int FIRST_REGISTERS = 65536 / THREADS / 8 * 8 < 248 ? 65536 / THREADS 
 constexpr int SHARED_OUT = (FIRST_REGISTERS * (WARPGROUPS + 1) - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
 constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
+// The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
+constexpr bool UNROLLED = FDK_UNROLLED;
+constexpr bool APART = FDK_APART;  // x and codes of a stage lie apart, on both sides of a large table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
 // Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
@@ -60,6 +63,9 @@ constexpr int TOUCHED = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GRO
 constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that a unit touches
 constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
 static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
+static_assert(!UNROLLED || (STAGES % 2 == 0 && UNITS % (STAGES * SPLIT) == 0), "runs of units take whole rounds of the ring");
+static_assert(!UNROLLED || (AHEAD && !LATE && !TURNS && K_GROUPS == 1), "units or their halves alternate between two operands");
+static_assert(!APART || UNROLLED, "places are constants");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
 
@@ -73,29 +79,40 @@ struct Smem {
     static constexpr int STAGED_GROUPS = GROUPED || ZEROS ? UNIT_GROUPS : 0;
     static constexpr int SCALES = CODE_BYTES, ZEROS_AT = SCALES + STAGED_GROUPS * 128;
     static constexpr int BLOCK_BYTES = ZEROS_AT + STAGED_GROUPS * GROUP_ZERO_BYTES;  // of one block of rows
-    static constexpr int CODES = X_BYTES;
+    static constexpr int CODES = APART ? 0 : X_BYTES;
     static constexpr int STAGE = (X_BYTES + BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024;
 
     // Rows of staged outputs are 16 bytes apart in their banks, so that eight tokens are written without conflicts.
-    static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64, OUT_STRIDE = 144;
+    static constexpr int CHUNK = TOKENS < 64 ? TOKENS : APART ? 32 : 64, OUT_STRIDE = 144;
     static constexpr int OUT_BYTES = WARPGROUPS * CHUNK * OUT_STRIDE;
     static constexpr int BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
     static constexpr int HEAD_BYTES = (OUT_BYTES + BARRIER_BYTES + 1023) / 1024 * 1024;
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
     static constexpr int FITTING = (TABLE - LOW_HEAD) / STAGE;
     static constexpr int LOW_STAGES = FITTING < STAGES ? FITTING : STAGES;
-    static constexpr int OUT = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
-    static constexpr int BARRIERS = OUT + OUT_BYTES;
+    static constexpr int TOGETHER_OUT = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
     static constexpr int HIGH_STAGES = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
     static constexpr int RING_END = HIGH_STAGES + (STAGES - LOW_STAGES) * STAGE;
     // Sums of k slices replace the ring: each slice adds up its share of the tokens.
     static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;
     static constexpr int RECEIVE = HIGH_STAGES;
     static constexpr int RECEIVE_BYTES = SLICES == 1 ? 0 : K_GROUPS * SLICES * SHARE_TILES * BLOCKS * 128 * 16;
-    static constexpr int BYTES = RING_END > RECEIVE + RECEIVE_BYTES ? RING_END : RECEIVE + RECEIVE_BYTES;
+    // APART: below the table x of the last stages, then codes of all stages behind the head; above it x of the others.
+    static constexpr int CODE_STAGE = BLOCKS * BLOCK_BYTES;
+    static constexpr int LOW_X = TABLE / X_BYTES < STAGES ? TABLE / X_BYTES : STAGES, HIGH_X = TABLE + TABLE_BYTES;
+    static constexpr int APART_CODES = LOW_X * X_BYTES, APART_HEAD = APART_CODES + STAGES * CODE_STAGE;
+    static constexpr int APART_END = HIGH_X + (STAGES - LOW_X) * X_BYTES;
+    static_assert(!APART || (SLICES == 1 && APART_HEAD + OUT_BYTES + BARRIER_BYTES <= TABLE), "what is not x fits below the table");
+    static constexpr int OUT = APART ? APART_HEAD : TOGETHER_OUT;
+    static constexpr int BARRIERS = OUT + OUT_BYTES;
+    static constexpr int TOGETHER_END = RING_END > RECEIVE + RECEIVE_BYTES ? RING_END : RECEIVE + RECEIVE_BYTES;
+    static constexpr int BYTES = APART ? APART_END : TOGETHER_END;
 
     __device__ static __forceinline__ int stage(int i) {
         return i < LOW_STAGES ? LOW_HEAD + i * STAGE : HIGH_STAGES + (i - LOW_STAGES) * STAGE;
+    }
+    __device__ static __forceinline__ int apart_x(int i) {
+        return i < STAGES - LOW_X ? HIGH_X + i * X_BYTES : (i - (STAGES - LOW_X)) * X_BYTES;
     }
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
@@ -174,13 +191,16 @@ __device__ __forceinline__ void keep_registers() {
 struct Turn {
     int stage;
     u32 parity = 0;
-    int at;  // offset of the stage in shared memory
+    int at;  // offset of the stage in shared memory where x and codes lie together
     __device__ __forceinline__ explicit Turn(int stage = 0) : stage(stage), at(Smem::stage(stage)) {}
     __device__ __forceinline__ void next(int by = 1) {
         stage += by;
         if (stage >= STAGES) stage -= STAGES, parity ^= 1;
         at = Smem::stage(stage);
     }
+    // Offsets of x, and of what lies CODES bytes in front of the codes.
+    __device__ __forceinline__ int x() const { return APART ? Smem::apart_x(stage) : at; }
+    __device__ __forceinline__ int codes() const { return APART ? Smem::APART_CODES + stage * Smem::CODE_STAGE : at; }
 };
 
 // What a CTA works on: tokens from `token` on, and the blocks of rows from `block` on.
@@ -216,8 +236,8 @@ struct Schedule {
     __device__ __forceinline__ static int share() { return clusters() - 1 - cluster(); }
     // First unit of a share, counted over all tiles; a cut close to the end of a tile is moved there.
     __device__ __forceinline__ int cut(int share) const {
-        constexpr int LEAST = 4;
-        const int even = u32(p.streamed * UNITS) * u32(share) / u32(clusters()), over = even % UNITS;
+        constexpr int LEAST = 4, STEP = UNROLLED ? STAGES : 1;
+        const int even = u32(p.streamed * UNITS) * u32(share) / u32(clusters()) / STEP * STEP, over = even % UNITS;
         return over < LEAST ? even - over : over > UNITS - LEAST ? even - over + UNITS : even;
     }
     __device__ __forceinline__ bool next(Work& w) {
@@ -289,7 +309,7 @@ struct Producer {
             if (elected()) {
                 const u32 barrier = full(turn.stage);
                 barrier_expect(barrier, Smem::X_BYTES);
-                copy_box<(PAIR > 1)>(smem + turn.at + part * 128, p.x_map, unit * 64, tile.token + part, barrier, (1 << PAIR) - 1);
+                copy_box<(PAIR > 1)>(smem + turn.x() + part * 128, p.x_map, unit * 64, tile.token + part, barrier, (1 << PAIR) - 1);
             }
         });
     }
@@ -307,7 +327,7 @@ struct Producer {
                     if (i > 0 && w >= BLOCKS) break;
                     // Past the last block its neighbour is repeated; nothing of it is written.
                     const i64 block = min(tile.block + w, last);
-                    const u32 to = smem + turn.at + Smem::CODES + w * Smem::BLOCK_BYTES;
+                    const u32 to = smem + turn.codes() + Smem::CODES + w * Smem::BLOCK_BYTES;
                     copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE, Smem::CODE_BYTES, barrier, policy);
                     if constexpr (Smem::STAGED_GROUPS > 0) {
                         const i64 group = block * GROUPS + staged_group(unit);
@@ -555,7 +575,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             Operand units[AHEAD ? 2 : 1];
             Codes codes;
 
-            const auto block_at = [&](const Turn& turn) { return smem + turn.at + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
+            const auto block_at = [&](const Turn& turn) { return smem + turn.codes() + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
             const auto release = [&](int stage) {
                 __syncwarp();
                 if constexpr (PAIR > 1) {
@@ -565,7 +585,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
             };
             const auto issue = [&](Operand& u, const Turn& turn, int run, bool fresh) {
-                const u64 x = b_descriptor(base + turn.at);
+                const u64 x = UNROLLED ? b_descriptor(base) + turn.x() / 16 : b_descriptor(base + turn.x());
                 if constexpr (TURNS) named_barrier(FIRST_TURN + group_index, 256);
                 wgmma_fence();
                 constexpr int COUNT = 4 / (ISSUES * PARTS);
@@ -602,7 +622,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             };
             const int begin = first_unit + k_group;
 
-            if constexpr (PARTS == 2) {
+            if constexpr (UNROLLED) {
+                const auto place = [&](int s) {
+                    Turn at(s);
+                    at.parity = turn.parity;
+                    return at;
+                };
+                load(units[0], place(0), begin);
+                for (int unit = begin; unit < end_unit; unit += STAGES) {
+#pragma unroll
+                    for (int s = 0; s < STAGES; ++s) {
+                        Operand &now = units[PARTS == 1 && s % 2], &other = units[PARTS == 2 || s % 2 == 0];
+                        issue(now, place(s), 0, false);
+                        wgmma_wait<1>();
+                        if (s > 0 || unit > begin) release((s + STAGES - 1) % STAGES);
+                        if constexpr (PARTS == 2) {
+                            expand(other, codes, 1, lookup);
+                            issue(other, place(s), 1, false);
+                            wgmma_wait<1>();
+                        }
+                        if (s == STAGES - 1) turn.parity ^= 1;
+                        const int next = (s + 1) % STAGES;
+                        if (next > 0 || unit + STAGES < end_unit) load(PARTS == 1 ? other : now, place(next), unit + s + 1);
+                    }
+                    if (unit > begin) announce();
+                }
+                finish();
+                release(STAGES - 1);
+            } else if constexpr (PARTS == 2) {
                 if (begin < end_unit) load(units[0], turn, begin);
                 int last_stage = -1;  // of the unit before this one, not yet given back
                 for (int unit = begin; unit < end_unit; unit += K_GROUPS) {
