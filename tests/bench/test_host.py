@@ -38,7 +38,9 @@ def test_they_are_no_kernel_records(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.setattr(host, "CALLS", 1)
     monkeypatch.setattr(host, "ROUNDS", 1)
-    assert host.main(["-n", "64", "-k", "64", "--rounds", "1", "--output-dir", str(tmp_path)]) == 0
+    assert host.main(["-n", "64", "-k", "64", "--rounds", "0", "--output-dir", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("bench-host-*.jsonl")
+    assert {json.loads(line)["test"] for line in path.read_text().splitlines()} == {"overhead"}
     with pytest.raises(records.RecordError, match="no benchmark records"):
         records.read([tmp_path])
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import fdk
+from fdk import testing
 from fdk.integrations.vllm.sources import Dense, Place
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` sets it up")
 
 N, K = 12, 128
 PLACE = Place(0, 1, N, K)
+RUN = {"load_config": None, "compilation_config": None}
 MESSAGES = {
     "another key": ({"precison": 4}, r"unknown key 'precison'; known: .*precision"),
     "no object": (4, r"additional_config\['fdk'\] = 4 is not an object of settings"),
@@ -39,7 +41,9 @@ def config(monkeypatch):
     from fdk.integrations.vllm import config as module
 
     def make(settings, layers: dict[str, dict] | None):
-        monkeypatch.setattr(module.vllm, "current_config", lambda: SimpleNamespace(additional_config={"fdk": settings}))
+        monkeypatch.setattr(
+            module.vllm, "current_config", lambda: SimpleNamespace(additional_config={"fdk": settings}, **RUN)
+        )
         made = module.FdkConfig(layers)
         assert made.get_quant_method(torch.nn.Identity(), "0") is None
         return made
@@ -96,3 +100,27 @@ def test_a_matgptq_folder_of_other_codes() -> None:
 
     with pytest.raises(fdk.UnsupportedError, match="master_bitwidth is 6, but fdk serves nested codes of 8 bits"):
         MatGPTQConfig.from_config({"master_bitwidth": 6})
+
+
+@pytest.mark.parametrize("formats", [("lut4_g32", "lut4_g32"), ("lut4_g32", "int4_g32")], ids=["one", "two"])
+def test_vllm_can_ask_a_layer_for_its_dense_weight(config, formats) -> None:
+    """As it does for attention with latent heads."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    from fdk.integrations.vllm.linear import FdkLinearMethod
+
+    names = ["0.q_proj", "0.k_proj"]
+    weights = [testing.random_weight(fdk.parse(fmt), N, K) for fmt in formats]
+    made = config(
+        {}, {name: {"format": str(w.format), "shape": [N, K]} for name, w in zip(names, weights, strict=True)}
+    )
+    layer, method = torch.nn.Module(), FdkLinearMethod(made, names)
+    layer.tp_size, layer.tp_rank, layer.input_size_per_partition, layer.quant_method = 1, 0, K, method
+    method.create_weights(layer, K, [N, N], K, 2 * N, torch.bfloat16)
+    for shard, weight in enumerate(weights):
+        for part, tensor in weight.parts.items():
+            getattr(layer, part).weight_loader(getattr(layer, part), tensor, shard)
+    method.process_weights_after_loading(layer)
+    assert len(layer.fdk_products) == len(set(formats)) and layer.weight.numel() == 0
+    dense = get_and_maybe_dequant_weights(layer, torch.bfloat16)
+    assert torch.equal(dense, torch.cat([fdk.dequantise(weight) for weight in weights]))

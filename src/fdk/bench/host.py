@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m fdk.bench.host", description=__doc__)
     p.add_argument("-n", type=int, default=4096, help="output features of the quantised weight (4096)")
     p.add_argument("-k", type=int, default=4096, help="input features (4096)")
-    p.add_argument("--rounds", type=int, default=7, help="quantisations of each format (7)")
+    p.add_argument("--rounds", type=int, default=7, help="quantisations of each format (7); 0 leaves them out")
     p.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for the records (out)")
     args = p.parse_args(argv)
     if warning := rebind(argv, on_cpu=True):
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print(f"no overhead: {entry['reason']}")
         weight = torch.randn(args.n, args.k, generator=torch.Generator().manual_seed(0)).bfloat16()
-        for format, codebook in QUANTISED:
+        for format, codebook in QUANTISED if args.rounds else ():
             entry = quantisation(weight, format, codebook, args.rounds)
             writer.write({**entry, **environment})
             rate, low, high = (significant(weight.numel() / entry[f"time_p{q}"] / 1e6) for q in (50, 80, 20))

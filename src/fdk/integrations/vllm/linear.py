@@ -77,8 +77,10 @@ class FdkLinearMethod(vllm.LinearMethodBase):
             for source in sources:
                 source.invent()
         weights = [source.finish() for source in sources]
-        for part in _parts(sources):
+        for part in _parts(sources)[1:]:
             delattr(layer, part)
+        # vLLM asks an attribute of this name for the layer's device: attention with latent heads, adapters.
+        layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
         layer.fdk_sources.clear()
         products = []
         while weights:
@@ -97,11 +99,6 @@ class FdkLinearMethod(vllm.LinearMethodBase):
         pieces = [multiply(layer, product, x, part) for product, part in zip(products, biases, strict=True)]
         y = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
         return pad(y, (0, layer.fdk_missing_rows)) if layer.fdk_missing_rows else y
-
-    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
-        """The dense weight [n, k] of this process, for layers that vLLM multiplies in other ways."""
-        weights = [product.weight for product in layer.fdk_products]
-        return torch.cat([weight if isinstance(weight, Tensor) else ops.dequantise(weight) for weight in weights])
 
 
 def multiply(layer: torch.nn.Module, product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
