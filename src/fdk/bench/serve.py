@@ -13,12 +13,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
 from fdk.bench import records
-from fdk.bench.plots import PlotError, pyplot
+from fdk.bench.plots import COLOUR_OF_BITS, PlotError, pyplot
 from fdk.bench.report import significant
 from fdk.errors import FdkError
 from fdk.formats import parse
@@ -171,31 +172,55 @@ def draw(entries: Sequence[records.Record], path: Path) -> None:
     if not done:
         raise PlotError("no engine came to an end, so there is nothing to draw")
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    rates = [entry for entry in done if entry["test"] == "serve_throughput"]
-    left.barh([label(entry, done) for entry in rates], [entry["tokens_per_second"] for entry in rates], color="#0072B2")
-    left.invert_yaxis()
-    left.set_xlabel("tokens/s, prompts included")
-    for name in dict.fromkeys(label(entry, done) for entry in done):
-        points = [e for e in done if e["test"] == "serve_latency" and label(e, done) == name]
-        if points:
-            right.plot([e["m"] for e in points], [e["time_p50"] for e in points], marker="o", label=name)
-    right.set_xscale("log", base=2)
-    right.set_ylim(bottom=0)
-    right.set_xlabel("batch size")
-    right.set_ylabel("seconds of a batch, median")
-    if right.get_legend_handles_labels()[0]:
-        right.legend()
-    figure.suptitle(f"vLLM, {done[0]['input_len']} tokens in, {done[0]['output_len']} out, {done[0]['device']}")
-    figure.tight_layout()
+    panels = {"serve_throughput": _bars, "serve_latency": _lines}
+    shown = [test for test in panels if any(entry["test"] == test for entry in done)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.5), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(label(entry, done) for entry in done))
+    colours = dict(zip(names, cycle(COLOUR_OF_BITS.values()), strict=False))
+    for test, axis in zip(shown, axes[0], strict=True):
+        panels[test](axis, [entry for entry in done if entry["test"] == test], colours, done)
+    handles = [plt.Line2D([], [], color=colour, marker="o") for colour in colours.values()]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+    first = done[0]
+    figure.suptitle(f"vLLM, {first['input_len']} tokens in, {first['output_len']} out\n{first['device']}", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _bars(axis, entries: Sequence[records.Record], colours: dict[str, str], among: Sequence[records.Record]) -> None:
+    """Throughput by format."""
+    names = [label(entry, among) for entry in entries]
+    bars = axis.barh(
+        range(len(names)), [entry["tokens_per_second"] for entry in entries], color=[colours[name] for name in names]
+    )
+    axis.bar_label(bars, [significant(entry["tokens_per_second"]) for entry in entries], padding=3)
+    axis.margins(x=0.15)
+    axis.invert_yaxis()
+    axis.set_yticks([])
+    axis.set_xlabel("tokens/s, prompts included")
+
+
+def _lines(axis, entries: Sequence[records.Record], colours: dict[str, str], among: Sequence[records.Record]) -> None:
+    """Latency over the batch size, from the 10th to the 90th percentile."""
+    for name, colour in colours.items():
+        points = sorted((entry for entry in entries if label(entry, among) == name), key=lambda entry: entry["m"])
+        sizes = [entry["m"] for entry in points]
+        axis.plot(sizes, [entry["time_p50"] for entry in points], marker="o", color=colour)
+        low, high = ([entry[f"time_p{q}"] for entry in points] for q in (10, 90))
+        axis.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes := sorted({entry["m"] for entry in entries}), sizes)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("seconds of a batch, p10 to p90")
 
 
 def label(entry: records.Record, among: Sequence[records.Record]) -> str:
     """The format, with the model where there are several."""
     several = len({other["model"] for other in among}) > 1
-    return f"{Path(entry['model']).name} {entry['format']}" if several else str(entry["format"])
+    name = "16 bits" if entry["format"] == DENSE else entry["format"]
+    return f"{Path(entry['model']).name} {name}" if several else name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
