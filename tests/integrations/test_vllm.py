@@ -222,19 +222,18 @@ def test_projections_that_are_one_tensor_on_disk(workshop, tmp_path) -> None:
     expected.check(serve(tmp_path, folder, TWO))
 
 
-PRECISIONS = {"all": 4, "layers": {r"self_attn": 6, r"mlp\.down": 3}}
-
-
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_nested_folders_at_chosen_precisions(workshop, tmp_path, name) -> None:
+@pytest.mark.parametrize(
+    ("options", "precision"), [(TWO, 4), ({}, {r"self_attn": 6, r"mlp\.down": 3})], ids=["two", "compiled"]
+)
+def test_nested_folders_at_chosen_precisions(workshop, tmp_path, options, precision) -> None:
     def make(folder: Path) -> None:
         quantise_folder(llama(folder), folder, "nest8_g32", dtype=torch.float32)
 
     folder, _ = workshop("nested", make)
     model = fdk.load(folder, model=skeleton(folder))
-    fdk.set_precision(model, PRECISIONS[name])
-    options = EAGER | {"additional_config": {"fdk": {"precision": PRECISIONS[name]}}}
-    Expected(model).check(serve(tmp_path, folder, options))
+    fdk.set_precision(model, precision)
+    extra = {"additional_config": {"fdk": {"precision": precision}}}
+    Expected(model).check(serve(tmp_path, folder, options | extra))
 
 
 def make_matgptq(folder: Path) -> None:
@@ -272,7 +271,7 @@ def test_matgptq_folders_as_they_are(workshop, tmp_path, options, precision) -> 
     expected.check(serve(tmp_path, folder, options | extra))
 
 
-@pytest.mark.parametrize("options", [EAGER, TWO], ids=["eager", "two"])
+@pytest.mark.parametrize("options", [{}, TWO], ids=["compiled", "two"])
 def test_quantised_while_loading(workshop, tmp_path, options) -> None:
     _, dense = workshop("online", llama)
     source = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
