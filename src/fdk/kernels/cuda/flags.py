@@ -6,6 +6,7 @@ same time must not: every stream has a set, and another in every CUDA graph, sin
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
@@ -28,17 +29,20 @@ class Flags:
         # Any stream may be the first to use a set.
         torch.cuda.current_stream(device).synchronize()
         self.taken: dict[tuple[int, int], Tensor] = {}
+        # Threads with streams of their own must not be given the same set.
+        self._lock = threading.Lock()
 
     def take(self, stream: int) -> Tensor:
         """int32 [FLAGS] of zeros for a launch on `stream`, the device's current one."""
         key = stream, driver.capture_id(stream)
         found = self.taken.get(key)
         if found is None:
-            if len(self.taken) == _SETS:
-                # One more node or launch zeroes them, in memory that belongs to the graph or stream.
-                return torch.zeros(FLAGS, dtype=torch.int32, device=self.device)
-            found = self.taken[key] = self.sets[len(self.taken)]
-        return found
+            with self._lock:
+                if key not in self.taken and len(self.taken) < _SETS:
+                    self.taken[key] = self.sets[len(self.taken)]
+                found = self.taken.get(key)
+        # With no set left, one more node or launch zeroes flags in memory that belongs to the graph or stream.
+        return torch.zeros(FLAGS, dtype=torch.int32, device=self.device) if found is None else found
 
 
 @cache
