@@ -138,6 +138,11 @@ def test_explain(capsys):
         assert name in out
 
 
+def test_explain_describes_a_product_that_no_machine_has_room_for(capsys):
+    status, out, _ = run(capsys, "explain", "--format", "lut4_g64", "-m", "1000000", "-n", str(1 << 36), "-k", "4096")
+    assert status == 0 and f"[{1 << 36}, 4096]" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [

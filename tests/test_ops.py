@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fdk
 from fdk import ops, reference, testing
@@ -164,3 +166,72 @@ def test_unknown_or_unable_kernel_is_refused() -> None:
     x = torch.randn(1, 128).bfloat16()
     with pytest.raises(fdk.UnsupportedError, match="unknown kernel 'warp'"):
         fdk.linear(x, weight, kernel="warp")
+
+
+def test_nothing_that_records_or_fakes_ops_is_bypassed() -> None:
+    weight, module = make()
+    x = torch.randn(3, 128).bfloat16()
+    expected = module(x)
+    with torch.no_grad():
+        for function in (module, lambda x: fdk.linear(x, weight, module.bias)):
+            graph = make_fx(function)(x)
+            assert "fdk.linear" in graph.code
+            assert torch.equal(graph(x), expected)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fake = function(mode.from_tensor(x))
+                assert isinstance(fake, FakeTensor) and fake.shape == expected.shape
+            assert torch.equal(torch.jit.trace(function, (x,), check_trace=False)(-x), function(-x))
+
+
+def test_tensors_put_in_the_place_of_a_modules_own_are_used() -> None:
+    _, module = make()
+    other = fdk.nn.Linear(testing.random_weight(fdk.parse("lut4_g64"), 48, 128, torch.bfloat16, seed=7))
+    x = torch.randn(3, 128).bfloat16()
+    with torch.no_grad():
+        swapped = torch.func.functional_call(
+            module, {**dict(other.named_buffers()), "bias": torch.zeros(48).bfloat16()}, x
+        )
+        assert torch.equal(swapped, other(x)) and not torch.equal(swapped, module(x))
+
+
+def test_a_bias_is_trained_whether_or_not_x_needs_a_gradient() -> None:
+    _, module = make()
+    module.bias.requires_grad_(True)
+    module(torch.randn(3, 128).bfloat16()).sum().backward()
+    assert torch.equal(module.bias.grad, torch.full((48,), 3.0).bfloat16())
+
+
+def test_second_gradient_is_that_of_the_dense_weight() -> None:
+    weight, module = make(dtype=torch.float32)
+    dense = reference.dequantise(weight)
+    x = torch.randn(3, 128, requires_grad=True)
+
+    def second(product):
+        (first,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    expected = second(lambda x: torch.nn.functional.linear(x, dense, module.bias))
+    # Sums of 128 and of 48 float32 terms, three times over, each to a relative 2^-24 of the largest.
+    assert (second(module) - expected).abs().max() <= 2**-24 * 3 * 176 * expected.abs().max()
+
+
+def test_autocast_brings_x_to_the_weights_dtype() -> None:
+    weight, module = make()
+    x = torch.randn(3, 128)
+    for product in (module, lambda x: fdk.linear(x, weight, module.bias)):
+        with torch.no_grad():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = product(x)
+            assert torch.equal(y, product(x.bfloat16()))
+            with pytest.raises(fdk.FormatError, match="x is torch.float32"):
+                product(x)
+
+
+def test_what_is_not_a_weight_is_refused_by_name() -> None:
+    _, module = make()
+    x = torch.randn(3, 128).bfloat16()
+    for call in (lambda w: fdk.linear(x, w), fdk.dequantise, lambda w: fdk.explain(x, w)):
+        with pytest.raises(fdk.FormatError, match="weight is a Linear, not a QuantisedWeight; give its .weight"):
+            call(module)
+        with pytest.raises(fdk.FormatError, match="weight is a Tensor, not a QuantisedWeight; quantise it"):
+            call(torch.zeros(48, 128))

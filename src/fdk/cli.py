@@ -245,30 +245,21 @@ def folder_info(name: str) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """`fdk explain`: the choice of kernel for a product that is described, not made."""
-    import torch
-
     from fdk import ops
     from fdk.formats import parse
+    from fdk.kernels import Problem
     from fdk.models.config import check_dtype
-    from fdk.packing.layouts import Geometry, canonical_dtypes, canonical_shapes
-    from fdk.weight import QuantisedWeight
+    from fdk.packing.layouts import Geometry, canonical_shapes
 
     for flag, value, least in (("-m", args.m, 0), ("-n", args.n, 1), ("-k", args.k, 1)):
         if value < least:
             raise UsageError(f"{flag} {value}: sizes start at {least}")
     try:
         geometry = Geometry(parse(args.format), args.n, args.k, check_dtype(args.dtype), (args.n,))
-        shapes = canonical_shapes(geometry)
+        canonical_shapes(geometry)
     except FdkError as error:
         raise UsageError(str(error)) from None
-    device = _device(args.device)
-    # Memory that is never written takes none.
-    parts = {
-        name: torch.empty(shape, dtype=canonical_dtypes(geometry)[name], device=device)
-        for name, shape in shapes.items()
-    }
-    x = torch.empty(args.m, args.k, dtype=geometry.dtype, device=device)
-    print(ops.explain(x, QuantisedWeight(geometry, parts), args.kernel))
+    print(ops.explain_problem(Problem(args.m, geometry, _device(args.device)), args.kernel))
     return 0
 
 

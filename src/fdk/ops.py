@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fdk import reference
 from fdk.errors import FormatError, UnsupportedError
@@ -18,6 +19,36 @@ _library = torch.library.Library("fdk", "DEF")
 _library.define("linear(Tensor x, Tensor[] parts, Tensor? bias, str spec, str kernel) -> Tensor")
 _library.define("linear_out(Tensor x, Tensor[] parts, Tensor? bias, str spec, str kernel, Tensor(a!) out) -> ()")
 _library.define("linear_grad(Tensor grad, Tensor[] parts, str spec) -> Tensor")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def must_dispatch(x: Tensor) -> bool:
+    """Whether the product has to be an op of the dispatcher, because calls are compiled, traced, faked or rewritten.
+
+    A kernel called directly reads memory, which a fake tensor has not, and leaves no trace in what records ops.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or is_in_torch_dispatch_mode()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def autocast_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the weight's dtype where autocast is on, as torch.nn.functional.linear would have it; else x as it is."""
+    if x.dtype != dtype and x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+        return x.to(dtype)
+    return x
+
+
+def check_weight(weight: QuantisedWeight) -> None:
+    """FormatError unless it is a QuantisedWeight; a module's is its `weight`."""
+    if not isinstance(weight, QuantisedWeight):
+        remedy = "give its .weight" if isinstance(getattr(weight, "weight", None), QuantisedWeight) else "quantise it"
+        raise FormatError(f"weight is a {type(weight).__name__}, not a QuantisedWeight; {remedy}")
 
 
 def check_operands(x: Tensor, geometry: Geometry, device: torch.device, bias: Tensor | None) -> None:
@@ -122,6 +153,18 @@ def _backward(ctx, grad: Tensor):
     return grad_x, [None] * len(parts), grad_bias, None, None
 
 
+def _grad_setup(ctx, inputs, output) -> None:
+    _, parts, ctx.spec = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _grad_backward(ctx, grad: Tensor):
+    # The gradient is linear in what flows in, and its transpose is the product itself.
+    parts = list(ctx.saved_tensors)
+    again = torch.ops.fdk.linear(grad, parts, None, ctx.spec, "auto") if ctx.needs_input_grad[0] else None
+    return again, [None] * len(parts), None
+
+
 for _name, _function, _fake in (
     ("linear", _linear, _linear_fake),
     ("linear_out", _linear_out, _linear_out_fake),
@@ -130,6 +173,7 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fdk::{_name}", _fake, lib=_library)
 torch.library.register_autograd("fdk::linear", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fdk::linear_grad", _grad_backward, setup_context=_grad_setup, lib=_library)
 
 
 def linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, kernel: str = "auto") -> Tensor:
@@ -140,8 +184,10 @@ def linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, ke
 
     kernel: "auto", or a name from `fdk.kernels.names()`, which raises UnsupportedError if it cannot serve the call.
     """
+    check_weight(weight)
     prepare(weight, kernel)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    x = autocast_operand(x, weight.dtype)
+    if torch.is_grad_enabled() or must_dispatch(x):
         return torch.ops.fdk.linear(x, list(weight.parts.values()), bias, encode_spec(weight), kernel)
     return run(x, weight, bias, kernel)
 
@@ -157,6 +203,7 @@ def prepare(weight: QuantisedWeight, kernel: str = "auto") -> QuantisedWeight:
 
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """The dense weight [n, k], each value rounded once to `dtype` (default: the weight's)."""
+    check_weight(weight)
     kernel = _dequantising_kernel(weight) if dtype in (None, weight.dtype) else None
     return reference.dequantise(weight, dtype) if kernel is None else kernel.dequantise(weight)
 
@@ -197,6 +244,7 @@ class Explanation:
 
 def explain(x: Tensor, weight: QuantisedWeight, kernel: str = "auto") -> Explanation:
     """Which kernel serves x [..., k] times the weight, and why the others were passed over."""
+    check_weight(weight)
     geometry = weight.geometry
     check_operands(x, geometry, weight.device, None)
     explanation = explain_problem(Problem(x.numel() // max(1, geometry.k), geometry, x.device), kernel)

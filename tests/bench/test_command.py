@@ -86,6 +86,7 @@ def test_n_is_k_or_integers():
         (["--shapes", "0x64"], "--shapes '0x64' is not a size"),
         (["--shapes", "64x64", "-k", "64"], "-k and -n have no meaning beside it"),
         (["--jobs", "-1"], "--jobs -1: give 0"),
+        (["--peer-seconds", "nan"], "--peer-seconds nan: give 0 or more"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_with_a_remedy(arguments, complaint, capsys):

@@ -65,11 +65,16 @@ def test_without_git_there_is_no_commit(monkeypatch):
         ("{", "b.jsonl:1 is not JSON"),
         ("", "no benchmark records"),
         (json.dumps({"model": "tiny", "tokens": 1}), "no benchmark records"),
+        (
+            json.dumps({"test": "mv", "provider": "fdk", "format": "int4_g64", "status": "ok"}),
+            "b.jsonl:1 lacks dtype, bits",
+        ),
+        (b"\xff\xfe\x00", "b.jsonl is not text"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, text, complaint):
     path = tmp_path / "b.jsonl"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(records.RecordError, match=complaint):
         records.read([path])
 

@@ -196,6 +196,8 @@ def _jobs(wanted: int | None, on_cpu: bool) -> int:
 
 def _peer_seconds(args: argparse.Namespace, on_cpu: bool) -> float:
     if args.peer_seconds is not None:
+        if not args.peer_seconds >= 0:
+            raise UsageError(f"--peer-seconds {args.peer_seconds}: give 0 or more")
         return args.peer_seconds
     return math.inf if on_cpu else PEER_SECONDS[args.quick]
 

@@ -29,6 +29,11 @@ FIELDS = (
 )  # fmt: skip
 """Every field of a record, in order. A record has all of them; what does not apply is null."""
 
+TIMED = (
+    "dtype", "bits", "m", "n", "k", "bytes_rw", "ops", "time_p20", "time_p50", "time_p80", "device", "threads", "date",
+)  # fmt: skip
+"""What a record with status "ok" must have to be drawn or put into a table; fields that came later may be missing."""
+
 Record = dict[str, object]
 
 
@@ -183,7 +188,11 @@ def read(paths: Iterable[Path]) -> list[Record]:
     """The benchmark records of files and folders; lines of other logs are passed over, broken ones a RecordError."""
     records: list[Record] = []
     for path in files(list(paths)):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise RecordError(f"{path} is not text, so it holds no records; leave it out") from None
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -191,6 +200,8 @@ def read(paths: Iterable[Path]) -> list[Record]:
             except json.JSONDecodeError as error:
                 raise RecordError(f"{path}:{number} is not JSON ({error.msg}); remove the line") from None
             if isinstance(entry, dict) and {"test", "provider", "format", "status"} <= entry.keys():
+                if entry["status"] == "ok" and (missing := [name for name in TIMED if name not in entry]):
+                    raise RecordError(f"{path}:{number} lacks {', '.join(missing)}; remove the line, or measure again")
                 records.append(entry)
     if not records:
         raise RecordError("no benchmark records in these files; run python -m fdk.bench first")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 from torch import Tensor, nn
 
@@ -88,10 +90,16 @@ class Linear(nn.Module):
         return self._weight.geometry.n
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        x, bias = ops.autocast_operand(x, self._weight.geometry.dtype), self._parameters["bias"]
+        if (
+            ops.must_dispatch(x)
+            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            # torch.func.functional_call and offloading put other tensors in the place of the module's own.
+            or not all(map(is_, self._buffers.values(), self._weight.parts.values()))
+        ):
             parts = [self._buffers[name] for name in self._part_names]
-            return torch.ops.fdk.linear(x, parts, self.bias, self._spec, self.kernel)
-        return ops.run(x, self._weight, self._parameters["bias"], self.kernel)
+            return torch.ops.fdk.linear(x, parts, bias, self._spec, self.kernel)
+        return ops.run(x, self._weight, bias, self.kernel)
 
     def extra_repr(self) -> str:
         geometry = self._weight.geometry
