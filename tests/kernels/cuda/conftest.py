@@ -1,13 +1,20 @@
-"""NVRTC on all cores for the tests of this folder: each kernel is compiled once in a run, whoever asks for it."""
+"""For the tests of this folder: NVRTC on all cores, and where kernels run.
 
+Each kernel is compiled to machine code once in a run, whoever asks for it. What runs on a CUDA device runs on the
+emulated one of emulate/ everywhere.
+"""
+
+import os
 import platform
 import re
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 
+from emulate import SCHEDULES, emulated, unavailable
 from fdk.device import cpu_count
 from fdk.kernels.cuda import jit
 
@@ -56,3 +63,23 @@ def compiled():
     assert reason is None, f"{reason} (the dev extra has both)"
     with ThreadPoolExecutor(cpu_count()) as pool:
         yield Compiler(pool)
+
+
+WITHOUT_EMULATOR = unavailable()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cuda:0", marks=pytest.mark.gpu),
+        pytest.param("emulated", marks=pytest.mark.skipif(WITHOUT_EMULATOR is not None, reason=WITHOUT_EMULATOR or "")),
+    ]
+)
+def where(request):
+    """The torch device that a test's tensors lie on: "cuda:0", or "cpu" inside `emulated()`."""
+    if request.param == "cuda:0":
+        yield "cuda:0"
+        return
+    # Another schedule for another test, and the same one for the same test.
+    number = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("FDK_EMULATED_SCHEDULE", "0"))
+    with emulated(schedule=SCHEDULES[number % len(SCHEDULES)]):
+        yield "cpu"

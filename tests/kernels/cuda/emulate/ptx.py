@@ -159,7 +159,9 @@ class _Translator:
     def bits(opcode: str) -> int:
         """Bits of the last type of an opcode; of pairs of halves 32."""
         kind = opcode.split(".")[-1]
-        return 1 if kind == "pred" else 32 if kind.endswith("x2") else 16 if kind == "bf16" else int(kind[1:])
+        if kind == "pred":
+            return 1
+        return 32 if kind.endswith("x2") else 16 if kind == "bf16" else max(16, int(kind[1:]))
 
     def same(self, opcode: str, operands: list[str]) -> None:
         self.simple(opcode, operands, *[self.bits(opcode)] * 2)
@@ -168,7 +170,7 @@ class _Translator:
         self.same(opcode.replace(".rn.f32", ".f32"), operands)
 
     op_sub = op_mul_float = op_add
-    op_and = op_or = op_xor = op_div = op_rem = op_min = op_max = op_neg = op_abs = op_prmt = op_bfi = same
+    op_and = op_or = op_xor = op_div = op_rem = op_min = op_max = op_neg = op_abs = op_prmt = same
     op_rcp = op_sqrt = op_rsqrt = op_ex2 = op_lg2 = same
 
     def op_popc(self, opcode: str, operands: list[str]) -> None:
@@ -201,6 +203,10 @@ class _Translator:
         self.simple(opcode, operands, bits, bits, 32)
 
     op_shr = op_bfe = op_shl
+
+    def op_bfi(self, opcode: str, operands: list[str]) -> None:
+        bits = self.bits(opcode)
+        self.simple(opcode, operands, bits, bits, bits, 32)
 
     def op_shf(self, opcode: str, operands: list[str]) -> None:
         self.simple(opcode, operands, 32, 32)

@@ -64,10 +64,12 @@ T extract(T value, u32 position, u32 length) {
     return T(result);
 }
 
-u32 insert(u32 a, u32 b, u32 position, u32 length) {
+template <class T>
+T insert(T a, T b, u32 position, u32 length) {
+    constexpr u32 BITS = sizeof(T) * 8;
     position &= 0xff, length &= 0xff;
-    if (position >= 32 || length == 0) return b;
-    const u32 mask = (length >= 32 ? ALL : (1u << length) - 1) << position;
+    if (position >= BITS || length == 0) return b;
+    const T mask = (length >= BITS ? ~T(0) : (T(1) << length) - 1) << position;
     return (b & ~mask) | (a << position & mask);
 }
 
@@ -105,6 +107,8 @@ Outcome branch(Warp&, const Instruction&, u32) { return Outcome::NEXT; }
 #define TERNARY(name, D, A, B, C, result)                                                                              \
     OP(name, EACH(lanes, { const A a = get<A>(r, at[1], l); const B b = get<B>(r, at[2], l); const C c = get<C>(r, at[3], l); \
                            set<D>(r, at[0], l, D(result)); }))
+#define INSERTION(name, T)                                                                                              \
+    OP(name, EACH(lanes, { set<T>(r, at[0], l, insert<T>(get<T>(r, at[1], l), get<T>(r, at[2], l), get<u32>(r, at[3], l), get<u32>(r, at[4], l))); }))
 #define PREDICATES(name, result) OP(name, { const u32 a = r[at[1]], b = r[at[2]]; r[at[0]] = (r[at[0]] & ~lanes) | ((result) & lanes); })
 #define COMPARE(name, T, result)                                                                              \
     OP(name, { u32 yes = 0; EACH(lanes, { const T a = get<T>(r, at[1], l); const T b = get<T>(r, at[2], l);    \
@@ -174,6 +178,8 @@ void add_arithmetic(Table& table) {
     PREDICATES("xor.pred", a ^ b);
     PREDICATES("not.pred", ~a + 0 * b);
     PREDICATES("mov.pred", a + 0 * b);
+    CONVERSIONS("u8", u8);
+    CONVERSIONS("s8", i8);
     CONVERSIONS("u16", u16);
     CONVERSIONS("s16", i16);
     CONVERSIONS("u32", u32);
@@ -191,7 +197,8 @@ void add_arithmetic(Table& table) {
     BINARY("mul.hi.s32", i32, i32, i32, i64(a) * b >> 32);
     TERNARY("lop3.b32", u32, u32, u32, u32, lop3(a, b, c, u32(at[4])));
     TERNARY("prmt.b32", u32, u32, u32, u32, permute(a, b, c));
-    OP("bfi.b32", EACH(lanes, { set<u32>(r, at[0], l, insert(get<u32>(r, at[1], l), get<u32>(r, at[2], l), get<u32>(r, at[3], l), get<u32>(r, at[4], l))); }));
+    INSERTION("bfi.b32", u32);
+    INSERTION("bfi.b64", u64);
     TERNARY("shf.l.wrap.b32", u32, u32, u32, u32, u32((u64(b) << 32 | a) << (c & 31) >> 32));
     TERNARY("shf.r.wrap.b32", u32, u32, u32, u32, u32((u64(b) << 32 | a) >> (c & 31)));
     TERNARY("shf.l.clamp.b32", u32, u32, u32, u32, c >= 32 ? a : u32((u64(b) << 32 | a) << c >> 32));
@@ -236,6 +243,8 @@ void add_arithmetic(Table& table) {
     UNARY("lg2.approx.f32", float, float, std::log2(a));
     UNARY("cvt.rn.f32.s32", float, i32, a);
     UNARY("cvt.rn.f32.u32", float, u32, a);
+    UNARY("cvt.rn.f32.s8", float, i8, a);
+    UNARY("cvt.rn.f32.u8", float, u8, a);
     UNARY("cvt.rn.f32.s16", float, i16, a);
     UNARY("cvt.rn.f32.u16", float, u16, a);
     UNARY("cvt.rn.f32.s64", float, i64, a);
