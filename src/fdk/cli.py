@@ -71,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--max-memory", metavar="SIZE", help="choose widths by layer: the model's size, such as 8GB")
     quantise.add_argument("--widths", type=int, nargs="+", help="bits on offer then, 16 for dense (1 to 8)")
     quantise.add_argument("--together", action="store_true", help="q, k, v alike, and gate, up: so they can merge")
-    quantise.add_argument("--calibration", type=Path, metavar="FILE", help="text on which their errors are measured")
+    quantise.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text on which their errors are measured, or builtin"
+    )
     quantise.add_argument("--ids", action="store_true", help="that file holds token ids, where there is no tokenizer")
     quantise.add_argument("--calibration-tokens", type=int, default=4096, help="of its beginning (4096)")
     quantise.add_argument("--dtype", help="of scales and dense tensors: bf16, fp16, fp32 (as the source, fp32 as bf16)")
@@ -330,12 +332,10 @@ def run_quantise(args: argparse.Namespace) -> int:
 
 def _chosen_widths(args: argparse.Namespace, config, device):
     """The widths that a budget asks for, or None if none was given."""
-    import torch
-
-    from fdk.models.budget import choose_for_folder, choose_widths, parse_size, sequences
-    from fdk.models.folder import OtherNames, resolve
+    from fdk.models.budget import parse_size
+    from fdk.models.folder import resolve
     from fdk.models.skeleton import read_config
-    from fdk.models.text import read_tokens
+    from fdk.models.text import calibration_tokens
 
     if args.target_bits is None and args.max_memory is None:
         if args.widths or args.calibration or args.together:
@@ -354,10 +354,20 @@ def _chosen_widths(args: argparse.Namespace, config, device):
     folder = resolve(args.model)
     tokens = None
     if args.calibration:
-        tokens = read_tokens(args.calibration, folder, read_config(folder), args.ids)[: args.calibration_tokens]
+        tokens = calibration_tokens(args.calibration, args.calibration_tokens, folder, read_config(folder), args.ids)
     budget = {"target_bits": args.target_bits, "max_bytes": size, "widths": args.widths, "together": args.together}
+    return widths_of_folder(folder, config, tokens, device, **budget)
+
+
+def widths_of_folder(folder, config, tokens, device, **budget):
+    """`fdk.models.budget.choose_for_folder`, of any model that fdk or transformers reads, with a progress bar."""
+    import torch
+
+    from fdk.models.budget import choose_for_folder, choose_widths, sequences
+    from fdk.models.folder import OtherNames
+
     with ExitStack() as stack:
-        progress = _bar(stack, "measuring")
+        progress = progress_bar(stack, "measuring")
         try:
             return choose_for_folder(folder, config, tokens=tokens, device=device, progress=progress, **budget)
         except OtherNames:
@@ -464,7 +474,7 @@ def run_eval(args: argparse.Namespace) -> int:
     reference = None if original is None else _model(original, read_config(original), device)
     start = time.perf_counter()
     with ExitStack() as stack:
-        advance = _bar(stack, "evaluating")
+        advance = progress_bar(stack, "evaluating")
         progress = None if advance is None else lambda done, total: advance("segments", done, total)
         found = score(model, windows, reference, args.batch, progress)
     estimates = found.estimates(args.confidence)
@@ -490,7 +500,7 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bar(stack: ExitStack, what: str):
+def progress_bar(stack: ExitStack, what: str):
     """A function of (text, done, total) that moves a bar on standard error if that is a terminal, else None."""
     if not sys.stderr.isatty():
         return None
@@ -505,7 +515,7 @@ def _bar(stack: ExitStack, what: str):
 
 def _progress(stack: ExitStack):
     """A progress callback of quantisation with the mean SQNR so far, or None without a terminal."""
-    advance = _bar(stack, "quantising")
+    advance = progress_bar(stack, "quantising")
     if advance is None:
         return None
     noise = [0, 0.0]

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import fdk
 from fdk.models import quantise
 from fdk.models.configs import CUSTOM
+from fdk.models.text import calibration_tokens
 from fdk.models.tiny import save_dense
 
 
@@ -108,6 +110,7 @@ def test_a_dense_folder_decodes(command, llama, tmp_path):
         (["--model", "./none"], "does not exist"),
         (["--kernel", "warp"], "'warp'"),
         (["--block-size", "7"], "block_size = '7'"),
+        (["--calibration", "builtin"], "add --target-bits or --max-memory"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(command, capsys, arguments, words):
@@ -183,6 +186,35 @@ def test_a_budget_of_a_folder(command, tmp_path, llama):
     assert status == 0
     assert [record["status"] for record in found] == ["ok", "ok"]
     assert 2.7 < found[1]["bits"] <= 2.9
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_budget_is_spent_by_errors_on_a_text(command, capsys, tmp_path, llama, stored):
+    ids = tmp_path / "ids.txt"
+    ids.write_text(" ".join(str(i * i % llama.config.vocab_size) for i in range(300)))
+    model = str(save_dense(llama.bfloat16(), tmp_path / "dense")) if stored else "custom-llama-mini"
+    arguments = ("--model", model, "--block-size", "32", "--target-bits", "3.2", "--ids", "--calibration-tokens", "64")
+    status, found = command(*arguments, "--calibration", str(ids))
+    assert status == 0
+    assert "expected KL, nats per token," in capsys.readouterr().out
+    assert [(r["status"], r.get("calibration")) for r in found] == [("ok", None), ("ok", str(ids))]
+    assert 3.0 < found[1]["bits"] <= 3.2
+    # Bytes of the text that is built in are no tokens of so small a vocabulary.
+    status, found = command(*arguments, "--calibration", "builtin")
+    assert found[-1]["status"] == "skipped"
+    assert f"is outside the model's vocabulary of {llama.config.vocab_size}" in found[-1]["reason"]
+
+
+def test_the_text_that_is_built_in_is_read_by_the_models_tokenizer(tmp_path):
+    bytes_ = calibration_tokens(Path("builtin"), 50, None, {})
+    assert bytes_.dtype == torch.int64 and len(bytes_) == 50
+    assert torch.equal(calibration_tokens(Path("builtin"), 50, tmp_path, {"vocab_size": 256}), bytes_)
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"import": 1, "?": 0}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    read = calibration_tokens(Path("builtin"), 200, tmp_path, {})
+    assert len(read) == 200 and set(read.tolist()) == {0, 1}
 
 
 def test_a_budget_that_does_not_fit_is_a_skip(command, capsys):

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,17 +19,19 @@ from fdk.bench import records, timing
 from fdk.bench.command import rebind
 from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
+from fdk.cli import progress_bar, widths_of_folder
 from fdk.errors import FdkError
 from fdk.models import QuantisationConfig, quantise, read_overrides
 from fdk.models.adopt import as_llama
 from fdk.models.budget import COLUMNS as WIDTH_COLUMNS
-from fdk.models.budget import choose_for_folder, choose_widths, parse_size
+from fdk.models.budget import Choice, choose_widths, parse_size, sequences
 from fdk.models.configs import CUSTOM
 from fdk.models.decode import model_bytes, time_steps
 from fdk.models.folder import load_dense, resolve
 from fdk.models.llama import Llama
 from fdk.models.random import estimated_bytes, random_llama, random_tensor
 from fdk.models.skeleton import read_config
+from fdk.models.text import calibration_tokens
 from fdk.nn.convert import Job
 
 COLUMNS = ("format", "batch", "tokens/s", "ms/step (p20-p80)", "GB/s", "x floor", "x 16 bits", "GB")
@@ -60,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
         "--target-bits", type=float, metavar="B", help="widths by layer: B stored bits a weight on average"
     )
     budget.add_argument("--max-memory", metavar="SIZE", help="widths by layer: a model of this size, such as 8GB")
+    p.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text to measure the layers' errors on, ids for a custom model, or builtin (errors of weights)",
+    )
+    p.add_argument("--ids", action="store_true", help="that file holds token ids, where there is no tokenizer")
+    p.add_argument("--calibration-tokens", type=int, default=4096, help="of its beginning (4096)")
     p.add_argument("--kernel", default="auto", help="auto, a kernel's name, marlin or marlin-lut (auto)")
     p.add_argument(
         "--step",
@@ -128,27 +139,33 @@ class Sweep:
     def chosen(self, base: QuantisationConfig) -> QuantisationConfig:
         """`base` with the widths of least error that the budget allows; printed, and saved beside the records."""
         args = self.args
+        budget = {"target_bits": args.target_bits, "max_bytes": self.max_bytes, "together": True}
+        tokens = None
+        if args.calibration:
+            config = read_config(self.folder) if self.folder else {}
+            count = args.calibration_tokens
+            tokens = calibration_tokens(args.calibration, count, self.folder, config, args.ids)
         if self.custom:
-
-            def weight_of(job: Job) -> torch.Tensor:
-                shape = next(iter(job.layers.values())).weight.shape
-                return random_tensor(f"{job.name}.weight", shape, args.seed, self.device, torch.bfloat16)
-
-            choice = choose_widths(
-                Llama.skeleton(self.custom),
-                base,
-                target_bits=args.target_bits,
-                max_bytes=self.max_bytes,
-                weight_of=weight_of,
-                together=True,
-            )
+            choice = self._widths_of_custom(base, tokens, budget)
         else:
-            size = self.max_bytes
-            choice = choose_for_folder(self.folder, base, args.target_bits, size, device=self.device, together=True)
+            choice = widths_of_folder(self.folder, base, tokens, self.device, **budget)
         show_plain((WIDTH_COLUMNS, *choice.rows()), choice.summary)
         path = choice.save(args.output_dir / f"widths-{self.environment['id']}.txt")
         print(f"widths: {path}", flush=True)
         return choice.config
+
+    def _widths_of_custom(self, base: QuantisationConfig, tokens: torch.Tensor | None, budget: dict) -> Choice:
+        """By the errors of weights that are made one at a time, or of a whole model in 16 bits on tokens."""
+
+        def weight_of(job: Job) -> torch.Tensor:
+            shape = next(iter(job.layers.values())).weight.shape
+            return random_tensor(f"{job.name}.weight", shape, self.args.seed, self.device, torch.bfloat16)
+
+        with ExitStack() as stack:
+            settings = {**budget, "progress": progress_bar(stack, "measuring")}
+            if tokens is not None:
+                return choose_widths(self.model(None), base, calibration=sequences(tokens), **settings)
+            return choose_widths(Llama.skeleton(self.custom), base, weight_of=weight_of, **settings)
 
     def model(self, config: QuantisationConfig | None, step: str = "auto") -> nn.Module:
         """The model in one format, or an FdkError that says why not: a Llama, for "library" one of transformers."""
@@ -220,7 +237,10 @@ class Sweep:
         writer.write({**self.base(name, batch), "step": step, "status": status, "reason": reason, **self.environment})
 
     def base(self, name: str, batch: int) -> records.Record:
-        return {"test": "decode", "model": self.args.model, "m": batch, "format": name, "codebook": self.args.codebook}
+        found = {"test": "decode", "model": self.args.model, "m": batch, "format": name, "codebook": self.args.codebook}
+        if self.by_layer and name != "bf16":
+            found["calibration"] = self.args.calibration and str(self.args.calibration)
+        return found
 
     def time(self, writer: records.Writer, name: str, config, model: nn.Module, batch: int, step: str) -> None:
         """Decode, print and record."""
@@ -309,10 +329,14 @@ def show_plain(rows: Iterable[Sequence[str]], title: str = "") -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the sweep; 0, 1 if something failed that should not have, 2 for a wrong command line."""
     args = parser().parse_args(argv)
-    for flag, values in (("--batch-size", args.batch_size), ("--reps", [args.reps]), ("--prompt", [args.prompt])):
+    counts = {"--batch-size": args.batch_size, "--reps": [args.reps], "--prompt": [args.prompt]}
+    for flag, values in {**counts, "--calibration-tokens": [args.calibration_tokens]}.items():
         if min(values) < 1:
             print(f"fdk.models: {flag} {min(values)}: at least 1 is needed", file=sys.stderr)
             return 2
+    if args.calibration and args.target_bits is None and args.max_memory is None:
+        print("fdk.models: --calibration needs a budget; add --target-bits or --max-memory", file=sys.stderr)
+        return 2
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"fdk.models: --device cuda: {device.why_no_cuda()}; use --device cpu", file=sys.stderr)
         return 2

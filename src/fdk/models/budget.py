@@ -92,10 +92,11 @@ class Choice:
         found = self.allocation
         gap = (found.error - found.bound) / found.error if found.error else 0.0
         proof = "the optimum" if found.exact else f"at most {gap:.2%} above the optimum"
-        what = "expected KL, nats per token," if self.calibrated else "sum of relative errors"
+        what = "expected KL, nats per token," if self.calibrated else "sum of relative errors of weights"
+        advice = "" if self.calibrated else "; with --calibration (a text, or builtin) they are errors of predictions"
         return (
             f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits a weight, model of "
-            f"{self.nbytes / 1e9:.4g} GB; {what} {found.error:.4g}, {proof}"
+            f"{self.nbytes / 1e9:.4g} GB; {what} {found.error:.4g}, {proof}{advice}"
         )
 
     def rows(self) -> Iterable[tuple[str, str, str, str, str]]:

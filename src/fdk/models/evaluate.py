@@ -218,6 +218,7 @@ class Calibration:
 
     @torch.inference_mode()
     def __init__(self, model: nn.Module, tokens: Tensor, batch: int = 8) -> None:
+        _check_vocabularies(tokens, model, None)
         self.model = model
         self.batches = tokens.to(next(model.parameters()).device).split(batch)
         self._original = [_logits(model, chunk).flatten(0, 1) for chunk in self.batches]

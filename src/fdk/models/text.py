@@ -12,6 +12,9 @@ from fdk.errors import FdkError, FormatError
 
 BYTES = 256
 """A model of so many tokens that has no tokenizer reads bytes."""
+BUILT_IN = "builtin"
+"""In place of a file to calibrate on: the sources of Python's standard library, which every machine has."""
+_BYTES_A_TOKEN = 16
 
 
 def tokenizer(folder: Path):
@@ -30,6 +33,22 @@ def tokenizer(folder: Path):
         return Tokenizer.from_file(str(path))
     except Exception as error:
         raise FdkError(f"{path} cannot be read ({error}); restore it from the original model, or use --ids") from None
+
+
+def calibration_tokens(path: Path, count: int, folder: Path | None, config: Mapping, ids: bool = False) -> Tensor:
+    """int64 [at most `count`] of the beginning of a text, as `read_tokens` takes it, or of the one that is BUILT_IN.
+
+    folder: None for a model without a tokenizer, whose built-in text are bytes, and whose files hold ids.
+    """
+    if str(path) != BUILT_IN:
+        return read_tokens(path, folder, config, ids or folder is None)[:count]
+    from fdk.models.tiny import corpus
+
+    raw, _ = corpus()
+    if folder is None or not (folder / "tokenizer.json").exists():
+        return raw[:count].long()
+    text = raw[: count * _BYTES_A_TOKEN].numpy().tobytes().decode(errors="ignore")
+    return torch.tensor(tokenizer(folder).encode(text, add_special_tokens=False).ids[:count], dtype=torch.int64)
 
 
 def read_tokens(path: Path, folder: Path, config: Mapping, ids: bool = False) -> Tensor:
