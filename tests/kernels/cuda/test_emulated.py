@@ -17,7 +17,7 @@ from emulate import SCHEDULES, EmulationError, Schedule, device, emulated, unava
 from fdk import reference, testing
 from fdk.formats import all_formats, parse
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import KERNEL, _routes, decode, jit
+from fdk.kernels.cuda import KERNEL, _routes, decode, jit, prefill
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -136,6 +136,8 @@ def test_dense_weights(name: str) -> None:
 
 # Configuration, file, text and what takes its place: each must be noticed under at least one schedule.
 ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
+TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
+CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
 FAULTS = {
     "no barrier behind the table": (ALONE, "decode.cuh", "    __syncthreads();  // table and barriers are ready\n", ""),
     "no wait for weights": (ALONE, "decode.cuh", "                    w.wait(stage, parity);\n", ""),
@@ -152,6 +154,7 @@ FAULTS = {
         "first_unit = units * k_warp / K_WARPS;",
         "first_unit = (units * k_warp - 1) / K_WARPS;",
     ),
+    "no wait for the kernel in front": (ALONE, "decode.cuh", "    wait_for_previous_kernel();\n", ""),
     "no wait for the cluster": (CLUSTERED, "decode.cuh", "if (!COUNTED_SUMS || step == 0) cluster_wait();", ""),
     "no wait for sums": (CLUSTERED, "decode.cuh", "            barrier_wait(sums_barrier, 0);\n", ";\n"),
     "too few bytes expected": (CLUSTERED, "decode.cuh", "ROW_WARPS * 64 * M * 4);", "ROW_WARPS * 64 * M * 4 - 16);"),
@@ -162,12 +165,41 @@ FAULTS = {
         "table[(i << BITS) + code - (code == 5)]",
     ),
     "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
+    "no wait for a stage": (
+        TURNS,
+        "prefill.cuh",
+        "                barrier_wait(full + at.stage * 8, at.parity);\n",
+        "",
+    ),
+    "a stage is filled too early": (
+        TURNS,
+        "prefill.cuh",
+        "if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);",
+        "",
+    ),
+    "a stage is given back too early": (TURNS, "prefill.cuh", "if constexpr (!LATE) wgmma_wait<1>();", ""),
+    "a stage of the other k group": (
+        TURNS,
+        "prefill.cuh",
+        "if constexpr (STAGES % K_GROUPS != 0) barrier_wait",
+        "if (false) barrier_wait",
+    ),
+    "slices of k do not meet": (
+        TURNS,
+        "prefill.cuh",
+        "                meet();\n            }\n            wait",
+        "            }\n            wait",
+    ),
+    "no wait for a share": (CUT, "prefill.cuh", "while (read_flag(flag(other)) == 0) {", "while (false) {"),
+    "flags are left behind": (CUT, "prefill.cuh", "                        set_flag(flag(other), 0);\n", ""),
+    "no fence in front of wgmma": (CUT, "prefill.cuh", "                wgmma_fence();\n", ""),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str, monkeypatch) -> None:
     chosen, file, old, new = FAULTS[fault]
+    m, plan_of = (8, decode.Plan) if isinstance(chosen, decode.Config) else (64, prefill.Plan)
     sources = jit.sources()
     assert old in sources[file]
     monkeypatch.setattr(jit, "sources", lambda: {**sources, file: sources[file].replace(old, new)})
@@ -175,11 +207,11 @@ def test_planted_faults_are_found(fault: str, monkeypatch) -> None:
     found = []
     for schedule in SCHEDULES:
         with emulated(sms=4, schedule=schedule):
-            weight = testing.random_weight(parse("lut4_g64"), 100, 1024).to_layout(KERNEL.layout)
-            plan = decode.Plan(weight, chosen)
-            run = lambda x, _, bias, out, plan=plan: plan(x, bias, out)  # noqa: E731
+            weight = testing.random_weight(parse("lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
             try:
-                found.append(testing.check_product(run, inputs(8, 1024), weight, None, False))
+                plan = plan_of(weight, chosen)
+                run = lambda x, _, bias, out, plan=plan: plan(x, bias, out)  # noqa: E731
+                found.append(testing.check_product(run, inputs(m, 1024), weight, None, m > 8))
             except EmulationError as error:
                 found.append(error)
     assert any(found), fault

@@ -14,12 +14,27 @@ import torch
 from torch import Tensor
 
 from emulate import machine, ptx
-from emulate.machine import SCHEDULES, Kernel, Schedule
+from emulate.machine import SCHEDULES, EmulationError, Kernel, Schedule
 from fdk import kernels
 from fdk.kernels import cuda
 from fdk.kernels.cuda import attend, decode, dense, driver, flags, jit, prefill, routes, stream
 
 _MAGIC = 0x70616D66646B2121
+# What no kernel in front writes, and what earlier ones have written before a kernel that waited for them.
+_EARLY = (
+    "codes",
+    "scales",
+    "zeros",
+    "table",
+    "data",
+    "cos",
+    "sin",
+    "query_norm",
+    "key_norm",
+    "position",
+    "keys",
+    "values",
+)
 _WINDOW = 1024
 """Shared memory that the system keeps in front of a CTA's on Hopper."""
 
@@ -54,7 +69,7 @@ class Device:
             ) -> None:
                 self.kernel, declared = cubin
                 assert self.kernel.program.entry == name and shared <= decode.MAX_SHARED
-                self.threads, self.cluster = threads, cluster
+                self.threads, self.cluster, self.dependent = threads, cluster, dependent
                 self.shared = declared.get("FDK_SHARED_BYTES", shared)
                 assert self.shared <= shared
 
@@ -67,17 +82,20 @@ class Device:
         return _kernel(file, tuple(sorted(defines.items())), arch), defines
 
     def launch(self, function, grid: int, params: ctypes.Structure) -> None:
-        hopper = self.capability >= (9, 0)
+        hopper, operands = self.capability >= (9, 0), self.operands(params)
         executed = function.kernel.run(
             grid,
             function.threads,
             bytes(params),
-            self.operands(params),
+            operands,
             (_WINDOW if hopper else 0, function.shared),
             function.cluster,
             max(1, self.sms // function.cluster),
+            _EARLY if function.dependent else None,
             self.schedule,
         )
+        if "flags" in operands and any(ctypes.string_at(params.flags, operands["flags"][1] - params.flags)):
+            raise EmulationError(f"{function.kernel.program.entry} leaves flags behind that are not zero")
         self.executed.append((function.kernel.program.entry, executed))
 
     def operands(self, params: ctypes.Structure) -> dict[str, tuple[int, int]]:

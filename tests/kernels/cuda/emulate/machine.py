@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -34,8 +35,7 @@ class _Launch(ctypes.Structure):
             (name, ctypes.c_uint32)
             for name in ("grid", "threads", "cluster", "resident", "shared_base", "shared_bytes")
         ),
-        ("order", ctypes.c_uint32),
-        ("copies", ctypes.c_uint32),
+        *((name, ctypes.c_uint32) for name in ("order", "copies", "dependent", "pad")),
         ("seed", ctypes.c_uint64),
         ("limit", ctypes.c_uint64),
     )
@@ -134,6 +134,7 @@ class Kernel:
         shared: tuple[int, int],
         cluster: int = 1,
         resident: int = 1,
+        early: Collection[str] | None = None,
         schedule: Schedule = SCHEDULES[0],
         limit: int = 1 << 32,
     ) -> int:
@@ -142,6 +143,7 @@ class Kernel:
         ranges: first and end address of each global operand by its name, the only memory that may be touched
         shared: base and bytes of a CTA's shared memory
         resident: clusters at a time
+        early: operands that may be read before the wait for the kernel in front; None where launches do not overlap
         """
         if len(params) != self.program.param_bytes:
             raise EmulationError(
@@ -152,8 +154,11 @@ class Kernel:
                 f"{self.program.entry}: {grid} CTAs in clusters of {cluster}, {threads} threads each, "
                 f"compiled for {self.program.threads}"
             )
-        launch = _Launch(grid, threads, cluster, resident, *shared, *schedule.numbers(), limit)
-        bounds = (ctypes.c_uint64 * (2 * len(ranges)))(*(bound for pair in ranges.values() for bound in pair))
+        order, copies, seed = schedule.numbers()
+        dependent = early is not None
+        launch = _Launch(grid, threads, cluster, resident, *shared, order, copies, dependent, 0, seed, limit)
+        facts = [fact for name, pair in ranges.items() for fact in (*pair, not dependent or name in early)]
+        bounds = (ctypes.c_uint64 * len(facts))(*facts)
         message = ctypes.create_string_buffer(_MESSAGE)
         executed = _library().emulator_run(
             self._handle, ctypes.byref(launch), params, len(params), bounds, len(ranges), message, _MESSAGE

@@ -265,8 +265,11 @@ class _Translator:
     def op_nothing(self, opcode: str, operands: list[str]) -> None:
         self.emit("nop")
 
-    # Launches follow each other here; waiting, orders between proxies and hints mean nothing.
-    op_griddepcontrol = op_membar = op_fence = op_prefetch = op_nanosleep = op_nothing
+    # Every write is seen at once, so that orders between them mean nothing.
+    op_membar = op_fence = op_prefetch = op_nanosleep = op_nothing
+
+    def op_griddepcontrol(self, opcode: str, operands: list[str]) -> None:
+        self.emit(opcode if opcode == "griddepcontrol.wait" else "nop")
 
     def op_createpolicy(self, opcode: str, operands: list[str]) -> None:
         self.emit("mov.64", self.operand(operands[0], 64), self.constant(0, 64))

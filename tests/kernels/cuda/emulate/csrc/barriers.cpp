@@ -123,6 +123,11 @@ Outcome cluster_wait(Warp& w, const Instruction&, u32) {
     return Outcome::NEXT;
 }
 
+Outcome wait_for_previous_kernel(Warp& w, const Instruction&, u32) {
+    w.cta->waited = true;
+    return Outcome::NEXT;
+}
+
 Outcome nothing(Warp&, const Instruction&, u32) { return Outcome::NEXT; }
 
 // at: mask, result, predicate or -1, value, lane or distance, bounds
@@ -208,6 +213,7 @@ void add_barriers(Table& table) {
     table["bar.arrive"] = {arrive_at_named, Kind::TOGETHER};
     table["barrier.cluster.arrive"] = {cluster_arrive, Kind::TOGETHER};
     table["barrier.cluster.wait"] = {cluster_wait, Kind::TOGETHER};
+    table["griddepcontrol.wait"] = {wait_for_previous_kernel};
     table["together"] = {nothing, Kind::TOGETHER};
     table["bar.warp.sync"] = {nothing, Kind::MEMBERS};
     table["shfl.sync.bfly"] = {shuffle_butterfly, Kind::MEMBERS};

@@ -308,7 +308,7 @@ long long emulator_run(void* program, const emulator::Launch* launch, const void
                        size_t count, char* message, size_t size) {
     using namespace emulator;
     Machine machine{*static_cast<Program*>(program), *launch, static_cast<const u8*>(params), param_bytes, {}, std::mt19937_64(launch->seed), {}, {}};
-    for (size_t i = 0; i < count; ++i) machine.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
+    for (size_t i = 0; i < count; ++i) machine.ranges.push_back({ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2] != 0});
     try {
         run(machine);
         return (long long)machine.executed;

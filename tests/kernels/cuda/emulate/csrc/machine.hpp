@@ -141,7 +141,7 @@ struct Warp {
     u32 copy_batch[32] = {};
     std::vector<Operand> products;
     u32 product_batch = 0;
-    bool fenced = false;           // wgmma.fence since the last wait
+    bool fenced = false;  // by wgmma.fence
     bool cluster_arrived = false;
     u64 cluster_generation = 0;
     u32 spin_pc = ~0u;
@@ -170,7 +170,8 @@ struct Cta {
     NamedBarrier barriers[16];
     std::unordered_map<u32, CountedBarrier> counted;
     u32 warps_left = 0;
-    int in_flight = 0;  // copies on their way to its shared memory
+    int in_flight = 0;    // copies on their way to its shared memory
+    bool waited = false;  // for the kernel in front
 };
 
 struct Machine;
@@ -184,6 +185,7 @@ struct Cluster {
 
 struct Range {
     u64 first, end;
+    bool early;  // may be read before the kernel in front has ended
 };
 
 enum class Order { FORWARD, BACKWARD, RANDOM };
@@ -192,7 +194,7 @@ enum class Copies { AT_ONCE, LATE, RANDOM };
 // Twin of `_Launch` in machine.py.
 struct Launch {
     u32 grid, threads, cluster, resident, shared_base, shared_bytes;
-    u32 order, copies;
+    u32 order, copies, dependent, pad;
     u64 seed, limit;
 };
 
@@ -256,14 +258,19 @@ inline u8* cluster_at(Cta& cta, u32 address, u32 bytes) {
     return shared_at(*owner, at, bytes);
 }
 
-inline u8* global_at(Machine& machine, u64 address, u64 bytes) {
-    const auto inside = [&](const Range& range) { return address >= range.first && address + bytes <= range.end; };
-    if (machine.last_range < machine.ranges.size() && inside(machine.ranges[machine.last_range])) return reinterpret_cast<u8*>(address);
+inline u8* global_at(Warp& w, u64 address, u64 bytes, bool write) {
+    Machine& machine = machine_of(w);
+    const auto found = [&](size_t i) {
+        const Range& range = machine.ranges[i];
+        if (address < range.first || address + bytes > range.end) return false;
+        if (machine.launch.dependent && !w.cta->waited && (write || !range.early))
+            throw Fault(text("<range %zu> is %s before the wait for the kernel in front", i, write ? "written" : "read"));
+        machine.last_range = i;
+        return true;
+    };
+    if (machine.last_range < machine.ranges.size() && found(machine.last_range)) return reinterpret_cast<u8*>(address);
     for (size_t i = 0; i < machine.ranges.size(); ++i)
-        if (inside(machine.ranges[i])) {
-            machine.last_range = i;
-            return reinterpret_cast<u8*>(address);
-        }
+        if (found(i)) return reinterpret_cast<u8*>(address);
     std::string message = text("%llu bytes at global address %#llx lie in no operand", (unsigned long long)bytes, (unsigned long long)address);
     for (size_t i = 0; i < machine.ranges.size(); ++i) {
         const Range& range = machine.ranges[i];
@@ -280,7 +287,7 @@ inline const u8* param_at(Machine& machine, u64 address, u64 bytes) {
     return machine.params + (address - PARAM_AT);
 }
 
-inline u8* resolve(Warp& w, Space space, u64 address, u32 bytes) {
+inline u8* resolve(Warp& w, Space space, u64 address, u32 bytes, bool write = false) {
     if (address % bytes) throw Fault(text("address %#llx is no multiple of the %u bytes accessed", (unsigned long long)address, bytes));
     switch (space) {
         case Space::SHARED: return shared_at(*w.cta, u32(address), bytes);
@@ -290,7 +297,7 @@ inline u8* resolve(Warp& w, Space space, u64 address, u32 bytes) {
             if (address >= SHARED_WINDOW) return shared_at(*w.cta, u32(address - SHARED_WINDOW), bytes);
             if (address >= PARAM_WINDOW) return const_cast<u8*>(param_at(machine_of(w), address - PARAM_WINDOW, bytes));
             [[fallthrough]];
-        case Space::GLOBAL: return global_at(machine_of(w), address, bytes);
+        case Space::GLOBAL: return global_at(w, address, bytes, write);
     }
     throw Fault("unknown state space");
 }

@@ -45,7 +45,7 @@ Outcome store(Warp& w, const Instruction& I, u32 lanes) {
     const i32* at = I.at;
     const int count = at[1];
     EACH(lanes, {
-        u8* to = resolve(w, Space(at[0]), address_of(w, at, l), sizeof(T) * count);
+        u8* to = resolve(w, Space(at[0]), address_of(w, at, l), sizeof(T) * count, true);
         for (int i = 0; i < count; ++i) {
             const T value = sizeof(T) < 4 ? T(w.r[at[5 + i] + l]) : get<T>(w.r, at[5 + i], l);
             std::memcpy(to + i * sizeof(T), &value, sizeof(T));
@@ -114,7 +114,7 @@ Outcome copy_bulk(Warp& w, const Instruction& I, u32 lanes) {
         const auto [counting, barrier] = in_cluster(*w.cta, get<u32>(w.r, at[5], l) + at[6]);
         if (to % 16 || from % 16 || bytes % 16) throw Fault(text("a bulk copy of %u bytes from %#llx to %#x is not of whole multiples of 16", bytes, (unsigned long long)from, to));
         u8* const there = shared_at(*owner, to, bytes);
-        const u8* const here = global_at(machine_of(w), from, bytes);
+        const u8* const here = global_at(w, from, bytes, false);
         counted_at(*counting, barrier);
         send(machine_of(w), owner, [=, counting = counting, barrier = barrier] {
             std::memcpy(there, here, bytes);
@@ -129,13 +129,13 @@ struct TensorMap {
     u64 magic, address, rows, columns, box_rows, box_columns;
 };
 
-void copy_box(Machine& machine, Cta& cta, const TensorMap& map, u32 to, i32 column, i32 row) {
+void copy_box(Cta& cta, const TensorMap& map, u32 to, i32 column, i32 row) {
     for (u32 i = 0; i < map.box_rows; ++i)
         for (u32 j = 0; j < map.box_columns; ++j) {
             const i64 y = i64(row) + i, x = i64(column) + j;
             u16 value = 0;
             if (y >= 0 && y < i64(map.rows) && x >= 0 && x < i64(map.columns))
-                std::memcpy(&value, global_at(machine, map.address + (y * map.columns + x) * 2, 2), 2);
+                std::memcpy(&value, reinterpret_cast<const u8*>(map.address + (y * map.columns + x) * 2), 2);
             const u32 at = to + i * 128 + j * 2;
             std::memcpy(shared_at(cta, at ^ (at >> 7 & 7) << 4, 2), &value, 2);
         }
@@ -151,6 +151,7 @@ Outcome copy_tensor(Warp& w, const Instruction& I, u32 lanes) {
         if (map.box_columns != 64) throw Fault("a swizzle of 128 bytes takes boxes of 64 columns of 16 bits");
         const auto [own, to] = in_cluster(*w.cta, get<u32>(w.r, at[0], l) + at[1]);
         const auto [counting, barrier] = in_cluster(*w.cta, get<u32>(w.r, at[5], l) + at[6]);
+        global_at(w, map.address, map.rows * map.columns * 2, false);
         if (to % 128) throw Fault(text("a box goes to %#x, which is no multiple of 128", to));
         const i32 column = get<i32>(w.r, at[3], l), row = get<i32>(w.r, at[4], l);
         const u32 mask = at[7] < 0 ? 1u << own->rank : get<u16>(w.r, at[7], l);
@@ -160,8 +161,8 @@ Outcome copy_tensor(Warp& w, const Instruction& I, u32 lanes) {
                 if (rank >= w.cta->cluster->ctas.size()) throw Fault("a copy names a CTA that the cluster does not have");
                 Cta* const target = w.cta->cluster->ctas[rank].get();
                 Cta* const counted = at[7] < 0 ? counting : target;
-                send(machine, target, [=, &machine, to = to, barrier = barrier] {
-                    copy_box(machine, *target, map, to, column, row);
+                send(machine, target, [=, to = to, barrier = barrier] {
+                    copy_box(*target, map, to, column, row);
                     complete(*counted, barrier, 0, i64(map.box_rows) * map.box_columns * 2);
                 });
             }
@@ -211,7 +212,7 @@ Outcome atomic(Warp& w, const Instruction& I, u32 lanes, Function function) {
     const i32* at = I.at;
     EACH(lanes, {
         const u64 address = (at[3] ? get<u64>(w.r, at[2], l) : get<u32>(w.r, at[2], l)) + i64(at[4]);
-        u8* to = resolve(w, Space(at[1]), address, 4);
+        u8* to = resolve(w, Space(at[1]), address, 4, true);
         u32 old;
         std::memcpy(&old, to, 4);
         const u32 value = function(old, get<u32>(w.r, at[5], l));
