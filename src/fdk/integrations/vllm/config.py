@@ -168,8 +168,10 @@ class FdkConfig(vllm.QuantizationConfig):
 
     def served(self, name: str, default: int) -> int:
         """The width at which a nested layer is served."""
-        if self._precision is None or isinstance(self._precision, int):
-            return self._widths.get(name, self._precision or default)
+        if self._precision is None:
+            return self._widths.get(name, default)
+        if isinstance(self._precision, int):
+            return self._precision
         found = [bits for pattern, bits in self._precision.items() if re.search(pattern, name)]
         return found[-1] if found else default
 
