@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -73,12 +74,30 @@ def test_bytes_of_a_weight_by_hand() -> None:
     assert parse("lut3_chan").code_bytes(2, 11) == 2 * 5
 
 
-def test_kinds_are_registered_once() -> None:
-    with pytest.raises(FormatError, match="already registered"):
-        register(Kind("lut", (4,), "again"))
-    with pytest.raises(FormatError, match="needs 2\\^bits values"):
-        register(Kind("odd", (4,), "short table", table="fixed", values=(1.0,)))
-    assert "odd" not in {entry.name for entry in kinds()}
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Kind("lut", (4,), "again"), "'lut' is already registered"),
+        (Kind("Odd", (4,), "upper case"), "'Odd' is no name"),
+        (Kind("odd4", (4,), "a digit"), "'odd4' is no name"),
+        (Kind("", (4,), "no name"), "'' is no name"),
+        (Kind("odd", (), "no width"), "widths \\[\\]; choose from 1 to 8"),
+        (Kind("odd", (9,), "too wide"), "widths \\[9\\]; choose from 1 to 8"),
+        (Kind("odd", (4,), "mistyped", table="fixd"), "table='fixd'; use"),
+        (Kind("odd", (1,), "no values", table="fixed"), "needs values with table='fixed'"),
+        (Kind("odd", (1,), "idle values", values=(0.0, 1.0)), "none without it"),
+        (Kind("odd", (4,), "short table", table="fixed", values=(1.0,)), "fixed table of 1 values"),
+        (Kind("odd", (1,), "not finite", table="fixed", values=(0.0, math.nan)), "not finite"),
+        (Kind("odd", (4,), "both", table="stored", zeros=True), "leave out zeros=True"),
+        (Kind("odd", (4,), "nested", slices=(2, 4)), "is nested, so it has a master of 8 bits"),
+        (Kind("odd", (3,), "sparse", sparse=(4,)), "sparse form of \\[4\\] bits"),
+    ],
+)
+def test_a_kind_that_makes_no_sense_is_refused(kind: Kind, message: str) -> None:
+    before = kinds()
+    with pytest.raises(FormatError, match=message):
+        register(kind)
+    assert kinds() == before
 
 
 def test_fixed_tables() -> None:

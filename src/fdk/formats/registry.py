@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from fdk.errors import FormatError
 from fdk.formats.spec import BLOCK, MASTER_BITS, Format, Kind
 
@@ -35,13 +37,36 @@ _kinds: dict[str, Kind] = {}
 
 
 def register(kind: Kind) -> Kind:
-    """Add a kind of format; its name must be new. Returns the kind."""
-    if kind.name in _kinds:
-        raise FormatError(f"format kind {kind.name!r} is already registered; choose another name")
-    if kind.table == "fixed" and (kind.values is None or any(len(kind.values) != 1 << b for b in kind.bits)):
-        raise FormatError(f"format kind {kind.name!r} has a fixed table, so it needs 2^bits values")
+    """Add a kind of format; its name must be new. Returns the kind. FormatError if it makes no sense."""
+    if reason := _why_not(kind):
+        raise FormatError(f"format kind {kind.name!r} {reason}")
     _kinds[kind.name] = kind
     return kind
+
+
+def _why_not(kind: Kind) -> str | None:
+    """What is wrong with a kind, as a clause with the remedy; None if nothing is."""
+    if kind.name in _kinds:
+        return "is already registered; choose another name"
+    if not (kind.name.isascii() and kind.name.isalpha() and kind.name.islower()):
+        return "is no name of a kind, since a width follows it; use lower-case letters only"
+    if not kind.bits or not set(kind.bits) <= set(ALL_BITS):
+        return f"has widths {list(kind.bits)}; choose from 1 to 8 bits"
+    if kind.table not in (None, "stored", "fixed"):
+        return f"has table={kind.table!r}; use 'stored', 'fixed' or None"
+    if (kind.table == "fixed") != (kind.values is not None):
+        return "needs values with table='fixed', and none without it"
+    if kind.table == "fixed" and any(len(kind.values) != 1 << bits for bits in kind.bits):
+        return f"has a fixed table of {len(kind.values)} values, but its widths {list(kind.bits)} need 2^bits of them"
+    if kind.table == "fixed" and not all(map(isfinite, kind.values)):
+        return "has a value that is not finite; a table holds finite values only"
+    if kind.table and kind.zeros:
+        return "has a table, and zero points have no meaning beside one; leave out zeros=True"
+    if kind.slices and (kind.bits != (MASTER_BITS,) or not set(kind.slices) <= set(SLICES)):
+        return f"is nested, so it has a master of {MASTER_BITS} bits and slices of 2 to {MASTER_BITS}"
+    if not set(kind.sparse) <= set(kind.bits):
+        return f"has a sparse form of {list(kind.sparse)} bits, but widths of {list(kind.bits)}"
+    return None
 
 
 def kind(name: str) -> Kind:
