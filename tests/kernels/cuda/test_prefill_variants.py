@@ -1,17 +1,21 @@
 """Configurations of the prefill kernel that nothing chooses yet, on the emulated GPU under several schedules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from emulate import SCHEDULES, emulated, unavailable
-from fdk import testing
+from fdk import reference, testing
 from fdk.formats import parse
+from fdk.kernels.cuda import dense
 from fdk.kernels.cuda.prefill import Config, Plan
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 LARGE = Config(256, 2, 4, rounds=True, unrolled=True)
+PREPARED = replace(LARGE, prepared=True)
 CASES = [
     ("lut4_g64", LARGE),
     ("lut4_g64", Config(256, 2, 4, rounds=True, wide=True, stream=True, unrolled=True, apart=True)),
@@ -21,6 +25,10 @@ CASES = [
     ("uint4_g32", Config(192, 2, 2, split=2, rounds=True, unrolled=True)),
     ("int8_g64", LARGE),
     ("lut8_g64", LARGE),
+    ("lut4_g64", PREPARED),
+    ("uint3_g32", replace(PREPARED, pair=2, stream=True)),
+    ("nest8s5_g128", replace(PREPARED, tokens=192, split=2, stages=2)),
+    ("lut8_chan", replace(PREPARED, unrolled=False)),
 ]
 
 
@@ -35,3 +43,13 @@ def test_products(i: int) -> None:
         for _ in range(2):
             wrong = testing.check_product(run, x.to(weight.dtype), weight, bias.to(weight.dtype), config.rounds)
             assert wrong is None
+
+
+@pytest.mark.parametrize("name", ["lut4_g64", "uint3_g48", "nest8s4_g128", "int4_g64_sp16of32", "lut4_g64_sp16of32"])
+def test_operands_are_the_reference_in_another_order(name: str) -> None:
+    with emulated(schedule=SCHEDULES[len(name) % len(SCHEDULES)]):
+        weight = testing.random_weight(parse(name), 128, 384).to_layout("fragments")
+        found = dense.Plan(weight, operands=True).operands()
+    # Lane 4g + t holds rows g and g + 8 of columns 2t, 2t + 1 and then of the eight columns behind.
+    order = found.view(2, 6, 4, 4, 8, 4, 2, 2, 2).permute(0, 2, 7, 4, 1, 3, 6, 5, 8)
+    assert torch.equal(order.reshape(128, 384), reference.dequantise(weight))

@@ -85,6 +85,20 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "prefill-prepared": Named(
+        "Is a product of weights dequantised once, to memory, no slower than cuBLAS, so that hiding that pays?",
+        70,
+        (
+            Trial(
+                problems("prefill", "lut4_g64 lut8_g64", "8192x8192", "2048 4096 8192")
+                + problems("prefill", "lut8_g64", "14336x4096", "4096"),
+                tuple(
+                    {"prepared": True, "unrolled": True, "wide": False, "stages": 4, "pair": pair, "stream": stream}
+                    for pair, stream in ((1, False), (1, True), (2, True))
+                ),
+            ),
+        ),
+    ),
     "prefill-raster": Named(
         "Where x is larger than the second-level cache, do fewer tokens a band save power?",
         40,

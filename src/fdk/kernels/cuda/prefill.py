@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode, driver, flags, jit
+from fdk.kernels.cuda import decode, dense, driver, flags, jit
 from fdk.kernels.cuda.decode import INT, MAX_RANGES, MAX_SHARED, TABLE, UINT_FLOAT, UINT_U8, Shape
 from fdk.packing.fragments import BLOCK, block_counts
 from fdk.weight import QuantisedWeight
@@ -59,6 +59,9 @@ _BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
 # Units that a cluster gets at least where tiles are cut along k.
 _LEAST_SHARE = 8
 
+# Operands that csrc/dequantise_weights.cuh has left, as a kind of weight.
+_PREPARED = 8
+
 # Rows of staged outputs in shared memory (csrc/prefill.cuh: OUT_STRIDE), and what the system keeps of it.
 _OUT_STRIDE, _WINDOW = 144, 1024
 
@@ -85,6 +88,7 @@ class Config:
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     unrolled    unroll the loop over units over the ring: stages are even and divide the units of a slice of k
     apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
+    prepared    weights are dequantised once, to memory, as operands; the product then only loads them
     band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
     """
 
@@ -102,6 +106,7 @@ class Config:
     stream: bool = False
     unrolled: bool = False
     apart: bool = False
+    prepared: bool = False
     band: int = 8
 
     @property
@@ -119,6 +124,8 @@ class Config:
 
     def block_bytes(self, shape: Shape) -> int:
         """Bytes of a stage for one block of rows: codes, scales, zeros."""
+        if self.prepared:
+            return 16 * 512
         staged = shape.unit_groups if shape.groups > 1 or shape.kind == UINT_U8 else 0
         return shape.bits * 512 + staged * (128 + (64 if shape.kind == UINT_U8 else 0))
 
@@ -128,7 +135,7 @@ class Config:
         ValueError if what lies below the table (`apart`) does not fit there.
         """
         integers = shape.kind in (INT, UINT_U8) and shape.bits >= 5 and not self.wide
-        table_bytes = 0 if integers else shape.table_bytes << self.wide
+        table_bytes = 0 if integers or self.prepared else shape.table_bytes << self.wide
         table = max(0, table_bytes - _WINDOW)
         slices = self.split * self.k_groups
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
@@ -154,11 +161,11 @@ class Config:
         return {
             "FDK_N": shape.n,
             "FDK_K": shape.k,
-            "FDK_BITS": shape.bits,
-            "FDK_GROUP": shape.group,
+            "FDK_BITS": 16 if self.prepared else shape.bits,
+            "FDK_GROUP": shape.k if self.prepared else shape.group,
             "FDK_BF16": int(shape.bf16),
-            "FDK_KIND": shape.kind,
-            "FDK_SLICE": shape.served,
+            "FDK_KIND": _PREPARED if self.prepared else shape.kind,
+            "FDK_SLICE": 0 if self.prepared else shape.served,
             "FDK_TOKENS": self.tokens,
             "FDK_TOKEN_TILES": self.tokens // 8,
             "FDK_BLOCKS": self.blocks,
@@ -395,6 +402,7 @@ class Plan:
         self.maps: dict[tuple[int, int], driver.TensorMap] = {}
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
+        self.operands = dense.Plan(weight, operands=True).operands if config.prepared else None
         if config.stream:
             # After loading, which says what to do where a graph is being captured.
             self.flags = flags.of_device(self.device)
@@ -414,6 +422,9 @@ class Plan:
                 key[0], self.shape.bf16, (m, self.shape.k), (config.tokens // config.pair, BLOCK)
             )
         params.x_map = found
+        if self.operands is not None:
+            operands = self.operands()
+            params.codes = operands.data_ptr()
         params.bias = None if bias is None else bias.data_ptr()
         params.out = out.data_ptr()
         params.m = m

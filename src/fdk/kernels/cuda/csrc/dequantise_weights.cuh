@@ -4,7 +4,9 @@
 // A CTA takes a block of 64 rows and one unit of 64 columns per warp at a time. A row tile goes from fragment order
 // through the warp's own shared memory to rows, which leave as whole lines of 128 bytes. Bytes written are the cost, so
 // an item is loaded while the one before it is written, as far as registers allow, and nothing else overlaps.
-// Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND FDK_SLICE (as in shape.cuh) FDK_SHARED_BYTES.
+//
+// With OPERANDS it leaves the A operands of mma.m16n8k16 instead: [block, unit, row tile, step, lane] of 16 bytes.
+// Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND FDK_SLICE (as in shape.cuh) FDK_OPERANDS FDK_SHARED_BYTES.
 #pragma once
 #include "operand.cuh"
 
@@ -12,7 +14,7 @@ namespace fdk {
 
 constexpr int BITS = FDK_BITS, GROUP = FDK_GROUP, KIND = FDK_KIND;
 constexpr bool BF16 = FDK_BF16, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND == 4 || KIND == 5;
-constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
+constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7, OPERANDS = FDK_OPERANDS;
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SUBS = GROUP % 64 == 0 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit, at most
 constexpr int ROW = 144, BUFFER = 16 * ROW;                           // rows start in different banks
@@ -39,7 +41,7 @@ struct Params {
     const char* scales;  // [B * groups + spare, 64]
     const char* zeros;   // [B * groups + spare, 64]
     const u16* table;    // [tables, 2^BITS]
-    u16* out;            // [rows, stride], where `origin` is row 0 and unit `first_unit` starts column 0
+    u16* out;            // [rows, stride], where `origin` is row 0 and unit `first_unit` starts column 0; operands: all
     i64 stride, origin;
     int units, groups;   // of the weight
     int first_block, end_block, first_unit, end_unit;
@@ -177,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
                     }
                     a[s][i] = round_pair<BF16>(scale * low, scale * high);
                 }
-                if constexpr (!SPARSE) store_matrices(buffer + s * 32, ROW, lane, a[s]);
+                if constexpr (!SPARSE && !OPERANDS) store_matrices(buffer + s * 32, ROW, lane, a[s]);
             }
             if constexpr (SPARSE) {
                 // Rows g and g + 8, columns 16t to 16t + 15, those at the outer end of their block of 32 first (sparse.cuh).
@@ -189,6 +191,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
                 }
             }
             __syncwarp();
+            if constexpr (OPERANDS) {
+                u16* const operand = p.out + ((i64(item.block) * p.units + unit) * 4 + tile) * 1024 + lane * 8;
+#pragma unroll
+                for (int s = 0; s < 4; ++s) {
+                    if constexpr (SPARSE)
+                        load_matrices(a[s][0], a[s][1], a[s][2], a[s][3], shared_address(buffer + s * 32 + lane % 16 * ROW + lane / 16 * 16));
+                    *reinterpret_cast<u32x4*>(operand + s * 256) = {a[s][0], a[s][1], a[s][2], a[s][3]};
+                }
+                __syncwarp();
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = i * 4 + lane / 8;

@@ -15,7 +15,8 @@
 // others leave of it in global memory, in the order of k. No result depends on timing.
 //
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
-//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kind 3 is not served)
+//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served; kind
+//       8, of 16 bits: `codes` are operands that dequantise_weights.cuh has left)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
 //   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART
 #pragma once
@@ -28,7 +29,7 @@ constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP;
 constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
-constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND >= 4;
+constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND == 4 || KIND == 5, PREPARED = KIND == 8;
 constexpr bool WIDE = FDK_WIDE;
 constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
@@ -71,7 +72,7 @@ constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that s
 
 struct Smem {
     static constexpr int WINDOW = 1024;  // what the system keeps in front
-    static constexpr int TABLE_BYTES = NESTED || INTEGERS ? 0 : Table<BITS>::BYTES * (WIDE ? 2 : 1);
+    static constexpr int TABLE_BYTES = NESTED || INTEGERS || PREPARED ? 0 : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE = TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
     static constexpr int X_BYTES = TOKENS * 128;
     static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
@@ -315,6 +316,7 @@ struct Producer {
     }
     __device__ __forceinline__ void run_weights(int which) const {
         const u64 policy = evict_first_policy();
+        if constexpr (PREPARED) wait_for_previous_kernel();
         run([&](const Tile& tile, int unit, const Turn& turn) {
             const int last = p.range[tile.range].end_block - 1;
             const int mine = BLOCKS % WEIGHT_WARPS == 0 ? BLOCKS / WEIGHT_WARPS : (BLOCKS - which + WEIGHT_WARPS - 1) / WEIGHT_WARPS;
@@ -328,7 +330,11 @@ struct Producer {
                     // Past the last block its neighbour is repeated; nothing of it is written.
                     const i64 block = min(tile.block + w, last);
                     const u32 to = smem + turn.codes() + Smem::CODES + w * Smem::BLOCK_BYTES;
-                    copy_bulk(to, p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE, Smem::CODE_BYTES, barrier, policy);
+                    const char* const from = p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE;
+                    if constexpr (PREPARED)
+                        copy_bulk_shared(to, from, Smem::CODE_BYTES, barrier);
+                    else
+                        copy_bulk(to, from, Smem::CODE_BYTES, barrier, policy);
                     if constexpr (Smem::STAGED_GROUPS > 0) {
                         const i64 group = block * GROUPS + staged_group(unit);
                         copy_bulk(to + Smem::SCALES, p.scales + group * 128, Smem::STAGED_GROUPS * 128, barrier, policy);
@@ -414,7 +420,9 @@ __device__ __forceinline__ void expand(Operand& o, const Codes& c, int part, con
     constexpr int COUNT = 4 / PARTS;
     const int first = part * COUNT;
     u32 a[4][4];  // what other parts hold of it is not computed
-    if constexpr (NESTED)
+    if constexpr (PREPARED)
+        for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = c.words[i];
+    else if constexpr (NESTED)
         dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a, c.words, 0, lookup);
     else if constexpr (INTEGERS)
         to_integers<BITS, BF16>(a, c.words, 0);
@@ -558,7 +566,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 };
                 if constexpr (BITS == 1) {
                     lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
-                } else if constexpr (!NESTED && !INTEGERS) {
+                } else if constexpr (!NESTED && !INTEGERS && !PREPARED) {
                     if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
                     fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
@@ -800,7 +808,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             for (int h = 0; h < 2; ++h) {
                 const i64 row = range.first_row + i64(block - range.first_block) * 64 + r * 16 + h * 8 + g;
                 if (p.bias && block < range.end_block && row < range.end_row) bias[h] = low_half<BF16>(p.bias[row]);
-                if constexpr (!GROUPED) {
+                if constexpr (!GROUPED && !PREPARED) {
                     const i64 stored = min(block, range.end_block - 1);
                     const u16 bits = reinterpret_cast<const u16*>(p.scales)[stored * 64 + g * 8 + r * 2 + h];
                     scale[h] = low_half<BF16>(bits);
