@@ -326,8 +326,18 @@ def run_quantise(args: argparse.Namespace) -> int:
     for name, reason in report.kept.items():
         print(f"kept dense: {name}: {reason}")
     print(f"{report.summary}; {time.perf_counter() - start:.1f} s")
-    print(f"{args.output} is ready: fdk.load({args.output!r}) in Python, or fdk info {args.output}")
+    print(f"{args.output} is ready: {_how_to_load(args.output)} in Python, or fdk info {args.output}")
     return 0
+
+
+def _how_to_load(folder: str) -> str:
+    """The call that reads a quantised folder: fdk's own, but for models that transformers converts while it reads."""
+    from fdk.models.llama import RELATIVES
+    from fdk.models.skeleton import architecture, read_config
+
+    if architecture(read_config(Path(folder)), folder) in RELATIVES:
+        return f"fdk.load({folder!r})"
+    return f"import fdk and AutoModelForCausalLM.from_pretrained({folder!r})"
 
 
 def _chosen_widths(args: argparse.Namespace, config, device):

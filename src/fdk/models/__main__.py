@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,17 +21,19 @@ from fdk.bench.command import rebind
 from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
 from fdk.cli import progress_bar, widths_of_folder
-from fdk.errors import FdkError
+from fdk.errors import FdkError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, read_overrides
 from fdk.models.adopt import as_llama
 from fdk.models.budget import COLUMNS as WIDTH_COLUMNS
 from fdk.models.budget import Choice, choose_widths, parse_size, sequences
+from fdk.models.checkpoint import quantisation_of
 from fdk.models.configs import CUSTOM
-from fdk.models.decode import model_bytes, time_steps
+from fdk.models.decode import Bytes, model_bytes, time_steps
 from fdk.models.folder import load_dense, resolve
-from fdk.models.llama import Llama
+from fdk.models.llama import RELATIVES, Llama
 from fdk.models.random import estimated_bytes, random_llama, random_tensor
-from fdk.models.skeleton import read_config
+from fdk.models.room import folder_room
+from fdk.models.skeleton import CONFIG, architecture, read_config
 from fdk.models.text import calibration_tokens
 from fdk.nn.convert import Job
 
@@ -181,7 +184,14 @@ class Sweep:
                     "use fewer bits, a smaller model or another device"
                 )
             return random_llama(self.custom, config, self.device, seed=self.args.seed)
-        if "quantization_config" in read_config(self.folder):
+        stored = read_config(self.folder)
+        if "quantization_config" in stored:
+            quantisation_of(stored, self.folder)
+        # A dense model that is to be quantised passes through the host's memory.
+        folder_room(self.folder, stored, self.device if config is None else torch.device("cpu"))
+        if architecture(stored, self.folder / CONFIG) not in RELATIVES:
+            return self.library_model(config)
+        if "quantization_config" in stored:
             model = load(self.folder, self.device)
         else:
             dense = load_dense(self.folder, dtype=torch.bfloat16)
@@ -197,10 +207,10 @@ class Sweep:
         if self.custom:
             raise FdkError(f"--step library decodes with transformers, which has no {self.args.model}; name a folder")
         try:
-            from transformers import AutoModelForCausalLM
+            from fdk.integrations.transformers import load_causal
         except ImportError as error:
-            raise FdkError(f"{error}; pip install 'fused-dequantisation-kernels[transformers]'") from None
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device).eval()
+            raise FdkError(str(error)) from None
+        model = load_causal(self.folder, self.device, torch.bfloat16).eval()
         if config is not None:
             model.fdk_report = quantise_(model, config)
         return model.requires_grad_(False)
@@ -242,17 +252,25 @@ class Sweep:
             found["calibration"] = self.args.calibration and str(self.args.calibration)
         return found
 
+    def bytes_of(self, model: nn.Module, batch: int) -> tuple[Bytes, int | None]:
+        """What the model takes, and what a step reads; None where that is not known, as of a mixture's experts."""
+        try:
+            llama = model if isinstance(model, Llama) else as_llama(model)
+        except UnsupportedError:
+            return model_bytes(model), None
+        size = model_bytes(llama)
+        # Keys and values of the positions filled half way through are read too.
+        cache = llama.new_cache(batch, self.args.prompt + self.args.reps // 2)
+        return size, size.per_step + cache.keys.nbytes + cache.values.nbytes
+
     def time(self, writer: records.Writer, name: str, config, model: nn.Module, batch: int, step: str) -> None:
         """Decode, print and record."""
         args = self.args
         seconds = time_steps(model, batch, args.reps, args.prompt, args.seed, "plain" if step == "library" else step)
         times = timing.Times.of(seconds)
-        llama = model if isinstance(model, Llama) else as_llama(model)
-        size = model_bytes(llama)
-        # Keys and values of the positions filled half way through are read too.
-        cache = llama.new_cache(batch, args.prompt + args.reps // 2)
-        read = size.per_step + cache.keys.nbytes + cache.values.nbytes
-        floor = read / self.ceilings.read
+        size, read = self.bytes_of(model, batch)
+        floor = None if read is None else read / self.ceilings.read
+        reached = ("-", "-") if read is None else (significant(read / times.p50 / 1e9), significant(times.p50 / floor))
         if config is None and name == "bf16":
             self.dense_time.setdefault(batch, times.p50)
         dense = self.dense_time.get(batch)
@@ -276,7 +294,7 @@ class Sweep:
                 "bytes_rw": read,
                 "model_bytes": size.total,
                 "floor": floor,
-                "x_floor": times.p50 / floor,
+                "x_floor": None if floor is None else times.p50 / floor,
                 "x_bf16": None if dense is None else dense / times.p50,
                 "read_bandwidth": self.ceilings.read,
                 "threads": torch.get_num_threads(),
@@ -291,7 +309,7 @@ class Sweep:
         self.rows.append(
             [
                 label, str(batch), significant(batch / times.p50), f"{middle} ({low}-{high})",
-                significant(read / times.p50 / 1e9), significant(times.p50 / floor),
+                *reached,
                 "-" if dense is None else significant(dense / times.p50), significant(size.total / 1e9),
             ]
         )  # fmt: skip
@@ -344,7 +362,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fdk.models: {warning}", file=sys.stderr)
     try:
         sweep = Sweep(args)
-        with records.Writer(args.output_dir, f"models-{sweep.environment['id']}") as writer:
+        with (
+            records.Writer(args.output_dir, f"models-{sweep.environment['id']}") as writer,
+            warnings.catch_warnings(),
+        ):
+            warnings.showwarning = lambda message, *_, **__: print(f"fdk.models: {message}", file=sys.stderr)
             sweep.run(writer)
     except FdkError as error:
         print(f"fdk.models: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ from fdk.errors import FdkError, FormatError
 from fdk.formats import parse
 from fdk.models.card import write_card
 from fdk.models.llama import Llama
-from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
+from fdk.models.skeleton import CONFIG, FROM_PRETRAINED, build, fill_computed, persistent, read_config
 from fdk.models.tensors import SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
 from fdk.nn import Linear, ParallelLinear
 from fdk.packing.layouts import Geometry, canonical_dtypes, canonical_shapes, check_canonical
@@ -32,6 +32,10 @@ from fdk.weight import QuantisedWeight, check_values
 VERSION = 1
 METHOD = "fdk"
 GUARD: Spec = (torch.uint8, (0,))
+
+
+class OtherNames(FormatError):
+    """The tensors of a folder are not called as in the modules; transformers may know how to convert them."""
 
 
 def joined(prefix: str, name: str) -> str:
@@ -298,7 +302,8 @@ def load(
     if "" in layers and model is None:
         _check_names(files, _layer_names("", layers[""]), None)
         return _read_layer(files, "", layers[""], device, verify).eval()
-    if model is None:
+    built = model is None
+    if built:
         if "fdk_module" in config:
             raise FormatError(
                 f"{folder} holds a {config['fdk_module']}, whose modules fdk does not know; give them with model="
@@ -309,7 +314,12 @@ def load(
             f"{folder} holds layers of a model, which a bare {type(model).__name__} cannot take; give the model"
         )
     model.fdk_recipe = stored.get("recipe")
-    return fill(model, files, layers, stored.get("tied", {}), device, verify)
+    try:
+        return fill(model, files, layers, stored.get("tied", {}), device, verify)
+    except OtherNames as error:
+        if built and not isinstance(model, Llama):
+            raise OtherNames(f"{error}, or read it by {FROM_PRETRAINED}") from None
+        raise
 
 
 def fill(
@@ -380,10 +390,10 @@ def _layer_names(name: str, spec: LayerSpec) -> set[str]:
 def _check_names(files: TensorFiles, expected: set[str], guard: str | None) -> None:
     if missing := sorted(expected - set(files)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FormatError(f"{files.folder} lacks the tensor {missing[0]}{more}; copy the whole folder again")
+        raise OtherNames(f"{files.folder} lacks the tensor {missing[0]}{more}; copy the whole folder again")
     if extra := sorted(set(files) - expected - {guard}):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise FormatError(
+        raise OtherNames(
             f"{files.where(extra[0])}{more} belongs to no layer of the model; "
             f"the weights and {CONFIG} are of different models"
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.models.card import write_card
-from fdk.models.checkpoint import GUARD, describe, guard_of, joined, layer_entry, write_config
+from fdk.models.checkpoint import GUARD, OtherNames, describe, guard_of, joined, layer_entry, write_config
 from fdk.models.llama import Llama
 from fdk.models.skeleton import CONFIG, build, fill_computed, persistent, read_config
 from fdk.models.tensors import INDEX, PICKLED, SHARD_BYTES, Spec, TensorFiles, TensorWriter, check_target, new_folder
@@ -73,10 +73,6 @@ class Source:
         """The dtype of the largest part: bfloat16 or float16 stay, wider ones become bfloat16."""
         floats = [self.files.spec(name)[0] for name in self.files]
         return torch.float16 if floats and floats.count(torch.float16) * 2 > len(floats) else torch.bfloat16
-
-
-class OtherNames(FormatError):
-    """The tensors of a folder are not called as in the modules; transformers may know how to convert them."""
 
 
 def open_source(folder: Path) -> Source:

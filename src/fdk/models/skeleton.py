@@ -13,6 +13,7 @@ from fdk.models.llama import ARCHITECTURE, Llama, LlamaConfig
 from fdk.models.tensors import read_json
 
 CONFIG = "config.json"
+FROM_PRETRAINED = "transformers' AutoModelForCausalLM.from_pretrained after `import fdk`"
 
 
 def read_config(folder: Path) -> dict:
@@ -93,7 +94,7 @@ def fill_computed(model: nn.Module, device: torch.device | None) -> None:
             except (AttributeError, TypeError, KeyError):
                 raise UnsupportedError(
                     f"{prefix}.{names[0]} is computed when the model is built, which fdk cannot repeat on its own; "
-                    "build the model in memory and give it with model="
+                    f"build the model in memory and give it with model=, or read it by {FROM_PRETRAINED}"
                 ) from None
         else:
             values = {name: module._buffers[name] for name in names}

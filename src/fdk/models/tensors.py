@@ -63,6 +63,11 @@ class TensorFiles:
                     f"{self.folder} holds its weights as pickles ({pickled[0]}), which can run code when loaded, so "
                     "fdk never does; save the model as safetensors (save_pretrained in transformers does)"
                 )
+            if any(self.folder.glob("*.gguf")):
+                raise FormatError(
+                    f"{self.folder} holds its weights as GGUF, llama.cpp's format, which fdk does not read; give the "
+                    "folder of the original model"
+                )
             raise FormatError(f"{self.folder} holds no safetensors file; give the folder that {SINGLE} is in")
         if len(found) > 1:
             raise FormatError(f"{self.folder} holds {len(found)} safetensors files but no {INDEX}; copy that file too")

@@ -24,7 +24,7 @@ from fdk.integrations.transformers.saving import SavePretrained
 from fdk.models.checkpoint import contents, describe, guard_of, joined, layer_entry, quantisation_of
 from fdk.models.config import DTYPES, check_dtype
 from fdk.models.precision import set_precision
-from fdk.models.room import check_room
+from fdk.models.room import check_room, folder_room
 from fdk.models.tensors import CHECKSUMS, checksum
 from fdk.nn import Linear
 from fdk.nn.convert import Job, plan_jobs, run_job
@@ -90,14 +90,18 @@ class FdkQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, device_map=None, checkpoint_files=None, **_
     ) -> None:
+        device = _only_device(device_map)
         if self.pre_quantized:
+            if device is not None and checkpoint_files:
+                stored = {"quantization_config": self.quantization_config.stored}
+                folder_room(Path(checkpoint_files[0]).parent, stored, device)
             self._place(model, dtype or model.dtype)
             for file in checkpoint_files or ():
                 with safe_open(file, "pt") as opened:
                     self.sums |= json.loads((opened.metadata() or {}).get(CHECKSUMS, "{}"))
         else:
             self._plan(model)
-            if (device := _only_device(device_map)) is not None:
+            if device is not None:
                 self._check_room(model, device, dtype or model.dtype)
 
     def _plan(self, model: nn.Module) -> None:
