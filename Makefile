@@ -58,7 +58,9 @@ figures: $(VENV)/.bench
 	@for folder in $$(dirname results/*/kernels.jsonl); do \
 	    $(BIN)/python -m fdk.bench.plots $$folder --output-dir docs/figures/$$(basename $$folder) || exit 1; \
 	done
-	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl --into README.md
+	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl --brief --into README.md
+	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows*.jsonl results/*_formats/nested.jsonl \
+	    --into docs/results.md
 	@$(BIN)/python -m fdk.bench.quality results/nvidia_h200/quality.jsonl --into README.md
 
 # A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing. Most of

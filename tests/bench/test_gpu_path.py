@@ -329,6 +329,14 @@ def test_the_summary_of_a_gpu_has_a_table_for_every_m(gpu_file):
     assert text.index("`lut1_g64`") < text.index("`lut4_g64`") < text.index("cuBLAS bf16") and "humming" not in text
 
 
+def test_a_brief_summary_has_one_row_of_activations_only(gpu_file, tmp_path):
+    entries = [json.loads(line) for line in gpu_file.read_text().splitlines()]
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps(entry | {"m": m}) + "\n" for entry in entries for m in (1, 16)))
+    assert "| m = 16:" in summary.section(both)
+    assert summary.section(both, brief=True) == summary.section(gpu_file).replace(gpu_file.as_posix(), both.as_posix())
+
+
 def test_the_summary_of_many_rows_has_a_line_for_every_shape_and_provider(tmp_path):
     entries = []
     for m in (256, 1024):

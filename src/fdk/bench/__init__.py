@@ -11,10 +11,12 @@ gate.py       the correctness check before a timing
 timing.py     rounds, percentiles, ratios; CPU clock and CUDA graphs
 roofline.py   ceilings measured in the same process: read and copy bandwidth, bf16 rate, streaming floor
 floor.py      the streaming floor on a GPU, by fdk's kernel
+weights_floor.py  that on a CPU, of the weights' own memory
+runs.py       which records of many runs belong together
 records.py    one flat JSON object a line, with everything needed to read it later
 report.py     tables and progress
 plots.py      figures from records
-summary.py    the README's tables of speed from records
+summary.py    the tables of speed of README.md and docs/results.md from records
 quality.py    the README's table of quality from records
 variants/     configurations of the CUDA kernels against each other, a command of its own
 """

@@ -1,6 +1,6 @@
-"""The README's tables, made from the records under results/, so that no figure is typed by hand.
+"""The tables of README.md and docs/results.md, made from the records under results/: no figure is typed by hand.
 
-`python -m fdk.bench.summary RECORDS... --into README.md` replaces what lies between the markers `<!-- summary -->`
+`python -m fdk.bench.summary RECORDS... --into FILE` replaces what lies between the markers `<!-- summary -->`
 and `<!-- /summary -->`; without `--into` it prints the tables.
 """
 
@@ -18,8 +18,6 @@ from fdk.bench.records import Record, RecordError, files, read
 from fdk.bench.runs import newest, what_was_timed
 
 NAME = "summary"
-# The smallest, a middle and the largest of the usual m; the other lines are in the records.
-SHOWN_ON_GPU = (1, 16, 64)
 PEERS = {
     "torch-int4pack": "torch int4pack",
     "torch-tinygemm": "torch tinygemm",
@@ -130,8 +128,11 @@ def many_rows_table(entries: Sequence[Record]) -> str:
     return table(head, [[name, *(row.get(m, "") for m in ms)] for name, row in cells.items()])
 
 
-def section(path: Path) -> str:
-    """The tables of one file of records, for all threads, with where and how they were measured."""
+def section(path: Path, brief: bool = False) -> str:
+    """The tables of one file of records, for all threads, with where and how they were measured.
+
+    brief: one row of activations only, where there is a record of it.
+    """
     entries = [entry for entry in read([path]) if entry["status"] == "ok"]
     threads = max((entry["threads"] or 0) for entry in entries)
     entries = newest(entry for entry in entries if (entry["threads"] or 0) == threads)
@@ -150,9 +151,9 @@ def section(path: Path) -> str:
         sizes = sorted({entry["m"] for entry in ours(entries)})
         if 1 not in sizes:
             return "\n\n".join([title, many_rows_table(entries)])
-        return "\n\n".join([title, *(gpu_table(entries, m) for m in sizes if m in SHOWN_ON_GPU)])
+        return "\n\n".join([title, *(gpu_table(entries, m) for m in (sizes[:1] if brief else sizes))])
     tables = [decode_table(entries, others)] if any(e["m"] == 1 for e in ours(entries)) else []
-    if len({entry["m"] for entry in ours(entries)}) > 1:
+    if len({entry["m"] for entry in ours(entries)}) > 1 and not (brief and tables):
         tables.append(batch_table(entries))
     return "\n\n".join([title, *tables])
 
@@ -167,14 +168,27 @@ def replace_between(text: str, content: str, name: str = NAME) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def command(argv: list[str] | None, module: str, name: str, section: Callable[[Path], str], about: str | None) -> int:
-    """Print the sections of files of records, or put them between markers in a file; 0, or 2 if that cannot be done."""
+def command(
+    argv: list[str] | None,
+    module: str,
+    name: str,
+    section: Callable[[Path], str],
+    about: str | None,
+    brief: Callable[[Path], str] | None = None,
+) -> int:
+    """Print the sections of files of records, or put them between markers in a file; 0, or 2 if that cannot be done.
+
+    brief: what makes a section with --brief, where there is such a flag.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m fdk.bench.{module}", description=about)
     parser.add_argument("records", nargs="+", type=Path, help=".jsonl files of the benchmark, or folders with them")
     parser.add_argument("--into", type=Path, help="Markdown file with the markers")
+    if brief:
+        parser.add_argument("--brief", action="store_true", help="tables of one row of activations only")
     args = parser.parse_args(argv)
     try:
-        content = "\n\n".join(filter(None, map(section, files(args.records))))
+        chosen = brief if brief and args.brief else section
+        content = "\n\n".join(filter(None, map(chosen, files(args.records))))
         if args.into is None:
             print(content)
             return 0
@@ -192,7 +206,7 @@ def command(argv: list[str] | None, module: str, name: str, section: Callable[[P
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables or put them into a file; returns 0, or 2 if records or markers are missing."""
-    return command(argv, "summary", NAME, section, __doc__)
+    return command(argv, "summary", NAME, section, __doc__, lambda path: section(path, brief=True))
 
 
 if __name__ == "__main__":
