@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from fdk.errors import UnsupportedError
 from fdk.kernels.cuda import jit
 
 DEFINES = {"FDK_A": 1}
@@ -95,4 +96,9 @@ def test_many_at_once_agree_and_leave_no_temporary_files(compiler) -> None:
 
 
 def test_architecture_names() -> None:
-    assert [jit.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["sm_80", "sm_89", "sm_90a", "sm_100a"]
+    names = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100a": (10, 0), "sm_121a": (12, 1)}
+    assert {jit.architecture(capability): capability for capability in names.values()} == names
+    assert {name: jit.capability(name) for name in names} == names
+    for wrong in ("90", "sm90", "sm_", "sm_9", "hopper", "compute_90"):
+        with pytest.raises(UnsupportedError, match="names no architecture"):
+            jit.capability(wrong)

@@ -6,7 +6,6 @@ from fdk.kernels.cuda import decode, dense, jit, stream
 from fdk.kernels.cuda.decode import Shape
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100a"]
-BEFORE_HOPPER = ("sm_80", "sm_89")
 
 # Shapes for 8 and for 16 warps, one with tails in n and k; every kind, groups inside, beside and beyond a unit.
 SHAPES = [
@@ -28,18 +27,18 @@ VARIANTS = [
     (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind, served), m)
     for bits, kind, served in KINDS + NESTED + SPARSE
     for i, (n, k, group) in enumerate(SHAPES)
-    for m in ((1, 8, 16) if i == 0 else (1, 2) if i == 1 else (1,) if (bits + kind + i) % 2 else (2,))
+    for m in ((1, 8, 16, 32) if i == 0 else (1, 2) if i == 1 else (1,) if (bits + kind + i) % 2 else (2,))
     if (bits, kind, served) not in SPARSE or group % 64 == 0
 ]
 
 
 def decode_sources(problems, arch: str) -> list[tuple[decode.Config, tuple]]:
     """Configuration and what NVRTC gets, of each (shape, m) or (shape, m, epilogue)."""
-    hopper, found = arch not in BEFORE_HOPPER, []
+    capability, found = jit.capability(arch), []
     for shape, m, *epilogue in problems:
-        config = decode.choose_config(shape, m, -(-shape.n // 64), 132, hopper, *epilogue)
+        config = decode.choose_config(shape, m, -(-shape.n // 64), 132, capability, *epilogue)
         assert config is not None
-        found.append((config, ("decode.cuh", config.defines(shape, hopper), arch)))
+        found.append((config, ("decode.cuh", config.defines(shape, capability >= (9, 0)), arch)))
     return found
 
 
@@ -95,7 +94,7 @@ def test_every_variant(compiled, bits: int, arch: str) -> None:
 
 
 def check_dequantise(compiled, variants: list[dense.Variant], arch: str) -> None:
-    hopper = arch not in BEFORE_HOPPER
+    hopper = jit.capability(arch) >= (9, 0)
     sources = [("dequantise_weights.cuh", variant.defines(hopper), arch) for variant in variants]
     for source, result in zip(sources, compiled(sources), strict=True):
         # Two CTAs of 256 threads on a multiprocessor.

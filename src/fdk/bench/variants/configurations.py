@@ -12,7 +12,7 @@ import torch
 from fdk.bench.problems import DTYPES
 from fdk.errors import FdkError
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, prefill
+from fdk.kernels.cuda import decode, jit, prefill
 from fdk.packing.fragments import block_counts
 from fdk.packing.layouts import Geometry
 
@@ -71,7 +71,7 @@ CHOSEN = "chosen"
 
 def is_hopper(arch: str) -> bool:
     """Whether the kernels are compiled as for Hopper, which compute capabilities from 9.0 on can run."""
-    return int(arch.removeprefix("sm_").rstrip("af")) >= 90
+    return jit.capability(arch) >= (9, 0)
 
 
 def chosen(problem: Problem, sms: int = SMS, hopper: bool = True) -> Config:
@@ -79,7 +79,7 @@ def chosen(problem: Problem, sms: int = SMS, hopper: bool = True) -> Config:
     blocks = tuple(block_counts(problem.geometry))
     if problem.kernel == "decode":
         config = (
-            decode.choose_config(problem.shape, problem.m, sum(blocks), sms, hopper)
+            decode.choose_config(problem.shape, problem.m, sum(blocks), sms, (9, 0) if hopper else (8, 0))
             if problem.m <= decode.MAX_TOKENS
             else None
         )

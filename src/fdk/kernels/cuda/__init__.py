@@ -144,7 +144,7 @@ class CudaKernel:
             return math.inf, possible[0].us
         capability, sms = _device_facts(weight.device.index)
         blocks = sum(fragments.block_counts(geometry))
-        return routes.decode_us(shape, m, m, blocks, sms, capability >= (9, 0)), possible[0].us
+        return routes.decode_us(shape, m, m, blocks, sms, capability), possible[0].us
 
     def chained(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Plan:
         """The product of m rows of x with an epilogue, where `chain_us` is finite."""
@@ -156,7 +156,7 @@ class CudaKernel:
     def _chain_config(weight: QuantisedWeight, shape: decode.Shape, m: int, epilogue: decode.Epilogue):
         capability, sms = _device_facts(weight.device.index)
         blocks = sum(fragments.block_counts(weight.geometry))
-        return decode.choose_config(shape, m, blocks, sms, capability >= (9, 0), epilogue)
+        return decode.choose_config(shape, m, blocks, sms, capability, epilogue)
 
     def dense_plan(self, weight: QuantisedWeight) -> dense.Plan:
         """What dequantises `weight`, which lies in the kernel's layout; remembered in its cache."""

@@ -17,16 +17,19 @@ from fdk.weight import QuantisedWeight
 MAX_TOKENS = 64
 MAX_RANGES = 16
 
-# Shared memory of one multiprocessor that CTAs may use: 228 KB, of which each CTA costs 1 KB extra.
-_SHARED_PER_SM = 228 * 1024
-_SHARED_PER_CTA_EXTRA = 1024
 MAX_SHARED = 227 * 1024
-# What a CTA may use if that of the next launch is to start beside it.
-RESIDENT_SHARED = _SHARED_PER_SM // 2 - _SHARED_PER_CTA_EXTRA
-# What it has to ask for so that no third one does: launches then spread evenly over the multiprocessors.
-_TWO_AT_ONCE = _SHARED_PER_SM // 3
-# What it has to ask for so that no second one of the same launch does.
-_ALONE = _SHARED_PER_SM // 2
+"""Bytes of shared memory that a CTA may use on compute capability 9.0 and 10.0."""
+
+# Of what a multiprocessor has, each CTA costs 1 KB extra.
+_SHARED_PER_CTA_EXTRA = 1024
+
+
+def max_shared(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a CTA may use; CUDA C++ programming guide, table of compute capabilities."""
+    if capability in ((8, 0), (8, 7)):
+        return 163 * 1024
+    return 99 * 1024 if capability[0] == 8 or capability >= (12, 0) else MAX_SHARED
+
 
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)
 
@@ -354,7 +357,7 @@ def _nested_alone(shape: Shape, tokens: int, blocks: int, cta_units: int) -> boo
     return shape.nested and tokens <= 4 and cta_units * blocks > 64
 
 
-def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
+def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
     if shape.kind in (UINT_U8, UINT_FLOAT):
@@ -383,6 +386,8 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         if config.tokens <= 4:
             return [(4, 1), (2, 1), (1, 2)]
         crowded = config.row_warps > 4 and config.tokens >= 16 and not config.alone
+        # Two units beside the sums of 32 tokens are more than registers hold, but for tables on capability 9.0.
+        crowded |= config.tokens == 32 and (capability != (9, 0) or shape.kind == INT)
         return [(1, 2)] if crowded else [(2, 1), (1, 2)]
     if shape.bits <= 4 and config.tokens <= 16:
         # Two units at once take more registers than 16 warps leave in these cases.
@@ -400,8 +405,9 @@ def _x_chunks(shape: Shape, config: Config) -> int:
     return next((n for n in (4, 3, 2) if mine % (n * config.stage_units) == 0 and mine >= 4 * n), 1)
 
 
-def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
+def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config | None:
     """`config` with the ring, phases and batch that shared memory allows, or None."""
+    hopper, most_shared = capability >= (9, 0), max_shared(capability)
     batches = (config.steps, 1) if config.tokens == 1 else (1,)
     for phases in (1, 2, 4, 8, 16):
         if phases > 1 and (
@@ -409,18 +415,20 @@ def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
         ):
             continue
         slices = config.cluster * phases * config.k_warps
-        for stage_units, stages in _stages(shape, config):
+        for stage_units, stages in _stages(shape, config, capability):
             if not shape.allows_stage_units(stage_units, slices):
                 continue
             for batch in batches:
                 filled = replace(config, phases=phases, stage_units=stage_units, stages=stages, batch=batch)
                 filled = replace(filled, x_chunks=_x_chunks(shape, filled))
                 shared = filled.shared_bytes(shape, hopper)
-                if shared <= MAX_SHARED:
+                if shared <= most_shared:
                     per_warp = config.steps * -(-shape.units // slices)
                     # Two CTAs of 16 warps would spill in 64 registers a thread, and zeros of several groups in 128.
                     crowded = config.warps > 8 or (shape.kind == UINT_FLOAT and shape.subs > 1)
-                    fits = shared <= RESIDENT_SHARED and not crowded and not config.alone
+                    # Beside it a CTA of the next launch can start.
+                    half = (most_shared + _SHARED_PER_CTA_EXTRA) // 2 - _SHARED_PER_CTA_EXTRA
+                    fits = shared <= half and not crowded and not config.alone
                     beside = hopper and config.tokens == 1 and per_warp <= 4 and fits
                     return replace(filled, min_ctas=2 if beside else 1)
     return None
@@ -428,16 +436,19 @@ def _fill(shape: Shape, config: Config, hopper: bool) -> Config | None:
 
 @lru_cache(maxsize=4096)
 def choose_config(
-    shape: Shape, m: int, blocks: int, sms: int, hopper: bool = True, epilogue: Epilogue = PLAIN
+    shape: Shape, m: int, blocks: int, sms: int, capability: tuple[int, int] = (9, 0), epilogue: Epilogue = PLAIN
 ) -> Config | None:
     """The configuration for m tokens of a weight with that many blocks of rows; None if none fits shared memory.
 
     Measured on an H200 (CUDA 13.0), 2026-11-21, at 4096^2 to 28672 x 8192, 1 to 8 bits, m = 1 to 64: docs/findings.md.
     """
+    hopper = capability >= (9, 0)
     tokens = token_tile(m)
     chained = epilogue != PLAIN
     if shape.sparse and (tokens > 32 or epilogue.tables > 1):
         return None  # registers do not hold the words of a unit beside the sums of 64 tokens; one table of values
+    if tokens > 32 and capability != (9, 0):
+        return None  # registers do not hold the sums of 64 tokens; two launches of 32 have not been measured on 9.0
     best = None
     for cluster in (1, 2, 4, 8) if hopper else (1,):
         at_once = clusters_at_once(sms, cluster)
@@ -459,7 +470,7 @@ def choose_config(
             most, row_warps = _warps(shape, tokens, per_cluster, cta_units)
         for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
             config = replace(start, k_warps=k_warps, row_warps=row_warps)
-            filled = _fill(shape, config, hopper)
+            filled = _fill(shape, config, capability)
             if filled is None:
                 continue
             score = blocks / (per_cluster * at_once)
@@ -549,7 +560,9 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     capability = torch.cuda.get_device_capability(device)
     hopper = capability >= (9, 0)
     cubin = jit.cubin("decode.cuh", config.defines(shape, hopper), jit.architecture(capability))
-    shared = max(config.shared_bytes(shape, hopper), _ALONE if config.alone else _TWO_AT_ONCE)
+    # So much that no second CTA of the launch fits, or no third: launches then spread evenly over multiprocessors.
+    at_least = (max_shared(capability) + _SHARED_PER_CTA_EXTRA) // (2 if config.alone else 3)
+    shared = max(config.shared_bytes(shape, hopper), at_least)
     return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
 
 

@@ -76,6 +76,14 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
+def capability(arch: str) -> tuple[int, int]:
+    """The compute capability of an architecture's name: (9, 0) of sm_90a; UnsupportedError if it is no such name."""
+    number = arch.removeprefix("sm_").rstrip("af")
+    if not arch.startswith("sm_") or not number.isdigit() or len(number) < 2:
+        raise UnsupportedError(f"{arch!r} names no architecture; write it like sm_80, sm_89, sm_90a or sm_100a")
+    return int(number[:-1]), int(number[-1])
+
+
 def _check(status, program=None) -> None:
     if int(status):
         log = compile_log(program) if program is not None else ""

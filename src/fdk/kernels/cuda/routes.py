@@ -59,13 +59,15 @@ def _unit_clocks(shape: decode.Shape) -> float:
     return _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
 
 
-def decode_us(shape: decode.Shape, m: int, rows: int, blocks: int, sms: int = _SMS, hopper: bool = True) -> float:
+def decode_us(
+    shape: decode.Shape, m: int, rows: int, blocks: int, sms: int = _SMS, capability: tuple[int, int] = (9, 0)
+) -> float:
     """Predicted time of m rows of x by the decode kernel, `rows` of them per launch: that of the busiest CTA."""
     tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
     total = 0.0
     for part, launches in ((rows, m // rows), (m % rows, 1)):
         if part and launches:
-            config = decode.choose_config(shape, part, blocks, sms, hopper)
+            config = decode.choose_config(shape, part, blocks, sms, capability)
             cta_units = -(-shape.units // config.cluster)
             clocks = config.blocks * cta_units * (_unit_clocks(shape) + tokens_clocks[config.tokens])
             x_us = (part - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
@@ -81,10 +83,10 @@ def dense_us(shape: decode.Shape, m: int, sms: int = _SMS) -> float:
     return (moved + product) * _SMS / sms + _DENSE_START
 
 
-def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, hopper: bool) -> int:
+def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, capability: tuple[int, int]) -> int:
     """Rows of x per launch of the decode kernel: all m, or as many of 64, 32, ... as fit; 0 if not even one does."""
     fitting = (rows for rows in (min(m, 64), 32, 16, 8, 4, 2, 1) if rows <= m)
-    return next((rows for rows in fitting if decode.choose_config(shape, rows, blocks, sms, hopper)), 0)
+    return next((rows for rows in fitting if decode.choose_config(shape, rows, blocks, sms, capability)), 0)
 
 
 @lru_cache(maxsize=4096)
@@ -95,11 +97,10 @@ def routes(
 
     blocks: blocks of 64 rows of each table's range of rows.
     """
-    hopper = capability >= (9, 0)
     found = [Route("dense", dense_us(shape, m, sms), m)]
-    if rows := rows_at_once(shape, m, sum(blocks), sms, hopper):
-        config = decode.choose_config(shape, rows, sum(blocks), sms, hopper)
-        found.append(Route("decode", decode_us(shape, m, rows, sum(blocks), sms, hopper), rows, config))
+    if rows := rows_at_once(shape, m, sum(blocks), sms, capability):
+        config = decode.choose_config(shape, rows, sum(blocks), sms, capability)
+        found.append(Route("decode", decode_us(shape, m, rows, sum(blocks), sms, capability), rows, config))
     if capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
         us = prefill.predict_us(shape, m, blocks, sms)
         if us is not None:
