@@ -1,4 +1,4 @@
-"""The fdk command: info, explain, quantise, eval, generate, bench, serve-bench, plot.
+"""The fdk command: info, explain, quantise, eval, generate, warmup, bench, serve-bench, plot.
 
 Exit status 0, 1 if it failed, 2 for a wrong command line.
 """
@@ -107,6 +107,18 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="cpu or cuda (cuda if there is one)")
     generate.add_argument("--step", choices=("auto", "fused", "plain"), default="auto", help="see python -m fdk.models")
     generate.set_defaults(run=run_generate)
+
+    warmup = commands.add_parser("warmup", help="compile ahead the CUDA kernels of a model; needs no GPU with --arch")
+    warmup.add_argument("--model", action="append", default=[], help="folder or cached id of a model quantised by fdk")
+    warmup.add_argument("--format", nargs="+", default=[], metavar="NAME", help="formats of weights of the --shapes")
+    warmup.add_argument("--shapes", nargs="+", default=[], metavar="NxK", help="sizes of those weights: 14336x4096")
+    warmup.add_argument("--dtype", default="bf16", help="of their activations and scales: bf16, fp16 (bf16)")
+    warmup.add_argument(
+        "-m", nargs="+", default=["1"], metavar="ROWS", help="rows of activations, such as 1 8 16-512 (1)"
+    )
+    warmup.add_argument("--arch", help="sm_80, sm_89, sm_90a, sm_100a (that of the GPU here)")
+    warmup.add_argument("--sms", type=int, help="multiprocessors of the GPU (its usual number: 132 on an H100 or H200)")
+    warmup.set_defaults(run=run_warmup)
 
     commands.add_parser("bench", help="measure the kernels; the same as python -m fdk.bench", add_help=False)
     commands.add_parser("serve-bench", help="measure vLLM with formats beside each other", add_help=False)
@@ -510,6 +522,91 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rows(texts: Sequence[str]) -> list[int]:
+    """Numbers of rows from texts like 8 and 16-512."""
+    found: list[int] = []
+    for text in texts:
+        first, dash, last = text.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or not 1 <= int(first) <= int(last or first):
+            raise UsageError(f"-m {text!r}: give a number of rows from 1 on, or a range such as 16-512")
+        found += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(found))
+
+
+def _described(args: argparse.Namespace, rows: Sequence[int]) -> list:
+    """Products of `fdk warmup --format ... --shapes ...`, with zero points of a byte and of the weight's dtype."""
+    import torch
+
+    from fdk.formats import parse
+    from fdk.kernels.cuda.prebuild import Product
+    from fdk.models.config import check_dtype
+    from fdk.packing.layouts import Geometry
+
+    if bool(args.format) != bool(args.shapes):
+        raise UsageError("--format and --shapes describe weights together; give both, or a --model")
+    found = []
+    for text in args.shapes:
+        n, x, k = text.partition("x")
+        if not (x and n.isdigit() and k.isdigit() and int(n) and int(k)):
+            raise UsageError(f"--shapes {text!r} is not a size; write n x k without blanks: 14336x4096")
+        for name in args.format:
+            try:
+                dtype = check_dtype(args.dtype)
+                geometry = Geometry(parse(name), int(n), int(k), dtype, (int(n),))
+                geometry.format.groups(geometry.k)
+            except FdkError as error:
+                raise UsageError(str(error)) from None
+            kinds = (torch.uint8, dtype) if geometry.format.has_zeros else (None,)
+            found += [Product(geometry, zeros, m) for zeros in kinds for m in rows]
+    return found
+
+
+def run_warmup(args: argparse.Namespace) -> int:
+    """`fdk warmup`: fill the cache of compiled CUDA kernels, here or for a GPU elsewhere."""
+    import torch
+
+    from fdk.device import why_no_cuda
+    from fdk.kernels.cuda import jit, prebuild
+    from fdk.models.ahead import products
+    from fdk.models.folder import resolve
+
+    rows = _rows(args.m)
+    if args.sms is not None and args.sms < 1:
+        raise UsageError(f"--sms {args.sms}: a GPU has at least one multiprocessor")
+    wanted = _described(args, rows)
+    for name in args.model:
+        wanted += products(resolve(name), rows)
+    if not wanted:
+        raise UsageError("nothing to compile; give --model FOLDER, or --format and --shapes")
+    if args.arch is None:
+        if reason := why_no_cuda():
+            raise UsageError(f"there is no GPU to compile for ({reason}); name its architecture, as in --arch sm_90a")
+        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+        target = prebuild.Target((facts.major, facts.minor), args.sms or facts.multi_processor_count)
+    else:
+        try:
+            target = prebuild.Target.of(args.arch, args.sms)
+        except FdkError as error:
+            raise UsageError(f"--arch: {error}") from None
+    if target.capability < (8, 0):
+        raise UsageError(f"--arch {args.arch}: the CUDA kernels need compute capability 8.0; use sm_80 or newer")
+    if reason := jit.unavailable():
+        raise FdkError(reason)
+    sources = prebuild.sources(wanted, target)
+    if jit.missing(sources) and not jit.writable():
+        raise FdkError(f"{jit.cache_dir()} cannot be written to; set FDK_CACHE_DIR to a folder that can")
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        advance = progress_bar(stack, "compiling")
+        compiled = jit.compile_ahead(sources, (lambda done, of: advance("", done, of)) if advance else None)
+    arch = jit.architecture(target.capability)
+    print(
+        f"{len(sources)} kernels for {arch} with {target.sms} multiprocessors: {compiled} compiled in "
+        f"{time.perf_counter() - start:.1f} s, {len(sources) - compiled} were there; {jit.cache_dir()}"
+    )
+    return 0
+
+
 def progress_bar(stack: ExitStack, what: str):
     """A function of (text, done, total) that moves a bar on standard error if that is a terminal, else None."""
     if not sys.stderr.isatty():
@@ -594,7 +691,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    names = {"info", "explain", "quantise", "eval", "generate"}
+    names = {"info", "explain", "quantise", "eval", "generate", "warmup"}
     command = f"fdk {arguments[0]}" if arguments and arguments[0] in names else "fdk"
     print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
     return status

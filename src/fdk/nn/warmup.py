@@ -23,12 +23,17 @@ def warmup(model: nn.Module, batch_sizes: Iterable[int] = (1,)) -> int:
     if bad := [m for m in sizes if m < 0]:
         raise FormatError(f"batch_sizes holds {bad[0]}; give numbers of rows, 0 or more")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    on_gpu = [layer for _, layer in layers if layer.weight.device.type == "cuda"]
+    if on_gpu:
+        from fdk.kernels.cuda import compile_ahead
+
+        compile_ahead([layer.weight for layer in on_gpu if layer.kernel in ("auto", "cuda")], sizes)
     for name, layer in layers:
         weight = layer.weight
         if weight.device.type == "meta":
             raise FormatError(f"{name or 'the layer'} lies on the meta device; load the weights first")
         for m in sizes:
             layer(torch.zeros(m, weight.geometry.k, dtype=weight.dtype, device=weight.device))
-    if any(layer.weight.device.type == "cuda" for _, layer in layers):
+    if on_gpu:
         torch.cuda.synchronize()
     return len(layers) * len(sizes)

@@ -95,6 +95,36 @@ def test_many_at_once_agree_and_leave_no_temporary_files(compiler) -> None:
     assert sorted(path.suffix for path in cache.iterdir()) == [".cubin", ".cubin"]
 
 
+def test_ahead_compiles_what_is_missing_once_and_says_how_far_it_is(compiler) -> None:
+    runs, cache = compiler
+    jit.cubin("decode.cuh", DEFINES, "sm_90a")
+    sources = [("decode.cuh", {"FDK_A": i % 4}, "sm_90a") for i in range(12)]
+    seen = []
+    assert jit.compile_ahead(sources, lambda done, of: seen.append((done, of))) == 3
+    assert len(runs) == 4 and seen == [(1, 3), (2, 3), (3, 3)]
+    assert jit.compile_ahead(sources) == 0 and len(runs) == 4
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_ahead_compiles_nothing_that_cannot_be_kept(compiler) -> None:
+    runs, cache = compiler
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file where the directory should be")
+    assert not jit.writable()
+    assert jit.compile_ahead([("decode.cuh", DEFINES, "sm_90a")]) == 0 and runs == []
+
+
+def test_ahead_passes_on_what_does_not_compile(compiler, monkeypatch) -> None:
+    def build(file, defines, arch):
+        if defines["FDK_A"] == 3:
+            raise RuntimeError("NVRTC failed: FDK_A is 3")
+        return b"code", ""
+
+    monkeypatch.setattr(jit, "build", build)
+    with pytest.raises(RuntimeError, match="FDK_A is 3"):
+        jit.compile_ahead([("decode.cuh", {"FDK_A": i}, "sm_90a") for i in range(8)])
+
+
 def test_architecture_names() -> None:
     names = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100a": (10, 0), "sm_121a": (12, 1)}
     assert {jit.architecture(capability): capability for capability in names.values()} == names

@@ -5,7 +5,7 @@ decode.py   few rows of x (csrc/decode.cuh): configuration, launch arithmetic, l
 prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
 stream.py   the streaming floor (csrc/stream.cuh), for the benchmark
-jit.py      NVRTC and the cubin cache;  driver.py  loading and launching
+jit.py      NVRTC and the cubin cache;  driver.py  loading and launching;  prebuild.py  what to compile ahead
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import decode, dense, jit, prefill, routes
+from fdk.kernels.cuda import decode, dense, jit, prebuild, prefill, routes
 from fdk.kernels.cuda.stream import stream_floor
 from fdk.packing import fragments
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
 
-__all__ = ["KERNEL", "stream_floor", "warmup"]
+__all__ = ["KERNEL", "compile_ahead", "stream_floor", "warmup"]
 
 Call = Callable[[Tensor, Tensor | None, Tensor], None]
 
@@ -60,14 +60,7 @@ class CudaKernel:
     layout = fragments.FRAGMENTS.name
 
     def supports(self, problem: Problem) -> str | None:
-        geometry = problem.geometry
-        if geometry.dtype not in (torch.bfloat16, torch.float16):
-            return f"multiplies bfloat16 and float16, the weight is {str(geometry.dtype).removeprefix('torch.')}"
-        if len(geometry.row_ends) > decode.MAX_RANGES:
-            return f"holds up to {decode.MAX_RANGES} tables, the weight has {len(geometry.row_ends)}"
-        if geometry.n == 0 or geometry.k == 0:
-            return "has nothing to multiply in an empty weight"
-        if reason := jit.unavailable():
+        if reason := prebuild.unsupported(problem.geometry) or jit.unavailable():
             return reason
         index = torch.cuda.current_device() if problem.device.index is None else problem.device.index
         capability, _ = _device_facts(index)
@@ -214,13 +207,40 @@ class _Dense:
 KERNEL = CudaKernel()
 
 
+def compile_ahead(
+    weights: Iterable[QuantisedWeight], rows: Iterable[int] = (1,), progress: jit.Progress | None = None
+) -> int:
+    """Compile on all cores what products of those rows of x with `weights` need; how many kernels that were.
+
+    They go into the cubin cache: loading them is left to the first call, or to `warmup`.
+    """
+    if jit.unavailable():
+        return 0
+    found: dict[int, list[prebuild.Product]] = {}
+    for weight in weights:
+        if weight.device.type == "cuda":
+            zeros = weight.parts.get("zeros")
+            kind = weight.geometry, None if zeros is None else zeros.dtype
+            index = torch.cuda.current_device() if weight.device.index is None else weight.device.index
+            found.setdefault(index, []).extend(prebuild.Product(*kind, m) for m in rows)
+    targets = {index: prebuild.Target(*_device_facts(index)) for index in found}
+    wanted = [
+        source
+        for index, products in found.items()
+        if targets[index].capability >= (8, 0)
+        for source in prebuild.sources(dict.fromkeys(products), targets[index])
+    ]
+    return jit.compile_ahead(wanted, progress)
+
+
 def warmup(weights: Iterable[QuantisedWeight], rows: Iterable[int] = (1,)) -> None:
     """Compile and load what products of those rows of x with `weights` need, so that no call waits for it.
 
     Needed before a CUDA graph is captured. The weights are brought into the kernels' layout, in place; those that
     the kernel does not serve are left alone.
     """
-    rows = tuple(rows)
+    weights, rows = tuple(weights), tuple(rows)
+    compile_ahead(weights, rows)
     for weight in weights:
         if weight.device.type != "cuda":
             continue

@@ -103,11 +103,15 @@ class Params(ctypes.Structure):
     )
 
 
+def source(config: Config, capability: tuple[int, int]) -> jit.Source:
+    """What the kernel is compiled from."""
+    return "attend.cuh", config.defines(), jit.architecture(capability)
+
+
 @cache
 def load(config: Config, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
-    arch = jit.architecture(torch.cuda.get_device_capability(device))
-    cubin = jit.cubin("attend.cuh", config.defines(), arch)
+    cubin = jit.cubin(*source(config, torch.cuda.get_device_capability(device)))
     return driver.Function(cubin, "fdk_attend", config.threads, config.shared_bytes, config.cluster)
 
 

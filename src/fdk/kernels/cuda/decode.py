@@ -554,12 +554,17 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
     return params, cluster * config.cluster
 
 
+def source(shape: Shape, config: Config, capability: tuple[int, int]) -> jit.Source:
+    """What the kernel is compiled from."""
+    return "decode.cuh", config.defines(shape, capability >= (9, 0)), jit.architecture(capability)
+
+
 @cache
 def load(shape: Shape, config: Config, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
     capability = torch.cuda.get_device_capability(device)
     hopper = capability >= (9, 0)
-    cubin = jit.cubin("decode.cuh", config.defines(shape, hopper), jit.architecture(capability))
+    cubin = jit.cubin(*source(shape, config, capability))
     # So much that no second CTA of the launch fits, or no third: launches then spread evenly over multiprocessors.
     at_least = (max_shared(capability) + _SHARED_PER_CTA_EXTRA) // (2 if config.alone else 3)
     shared = max(config.shared_bytes(shape, hopper), at_least)

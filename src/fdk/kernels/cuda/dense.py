@@ -90,12 +90,17 @@ class Params(ctypes.Structure):
     )
 
 
+def source(variant: Variant, capability: tuple[int, int]) -> jit.Source:
+    """What the kernel is compiled from."""
+    return "dequantise_weights.cuh", variant.defines(capability >= (9, 0)), jit.architecture(capability)
+
+
 @cache
 def load(variant: Variant, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
     capability = torch.cuda.get_device_capability(device)
     hopper = capability >= (9, 0)
-    cubin = jit.cubin("dequantise_weights.cuh", variant.defines(hopper), jit.architecture(capability))
+    cubin = jit.cubin(*source(variant, capability))
     shared = variant.shared_bytes(hopper)
     return driver.Function(cubin, "fdk_dequantise", _WARPS * 32, shared, 1, dependent=hopper)
 

@@ -3,7 +3,7 @@
 A cubin is keyed by all sources, the defines, the architecture, the flags and the compiler's version. It is written
 to a temporary file and renamed, so that two processes may fill the cache at once; a file whose checksum does not
 match is compiled again; a directory that cannot be written to is read only. `FDK_CACHE_DIR` names the directory,
-default ~/.cache/fdk.
+default ~/.cache/fdk. Nothing in a key is of the machine: cubins may be built on one and read on another.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
+from fdk.device import cpu_count
 from fdk.errors import UnsupportedError
 
 _CSRC = Path(__file__).parent / "csrc"
@@ -23,6 +25,10 @@ _FLAGS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options
 _MAGIC = b"fdk-cubin-1\n"
 
 Defines = Mapping[str, int]
+Source = tuple[str, Defines, str]
+"""What a cubin is made of, apart from the compiler: a file of csrc, its macros, the architecture."""
+Progress = Callable[[int, int], None]
+"""Called with (compiled, of) after every kernel."""
 
 
 def cache_dir() -> Path:
@@ -181,12 +187,53 @@ def _write(path: Path, cubin: bytes) -> None:
             raise
 
 
+def _path(source: Source) -> Path:
+    return cache_dir() / f"{cache_key(*source, compiler_version())}.cubin"
+
+
 def cubin(file: str, defines: Defines, arch: str) -> bytes:
     """The machine code of csrc/<file> with `defines` for `arch`, from the cache or compiled now."""
-    path = cache_dir() / f"{cache_key(file, defines, arch, compiler_version())}.cubin"
+    path = _path((file, defines, arch))
     cached = _read(path)
     if cached is not None:
         return cached
     code, _ = build(file, defines, arch)
     _write(path, code)
     return code
+
+
+def missing(sources: Iterable[Source]) -> list[Source]:
+    """Those that the cache does not hold, each once."""
+    paths = {_path(source): source for source in sources}
+    return [source for path, source in paths.items() if _read(path) is None]
+
+
+def writable() -> bool:
+    """Whether cubins can be written to the cache's directory, which is made if need be."""
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            return True
+    except OSError:
+        return False
+
+
+def compile_ahead(sources: Iterable[Source], progress: Progress | None = None) -> int:
+    """Compile into the cache what it does not hold, on all cores; how many kernels that were.
+
+    Nothing where the cache cannot be written to. RuntimeError, with the log, for a kernel that does not compile.
+    """
+    wanted = missing(sources)
+    if not wanted or not writable():
+        return 0
+    # NVRTC releases the interpreter lock.
+    pool = ThreadPoolExecutor(min(len(wanted), cpu_count()))
+    try:
+        jobs = [pool.submit(cubin, *source) for source in wanted]
+        for done, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            if progress:
+                progress(done, len(wanted))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return len(wanted)

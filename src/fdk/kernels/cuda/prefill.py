@@ -371,10 +371,15 @@ def params_for(weight: QuantisedWeight, config: Config) -> Params:
     return params
 
 
+def source(shape: Shape, config: Config, capability: tuple[int, int]) -> jit.Source:
+    """What the kernel is compiled from."""
+    return "prefill.cuh", config.defines(shape), jit.architecture(capability)
+
+
 @cache
 def load(shape: Shape, config: Config, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
-    cubin = jit.cubin("prefill.cuh", config.defines(shape), jit.architecture(torch.cuda.get_device_capability(device)))
+    cubin = jit.cubin(*source(shape, config, torch.cuda.get_device_capability(device)))
     return driver.Function(cubin, "fdk_prefill", config.threads, config.shared_bytes(shape), config.cluster)
 
 

@@ -106,3 +106,14 @@ def routes(
         if us is not None:
             found.append(Route("prefill", us, m, config))
     return tuple(sorted(found, key=lambda route: route.us))
+
+
+def launched(
+    shape: decode.Shape, m: int, blocks: tuple[int, ...], sms: int, capability: tuple[int, int]
+) -> list[Route]:
+    """The routes of a product of m rows of x: the fastest, and decoding for the rows that its launches leave over."""
+    found = [routes(shape, m, blocks, sms, capability)[0]]
+    while m % found[-1].rows:
+        m %= found[-1].rows
+        found.append(next(r for r in routes(shape, m, blocks, sms, capability) if r.name == "decode"))
+    return found

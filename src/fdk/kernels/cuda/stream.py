@@ -32,9 +32,8 @@ class _Params(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("out", ctypes.c_void_p))
 
 
-@cache
-def _load(nbytes: int, n: int, config: StreamConfig, dependent: bool, device: int) -> driver.Function:
-    capability = torch.cuda.get_device_capability(device)
+def source(nbytes: int, n: int, config: StreamConfig, capability: tuple[int, int]) -> jit.Source:
+    """What the kernel that reads `nbytes` and writes n outputs is compiled from."""
     defines = {
         "FDK_BYTES": nbytes,
         "FDK_N": n,
@@ -42,7 +41,13 @@ def _load(nbytes: int, n: int, config: StreamConfig, dependent: bool, device: in
         "FDK_THREADS": config.threads,
         "FDK_UNROLL": config.unroll,
     }
-    cubin = jit.cubin("stream.cuh", defines, jit.architecture(capability))
+    return "stream.cuh", defines, jit.architecture(capability)
+
+
+@cache
+def _load(nbytes: int, n: int, config: StreamConfig, dependent: bool, device: int) -> driver.Function:
+    capability = torch.cuda.get_device_capability(device)
+    cubin = jit.cubin(*source(nbytes, n, config, capability))
     return driver.Function(cubin, "fdk_stream", config.threads, 0, 1, dependent=dependent and capability >= (9, 0))
 
 

@@ -1,0 +1,65 @@
+"""Which kernels products will need, found without a GPU, so that they can be compiled ahead, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from fdk.kernels.cuda import decode, dense, jit, prefill, routes
+from fdk.packing.fragments import FRAGMENTS, block_counts
+from fdk.packing.layouts import Geometry
+
+# Multiprocessors of the largest number of devices sold with a compute capability: A100, RTX 3090, RTX 4090, H100 SXM
+# and H200, B200, RTX 5090.
+_USUAL_SMS = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+
+
+class Target(NamedTuple):
+    """What configurations depend on of a GPU."""
+
+    capability: tuple[int, int]
+    sms: int
+
+    @classmethod
+    def of(cls, arch: str, sms: int | None = None) -> Target:
+        """A GPU of an architecture like "sm_90a"; UnsupportedError for no such name. sms: multiprocessors."""
+        capability = jit.capability(arch)
+        return cls(capability, sms or _USUAL_SMS.get(capability, 132))
+
+
+class Product(NamedTuple):
+    """Products of m rows of x with weights of a geometry; zeros: dtype of their zero points, None without."""
+
+    geometry: Geometry
+    zeros: torch.dtype | None
+    m: int
+
+
+def unsupported(geometry: Geometry) -> str | None:
+    """Why the kernels serve no weight of this geometry on any device, or None."""
+    if geometry.dtype not in (torch.bfloat16, torch.float16):
+        return f"multiplies bfloat16 and float16, the weight is {str(geometry.dtype).removeprefix('torch.')}"
+    if len(geometry.row_ends) > decode.MAX_RANGES:
+        return f"holds up to {decode.MAX_RANGES} tables, the weight has {len(geometry.row_ends)}"
+    if geometry.n == 0 or geometry.k == 0:
+        return "has nothing to multiply in an empty weight"
+    return FRAGMENTS.supports(geometry)
+
+
+def sources(products: Iterable[Product], target: Target) -> list[jit.Source]:
+    """What has to be compiled for products on a GPU, each kernel once; nothing for those it does not serve."""
+    found: dict[str, jit.Source] = {}
+    for geometry, zeros, m in products:
+        if m < 1 or unsupported(geometry):
+            continue
+        shape = decode.shape_of(geometry, zeros)
+        for route in routes.launched(shape, m, block_counts(geometry), target.sms, target.capability):
+            if route.name == "dense":
+                source = dense.source(dense.variant_of(shape), target.capability)
+            else:
+                module = decode if route.name == "decode" else prefill
+                source = module.source(shape, route.config, target.capability)
+            found[repr(source)] = source
+    return list(found.values())

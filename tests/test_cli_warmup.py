@@ -1,0 +1,99 @@
+"""fdk warmup: kernels of a folder or of described weights, compiled into a cache without a GPU."""
+
+import re
+
+import pytest
+import torch
+
+import fdk
+from fdk import cli
+from fdk.kernels.cuda import jit
+from fdk.models import ahead
+from fdk.models.llama import Llama, LlamaConfig
+from fdk.models.merge import merged_weight
+from fdk.models.quantise import quantise
+
+CONFIG = LlamaConfig(96, 128, 256, 2, 4, 2, 32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("warmup") / "low"
+    fdk.save(quantise(Llama(CONFIG).bfloat16(), fdk.models.QuantisationConfig(3, codebook="kmeans")), path)
+    return path
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """What a compiler was asked for that needs no NVRTC."""
+    sources = []
+
+    def build(*source):
+        sources.append(source)
+        return b"code", ""
+
+    monkeypatch.setattr(jit, "build", build)
+    monkeypatch.setattr(jit, "compiler_version", lambda: (13, 0))
+    monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path / "cache"))
+    return sources
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main(["warmup", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_folder_for_a_gpu_elsewhere(capsys, folder, built) -> None:
+    status, out, err = run(capsys, "--model", folder, "--arch", "sm_90a", "-m", 1, "16-32")
+    assert (status, err) == (0, "")
+    count = int(re.match(r"(\d+) kernels for sm_90a with 132 multiprocessors: \1 compiled in .* 0 were there", out)[1])
+    assert count == len(built) and {arch for _, _, arch in built} == {"sm_90a"}
+    # Projections alone and merged.
+    assert {(d["FDK_N"], d["FDK_K"]) for file, d, _ in built if file == "decode.cuh"} == {
+        (128, 128), (64, 128), (256, 128), (128, 256), (512, 128)
+    }  # fmt: skip
+    status, out, _ = run(capsys, "--model", folder, "--arch", "sm_90a", "-m", "16-32")
+    assert status == 0 and re.search(r": 0 compiled in .* \d+ were there", out) and len(built) == count
+    assert run(capsys, "--model", folder, "--arch", "sm_89", "--sms", "58")[0] == 0 and len(built) > count
+
+
+def test_merged_projections_are_those_of_decoding(folder) -> None:
+    kinds = {product[:2] for product in ahead.products(folder, [1])}
+    layer = fdk.load(folder).model.layers[0]
+    for group in (
+        [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+        [layer.mlp.gate_proj, layer.mlp.up_proj],
+    ):
+        weight, _ = merged_weight([one.weight.to_layout("fragments") for one in group])
+        assert (weight.geometry, None) in kinds
+
+
+def test_described_weights_with_zero_points_of_both_dtypes(capsys, built) -> None:
+    assert run(capsys, "--format", "uint4_g64", "--shapes", "128x256", "--arch", "sm_80")[0] == 0
+    assert sorted(defines["FDK_KIND"] for _, defines, _ in built) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to compile"),
+        (["--format", "lut4_g64"], "--format and --shapes"),
+        (["--format", "lut4_g64", "--shapes", "64"], "not a size"),
+        (["--format", "lut4_g64", "--shapes", "64x60", "--arch", "sm_80"], "does not divide k = 60"),
+        (["--format", "lut4_g64", "--shapes", "64x64", "--arch", "h100"], "names no architecture"),
+        (["--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_75"], "compute capability 8.0"),
+        (["--format", "lut4_g64", "--shapes", "64x64", "-m", "9-1"], "-m '9-1'"),
+        (["--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_80", "--sms", "0"], "--sms 0"),
+    ],
+)
+def test_wrong_command_lines(capsys, built, arguments, words) -> None:
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and words in err and err.count("\n") == 1 and built == []
+
+
+def test_a_cache_that_cannot_be_written_to(capsys, built, tmp_path) -> None:
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    status, _, err = run(capsys, "--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_80")
+    assert status == 1 and "cannot be written to; set FDK_CACHE_DIR" in err and built == []
