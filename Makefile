@@ -87,12 +87,13 @@ test-vllm: $(VLLM_VENV)/.ready
 # Not part of .ci/run: this vLLM has no CPU build, so its Python runs on the compiled operations of the one above.
 test-vllm-next: export OMP_NUM_THREADS = 1
 test-vllm-next: export VLLM_TARGET_DEVICE = cpu
-test-vllm-next: $(VLLM_VENV)/next
+test-vllm-next: $(VLLM_VENV)/.next
 	@PYTHONPATH=$(CURDIR)/$(VLLM_VENV)/next $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(VLLM_TESTS)
 
-$(VLLM_VENV)/next: $(VLLM_VENV)/.ready tests/integrations/vllm_next.py
+$(VLLM_VENV)/.next: $(VLLM_VENV)/.ready tests/integrations/vllm_next.py
 	@$(VLLM_PIP) download --no-deps -d $(VLLM_VENV)/download vllm==$(VLLM_NEXT)
-	@$(VLLM_VENV)/bin/python tests/integrations/vllm_next.py $(VLLM_VENV)/download/vllm-$(VLLM_NEXT)-*.whl $@
+	@$(VLLM_VENV)/bin/python tests/integrations/vllm_next.py $(VLLM_VENV)/download/vllm-$(VLLM_NEXT)-*.whl $(VLLM_VENV)/next
+	@touch $@
 
 # What others publish, apart from fdk itself: .ci/run goes on without it where a machine has no such build.
 $(VLLM_VENV)/.vllm: constraints-vllm.txt tests/integrations/vllm_requirements.py

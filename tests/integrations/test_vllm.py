@@ -141,6 +141,9 @@ class Expected:
 
 def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True, **environment: str) -> dict | str:
     """The result of an engine, or what it printed before it failed."""
+    needed = options.get("tensor_parallel_size", 1)
+    if torch.cuda.is_available() and torch.cuda.device_count() < needed:
+        pytest.skip(f"needs {needed} GPUs, torch sees {torch.cuda.device_count()}")
     job, result = tmp_path / "job.json", tmp_path / "result.json"
     job.write_text(
         json.dumps({"folder": str(folder), "options": options, "prompts": PROMPTS, "tokens": TOKENS, "forced": FORCED})
@@ -205,15 +208,15 @@ def scored(model: torch.nn.Module, tokens: list) -> dict:
     return {"tokens": tokens, "logprobs": [dict(zip(map(str, row), values, strict=True)) for row, values in rows]}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(workshop, tmp_path, dtype) -> None:
+@pytest.mark.parametrize(("dtype", "options"), [("bfloat16", {}), ("float16", EAGER)], ids=["bfloat16", "float16"])
+def test_half_precision(workshop, tmp_path, dtype, options) -> None:
     def make(folder: Path) -> Expected:
         config = QuantisationConfig(**{**MIXED.to_dict(), "dtype": dtype})
         quantise_folder(llama(folder), folder, config)
         return Expected(fdk.load(folder, model=skeleton(folder, getattr(torch, dtype))))
 
     folder, expected = workshop(dtype, make)
-    expected.check(serve(tmp_path, folder, EAGER | {"dtype": "auto"}))
+    expected.check(serve(tmp_path, folder, options | {"dtype": "auto"}))
 
 
 def make_narrow(folder: Path) -> Expected:
