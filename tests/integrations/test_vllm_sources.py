@@ -156,8 +156,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_missing_interface_is_named_and_leaves_vllm_running(monkeypatch, caplog) -> None:
+    package = sys.modules[register.__module__]
     for module in ("config", "interfaces", "linear"):
-        monkeypatch.delitem(sys.modules, f"fdk.integrations.vllm.{module}", raising=False)
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{module}", raising=False)
+        monkeypatch.delattr(package, module, raising=False)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.linear", None)
     register()
     assert "fdk is not available: vLLM" in caplog.text and "no module vllm.model_executor" in caplog.text
