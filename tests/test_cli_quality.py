@@ -1,5 +1,6 @@
 """fdk eval, and fdk quantise with a budget: what they print, write and refuse."""
 
+import importlib
 import json
 import re
 
@@ -44,6 +45,15 @@ def values(out: str) -> dict[str, list[float]]:
     """Rows of the table that `fdk eval` prints: value, from, to."""
     rows = re.findall(r"^(\D+?) +([\d.e+-]+) +([\d.e+-]+) +([\d.e+-]+)$", out, re.MULTILINE)
     return {name: [float(x) for x in numbers] for name, *numbers in rows}
+
+
+def test_a_model_of_bytes_reads_and_writes_text_without_a_tokenizer(capsys, tmp_path, folder):
+    assert run(capsys, "quantise", folder, "--output", tmp_path / "low")[0] == 0
+    for model in (folder, tmp_path / "low"):
+        status, out, _ = run(capsys, "generate", model, "--prompt", "d\u00e9f", "--tokens", "6", "--device", "cpu")
+        ids = run(capsys, "generate", model, "--ids", *"d\u00e9f".encode(), "--tokens", "6", "--device", "cpu")[1]
+        expected = bytes(map(int, ids.split())).decode(errors="replace").rstrip("\ufffd")
+        assert status == 0 and out == f"{expected}\n"
 
 
 def test_eval_of_a_quantised_model_beside_its_original(capsys, tmp_path, folder, text):
@@ -166,3 +176,14 @@ def test_a_budget_that_makes_no_sense(capsys, tmp_path, folder, arguments, statu
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "low").exists()
+
+
+def test_the_small_model_is_trained_for_its_folder_alone(capsys, tmp_path):
+    command = importlib.import_module("fdk.models.tiny.__main__")
+    arguments = ["--steps", "2", "--only-train", "--folder", str(tmp_path / "m"), "--output-dir", str(tmp_path / "out")]
+    assert command.main(arguments) == 0
+    assert "656,256 parameters" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert run(capsys, "generate", tmp_path / "m", "--prompt", "import", "--tokens", "3", "--device", "cpu")[0] == 0
+    assert command.main(arguments) == 2
+    assert "--folder that does not exist yet" in capsys.readouterr().err

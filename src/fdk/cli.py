@@ -416,7 +416,7 @@ def run_generate(args: argparse.Namespace) -> int:
     device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = resolve(args.model)
     config = read_config(folder)
-    reader = tokenizer(folder) if args.prompt is not None else None
+    reader = tokenizer(folder, config) if args.prompt is not None else None
     ids = reader.encode(args.prompt).ids if reader else args.ids
     model = _model(folder, config, device)
     stop = _stops(folder, config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,31 @@ BUILT_IN = "builtin"
 _BYTES_A_TOKEN = 16
 
 
-def tokenizer(folder: Path):
-    """The tokenizer of a model folder; FdkError if it has none, or the package that reads it is missing."""
+@dataclass(frozen=True)
+class Encoded:
+    """What a tokenizer makes of a text."""
+
+    ids: list[int]
+
+
+class ByteTokenizer:
+    """UTF-8, a token a byte, with the methods of the package tokenizers that are used here."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
+        return Encoded(list(text.encode()))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def tokenizer(folder: Path, config: Mapping):
+    """The tokenizer of a model folder, bytes for a model of 256 tokens that has none.
+
+    FdkError if there is none, or the package that reads it is missing.
+    """
     path = folder / "tokenizer.json"
+    if not path.exists() and config.get("vocab_size") == BYTES:
+        return ByteTokenizer()
     if not path.exists():
         raise FdkError(f"{folder} has no tokenizer.json; copy the original model's there, or give token ids with --ids")
     try:
@@ -45,10 +68,9 @@ def calibration_tokens(path: Path, count: int, folder: Path | None, config: Mapp
     from fdk.models.tiny import corpus
 
     raw, _ = corpus()
-    if folder is None or not (folder / "tokenizer.json").exists():
-        return raw[:count].long()
+    reader = ByteTokenizer() if folder is None else tokenizer(folder, config)
     text = raw[: count * _BYTES_A_TOKEN].numpy().tobytes().decode(errors="ignore")
-    return torch.tensor(tokenizer(folder).encode(text, add_special_tokens=False).ids[:count], dtype=torch.int64)
+    return torch.tensor(reader.encode(text, add_special_tokens=False).ids[:count], dtype=torch.int64)
 
 
 def read_tokens(path: Path, folder: Path, config: Mapping, ids: bool = False) -> Tensor:
@@ -69,4 +91,4 @@ def read_tokens(path: Path, folder: Path, config: Mapping, ids: bool = False) ->
         raise FormatError(f"{path} is not UTF-8 (byte {error.start}); convert it, or use --ids") from None
     except ValueError:
         raise FormatError(f"{path} holds something other than token ids; leave --ids out to read it as text") from None
-    return torch.tensor(tokenizer(folder).encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    return torch.tensor(tokenizer(folder, config).encode(text, add_special_tokens=False).ids, dtype=torch.int64)

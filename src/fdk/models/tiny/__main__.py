@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", choices=tuple(COURSES), default="tiny", help="0.66 or 25 million parameters (tiny)")
     p.add_argument("--steps", type=int, help="training steps (600; 800 for small)")
     p.add_argument("--folder", type=Path, help="load the trained model from there, or train and save it there")
+    p.add_argument("--only-train", action="store_true", help="write --folder, and measure nothing")
     p.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2, 1], help="widths (8 to 1)")
     p.add_argument("--block-size", type=int, default=64, help="weights that share a scale (64)")
     p.add_argument("--scale", default="auto", help="auto, absmax, absmean or search (auto)")
@@ -149,6 +150,9 @@ def flat(estimates: dict[str, Estimate]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     """Train, quantise, evaluate; a table on the screen and records in the output folder."""
     args = parser().parse_args(argv)
+    if args.only_train and (args.folder is None or args.folder.exists()):
+        print("fdk.models.tiny: --only-train needs a --folder that does not exist yet", file=sys.stderr)
+        return 2
     course = COURSES[args.size]
     try:
         return run(args, course)
@@ -160,6 +164,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, course: Course) -> int:
     """`main` for a command line that makes sense."""
     model, seconds = trained(args, course)
+    if args.only_train:
+        print(f"{args.folder} holds {course.config.parameters:,} parameters, trained for {seconds:.0f} s")
+        return 0
     environment = records.environment(torch.device(args.device))
     windows = held_out(args.sequences, course)
     dense = quantise(model, None, args.device)
