@@ -114,6 +114,19 @@ def test_registers_that_are_spilled_lie_on_the_stack(tmp_path, monkeypatch):
 
 
 @needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", named.SETS)
+def test_every_named_configuration_compiles_without_spills(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path))
+    tasks = command.compiled(named.SETS[name].trials, 132, "sm_90a", None)
+    assert all(any(its.cubin for its in task.codes[1:]) for task in tasks)
+    for task in tasks:
+        for variant, its in zip(task.variants, task.codes, strict=True):
+            # What does not compile is skipped with its reason: a change need not fit every problem of its trial.
+            assert its.reason or its.stack == 0, (task.problem, variant.name, its.stack)
+
+
+@needs_nvrtc
 def test_what_does_not_compile_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path))
     wrong = changed(SMALL, chosen(SMALL), {"stage_units": 3})
@@ -149,6 +162,11 @@ def test_the_main_loop_is_the_innermost_that_multiplies():
         "BRA",
     ]
     assert code.main_loop("") == []
+
+
+def test_a_loop_before_the_main_one_does_not_count():
+    sums = SASS.replace("STS [R2], R4", "HMMA.16816.F32 R4, R4, R8, R4").replace("BRA 0x10", "BRA 0x90")
+    assert [instruction.split()[0] for instruction in code.main_loop(sums)] == ["HMMA.16816.F32", "BRA"]
 
 
 @needs_nvrtc
@@ -413,7 +431,7 @@ def test_a_run_prints_a_table_and_writes_a_record_for_every_configuration(preten
     "arguments, text",
     [
         (["--set", "nothing"], "there is no such set"),
-        (["--set", "rings", "--vary", "stages=1"], "leave one out"),
+        (["--set", "copies", "--vary", "stages=1"], "leave one out"),
         (["--shapes", "512"], "is not a size"),
         (["-m", "0"], "positive"),
         (["--vary", "stage=1"], "names no field"),

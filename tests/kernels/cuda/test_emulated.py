@@ -116,8 +116,33 @@ CONFIGS = [
     ("int8_g64", config(1, 2, 4, 2, 2, digits=True)),
 ]
 
+# Options that nothing chooses yet (fdk.bench.variants has sets of them), by themselves and together.
+OPTIONS = [
+    ("lut4_g64", config(1, 2, 4, 1, 2, bulk=False, stages=2, batch=2)),
+    ("lut3_g64", config(8, 2, 4, 2, 2, bulk=False, stages=2)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, bulk=False, stage_units=4, digits=True)),
+    ("nest8s4_g64", config(1, 1, 4, 1, 1, bulk=False, stages=2)),
+    ("lut4_g64", config(1, 2, 2, 1, 3, lag=True, stages=3, batch=3)),
+    ("lut2_g64", config(8, 1, 4, 1, 1, lag=True, stages=2, phases=2)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, lag=True, stages=2, digits=True)),
+    ("lut4_g64", config(1, 2, 4, 2, 2, scales_once=True, stages=2, stage_units=2)),
+    ("lut3_g128", config(1, 2, 4, 1, 1, scales_once=True)),
+    ("lut4_chan", config(1, 1, 4, 1, 1, scales_once=True, bulk=False)),
+    ("int4_g64_sp16of32", config(1, 1, 4, 1, 1, scales_once=True, lag=True, stages=2)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, scales_once=True, digits=True, stage_units=4)),
+    ("lut1_g64", config(1, 2, 4, 1, 1, x_sums=True, stages=2)),
+    ("lut1_g16", config(8, 2, 2, 2, 2, x_sums=True)),
+    ("uint4_g64", config(16, 2, 4, 1, 1, x_sums=True)),
+    ("uint1_g64", config(32, 1, 4, 1, 1, x_sums=True)),
+    ("lut2_g64", config(1, 1, 8, 1, 1, row_split=2, stages=2)),
+    ("lut8_g64", config(2, 1, 4, 1, 2, row_split=2, stages=2)),
+    ("uint4_g64", config(4, 1, 4, 1, 2, row_split=2, stages=2)),
+    ("lut6_g32", config(8, 1, 4, 2, 2, row_split=2)),
+    ("lut2_g64", config(1, 1, 8, 1, 1, row_split=2, scales_once=True, bulk=False, stage_units=2)),
+]
 
-@pytest.mark.parametrize("case,schedule", turns(CONFIGS, schedule=SCHEDULES))
+
+@pytest.mark.parametrize("case,schedule", turns(CONFIGS + OPTIONS, schedule=SCHEDULES))
 def test_decode_configurations(case, schedule: Schedule) -> None:
     name, chosen = case
     with emulated(sms=2, schedule=schedule):
@@ -164,6 +189,15 @@ FAULTS = {
         "table[(i << BITS) + code]",
         "table[(i << BITS) + code - (code == 5)]",
     ),
+    "no wait for cp.async": (replace(ALONE, bulk=False), "shape.cuh", "            copy_wait<STAGES - 1>();\n", ""),
+    "no scales behind the first stage": (
+        replace(ALONE, scales_once=True),
+        "decode.cuh",
+        "w.prefetch(ahead, stage, stage == 0);",
+        "w.prefetch(ahead, stage, false);",
+    ),
+    "refill of the stage being read": (replace(ALONE, lag=True), "decode.cuh", "read = stage;", "read = stage ^ 1;"),
+    "the other rows' scales": (replace(ALONE, row_split=2), "shape.cuh", "g * 16 + row_part() * 8", "g * 16"),
     "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
     "no wait for a stage": (
         TURNS,

@@ -109,9 +109,10 @@ _BRANCH = re.compile(r"BRA\b.*?\b0x([0-9a-f]+)")
 
 
 def main_loop(text: str) -> list[str]:
-    """Instructions, without their predicates, of the innermost loop that multiplies most; empty if none does.
+    """Instructions, without their predicates, of the innermost loop that multiplies weights; empty if none does.
 
-    A loop that waits for a barrier is no loop of its own here, since it multiplies nothing.
+    That is the last one that multiplies a quarter as much as any: sums of activations are products, too, and come
+    before. A loop that waits for a barrier is no loop of its own here, since it multiplies nothing.
     """
     code = [(int(address, 16), instruction) for address, instruction in _INSTRUCTION.findall(text)]
     loops = []
@@ -129,7 +130,8 @@ def main_loop(text: str) -> list[str]:
         )
 
     inner = [found for found in loops if not holds_another(found)]
-    return max(inner)[-1] if inner else []
+    most = max((found[0] for found in inner), default=0)
+    return max((to, body) for products, _, to, _, body in inner if 4 * products >= most)[1] if inner else []
 
 
 def instructions(cubin: bytes) -> dict[str, int] | None:
@@ -151,4 +153,5 @@ def units_in_loop(problem: Problem, variant: Variant, counts: dict[str, int]) ->
     if problem.kernel == "prefill":
         return products / 4
     config = variant.config
-    return products / (8 if config.digits else 16 * -(-config.tokens // 8))
+    own_sums = 4 * config.row_split * (config.x_sums and (problem.shape.bits == 1 or problem.geometry.format.has_zeros))
+    return products / (8 if config.digits else (16 + own_sums) * -(-config.tokens // 8))

@@ -59,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
         "--vary", nargs="+", action="append", default=[], metavar="FIELD=A,B",
         help="fields other than chosen, in all combinations; may be given more than once, for other combinations",
     )  # fmt: skip
-    p.add_argument("--seconds", type=float, default=120.0, help="for checking and timing, all problems together (120)")
-    p.add_argument("--rounds", type=int, default=40, help="rounds in which all variants are timed, at most (40)")
+    p.add_argument("--seconds", type=float, help="at most, for checking and timing all (120; twice what sets say)")
+    p.add_argument("--rounds", type=int, default=100, help="rounds in which all variants are timed, at most (100)")
     p.add_argument("--chain", action="store_true", help="also time square layers one after the other")
     p.add_argument("--compile-only", action="store_true", help="no GPU: registers, stack and instructions")
     p.add_argument("--arch", default="sm_90a", help="architecture of --compile-only (sm_90a)")
@@ -308,9 +308,10 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     tasks = compiled(asked, facts.multi_processor_count, jit.architecture((facts.major, facts.minor)), args.jobs)
     count = sum(len(task.variants) for task in tasks)
+    seconds = args.seconds or 2.0 * sum(SETS[name].seconds for name in args.set) or 120.0
     print(
         f"{count} configurations of {len(tasks)} problems on {facts.name}: compiled in "
-        f"{time.monotonic() - started:.0f} s, checked and timed in at most about {args.seconds:g} s"
+        f"{time.monotonic() - started:.0f} s, checked and timed in at most about {seconds:g} s"
     )
     common = records.environment(device)
     with records.Writer(args.output_dir, f"variants-{common['id']}") as writer:
@@ -330,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
                     print(f"{entry['status']}: {entry['variant']}: {entry['reason']}")
             sys.stdout.flush()
 
-        supervise(tasks, WORKER, args.seconds, args.rounds, args.chain, done=done)
+        supervise(tasks, WORKER, seconds, args.rounds, args.chain, done=done)
         print(f"\n{writer.count} records in {writer.path}, after {time.monotonic() - started:.0f} s")
     return int(any(e["status"] != "ok" for task in tasks for e in task.results if e["variant"] == CHOSEN))
 

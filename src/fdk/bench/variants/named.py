@@ -38,17 +38,110 @@ def problems(kernel: str, formats: str, shapes: str, ms: str) -> tuple[Problem, 
     )
 
 
+def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
+    """The changes, each with `fixed` on top."""
+    return tuple({**fixed, **change} for change in changes)
+
+
+COPIES: tuple[Change, ...] = (
+    {"bulk": False},
+    {"scales_once": True},
+    {"bulk": False, "scales_once": True},
+    {"lag": True, "stages": 2},
+    {"lag": True, "stages": 2, "scales_once": True},
+)
+
 SETS: dict[str, Named] = {
-    "rings": Named(
-        "Are the rings of one token the best since x and clusters changed? Half to twice as many units on their way.",
-        40,
+    "copies": Named(
+        "One token: what do filling the ring by cp.async, which needs no fence, refilling a stage later, for which the "
+        "fence waits for nothing, and scales in one piece save at 8192 x 8192?",
+        150,
+        (
+            Trial(problems("decode", "lut4_g64 lut3_g64 lut8_g64 lut1_g64", "8192x8192", "1"), COPIES),
+            Trial(
+                problems("decode", "lut2_g64", "8192x8192", "1"),
+                COPIES + each({}, *COPIES[:3], k_warps=16) + each(*COPIES[:3], k_warps=16, stage_units=1),
+            ),
+            Trial(problems("decode", "nest8s2_g128 nest8s4_g128 int4_g64_sp16of32", "8192x8192", "1"), COPIES[:3]),
+            Trial(problems("decode", "lut2_g64 lut4_g64", "14336x4096", "1"), ({"bulk": False},)),
+            Trial(problems("decode", "lut4_g64", "28672x8192", "1"), ({"bulk": False},)),
+        ),
+    ),
+    "rows": Named(
+        "One token where blocks of rows are half as many as multiprocessors: do two CTAs that share a block's rows, "
+        "and exchange no sums, beat clusters of two that split k?",
+        90,
         (
             Trial(
-                problems("decode", "lut2_g64 lut3_g64 lut4_g64", "8192x8192", "1"),
-                tuple(
-                    {"k_warps": warps, "stage_units": unit, "stages": stages}
-                    for warps in (8, 16)
-                    for unit, stages in ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2))
+                problems("decode", "lut2_g64 lut4_g64 lut8_g64", "4096x4096", "1"),
+                each(
+                    {"k_warps": 8, "stages": 4},
+                    {"k_warps": 16, "stages": 4},
+                    {"k_warps": 8, "stages": 4, "scales_once": True},
+                    {"k_warps": 16, "stages": 4, "scales_once": True},
+                    {"k_warps": 8, "stages": 2, "stage_units": 2, "scales_once": True},
+                    {"k_warps": 8, "stages": 4, "scales_once": True, "bulk": False},
+                    row_split=2,
+                    cluster=1,
+                    blocks=1,
+                )
+                + each({"scales_once": True}, {"bulk": False, "scales_once": True}),
+            ),
+            Trial(
+                problems("decode", "lut2_g64 lut4_g64", "4096x14336", "1"),
+                each(
+                    {"k_warps": 8, "stages": 2},
+                    {"k_warps": 16, "stages": 1},
+                    {"k_warps": 16, "stages": 2},
+                    {"k_warps": 16, "stages": 2, "scales_once": True},
+                    row_split=2,
+                    cluster=1,
+                    blocks=1,
+                    stage_units=1,
+                    batch=1,
+                    min_ctas=1,
+                ),
+            ),
+        ),
+    ),
+    "sums": Named(
+        "One bit and zero points: is it cheaper to add up a unit's activations by four more products in the loop than "
+        "to have their sums in shared memory first?",
+        75,
+        (
+            Trial(
+                problems("decode", "lut1_g64", "4096x4096", "1"),
+                each({}, {"scales_once": True}, {"scales_once": True, "bulk": False}, x_sums=True),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "8192x8192", "1"),
+                each({"k_warps": 8}, {"k_warps": 16}, x_sums=True, digits=False, late=False, stage_units=2, stages=2),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "4096x14336", "1"),
+                each({"k_warps": 8}, {"k_warps": 14}, x_sums=True, digits=False, late=False, stage_units=2, stages=2),
+            ),
+            Trial(problems("decode", "lut1_g64", "4096x4096 8192x8192", "8"), ({"x_sums": True},)),
+            Trial(problems("decode", "uint4_g64", "4096x4096 8192x8192", "1 8"), ({"x_sums": True},)),
+        ),
+    ),
+    "tokens": Named(
+        "Eight and sixteen tokens at 8192 x 8192: more warps of one unit each, and cheaper copies?",
+        60,
+        (
+            Trial(
+                problems("decode", "lut4_g64 lut2_g64", "8192x8192", "8 16"),
+                each({}, {"bulk": False}, {"bulk": False, "scales_once": True}, stage_units=1)
+                + each({"bulk": False}, {"bulk": False, "scales_once": True}),
+            ),
+            Trial(
+                problems("decode", "lut4_g64", "8192x8192", "8") + problems("decode", "lut2_g64", "8192x8192", "8 16"),
+                each(
+                    {"stages": 1},
+                    {"stages": 2},
+                    {"stages": 2, "bulk": False, "scales_once": True},
+                    k_warps=8,
+                    stage_units=1,
                 ),
             ),
         ),

@@ -163,6 +163,14 @@ class Config:
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
     epilogue   what becomes of the sums
+
+    Not chosen so far (docs/findings.md, `python -m fdk.bench.variants --list`):
+
+    bulk         fill rings by bulk copies, else by cp.async as before Hopper
+    lag          refill a stage one stage later, when nothing has to wait for the loads from it
+    scales_once  fetch the scales of a warp's slice of k in one piece, not with each stage
+    row_split    CTAs that share a block of rows, instead of clusters that split k
+    x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
     """
 
     tokens: int
@@ -180,6 +188,11 @@ class Config:
     x_chunks: int = 1
     epilogue: Epilogue = PLAIN
     alone: bool = False
+    bulk: bool = True
+    lag: bool = False
+    scales_once: bool = False
+    row_split: int = 1
+    x_sums: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -206,12 +219,16 @@ class Config:
         before = 0 if self.digits or not hopper else max(0, table_aligned(shape.bits, shape.kind) - 1024)
         table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
-        slot = BLOCK * self.tokens * 4
-        ring = self.stages * shape.stage_bytes(self.stage_units)
+        slot = BLOCK // self.row_split * self.tokens * 4
+        others = shape.bits * 512 - shape.bits * 512 // self.row_split
+        ring = self.stages * (shape.stage_bytes(self.stage_units) - self.stage_units * others)
+        if self.scales_once:
+            columns = 64 * (shape.units // (self.cluster * self.k_warps))
+            ring += 128 * (max(1, columns // shape.group) - self.stages * shape.stage_groups(self.stage_units))
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
         one_bit_sums = shape.bits == 1 and self.tokens < 16
-        summed = self.digits or shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums
+        summed = self.digits or (not self.x_sums and (shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums))
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
@@ -259,6 +276,11 @@ class Config:
             "FDK_TABLES": self.epilogue.tables,
             "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_X_CHUNKS": self.x_chunks,
+            "FDK_BULK": int(self.bulk),
+            "FDK_X_SUMS": int(self.x_sums),
+            "FDK_ROW_SPLIT": self.row_split,
+            "FDK_SCALES_ONCE": int(self.scales_once),
+            "FDK_LAG": int(self.lag),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
 
@@ -551,7 +573,7 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
         params.range[i] = Range(cluster, block, block + count, 0, start, end)
         cluster += -(-count // config.blocks)
         block += count
-    return params, cluster * config.cluster
+    return params, cluster * config.cluster * config.row_split
 
 
 def source(shape: Shape, config: Config, capability: tuple[int, int]) -> jit.Source:

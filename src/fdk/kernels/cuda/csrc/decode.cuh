@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_ALIGNED - 1)) != 0) __trap();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / K_WARPS, k_warp = warp % K_WARPS;
-    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / CLUSTER;
+    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / (CLUSTER * ROW_SPLIT);
 
     int which = 0;
     while (which + 1 < p.ranges && cluster >= p.range[which + 1].first_cluster) ++which;
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     // Everything up to the dependency wait reads weights only.
     Cursor ahead = w.start();
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage);
+    for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage, stage == 0);
     if constexpr (!FDK_LATE) let_next_kernel_start();
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero};
-    Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
+    Outputs outputs = {p, range, smem, (ROW_SPLIT > 1 ? row_part() : rank) * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase) {
         if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, phase, cta_unit + phase * units, units, warp, lane, lookup);
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
-    constexpr int SLOT = 64 * M, SHARE = SLOT / CLUSTER;
+    constexpr int SLOT = ROWS * M, SHARE = SLOT / CLUSTER;
     const auto slots = [&](int step) { return (BUFFERS == 2 ? step % 2 : step) * ROW_WARPS; };
     const auto slot = [&](int step, int rw, int kw) {
         if constexpr (Smem::PARTIAL_IN_RING) return reinterpret_cast<float*>(smem + Smem::ring(rw * K_WARPS + kw));
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         });
     };
 
-    int stage = 0;
+    int stage = 0, read = -1;  // FDK_LAG: the stage that was read last, to be refilled when its products are under way
     u32 parity = 0;
     for (int step = 0; step < (STEPS_PER_CTA == 1 ? 1 : steps); ++step) {
         Accumulator acc = {};
@@ -158,17 +158,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             if (STEPS_PER_CTA == 1 || step < w.steps) {
 #pragma unroll 1
                 for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
+                    if constexpr (FDK_LAG) {
+                        if (read >= 0) w.refill(ahead, read);
+                        read = stage;
+                    }
                     w.wait(stage, parity);
                     wait_for_activations(smem, phase, unit - first_unit, end_unit - first_unit, k_warp);
                     Unit loaded[STAGE_UNITS];
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
-                        load_unit(loaded[i], w.ring + stage * Smem::STAGE, i, (cta_unit + phase * units + unit + i) * 64, lane);
-                    if (!FDK_HOPPER || w.more(ahead)) {
-                        order_before_bulk_copies();
-                        __syncwarp();
-                        w.prefetch(ahead, stage);
-                    }
+                        load_unit(loaded[i], w.ring + stage * Smem::STAGE, w.scales(unit),
+                                  i, (cta_unit + phase * units + unit + i) * 64, lane);
+                    if constexpr (!FDK_LAG) w.refill(ahead, stage);
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, lane, lookup);
                     if (++stage == STAGES) stage = 0, parity ^= 1;

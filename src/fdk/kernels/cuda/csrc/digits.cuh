@@ -197,14 +197,14 @@ struct Unit {
     Zeros zeros;
 };
 
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index, int, int lane) {
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
     const int g = lane / 4, group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
 #pragma unroll
     for (int i = 0; i < BITS; ++i) {
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
-    u.scales = load_rows(stage + Smem::SCALES + group * 128, g);
+    u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g);
     if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g);
 }
 

@@ -134,14 +134,35 @@ __device__ __forceinline__ void sum_activations(float* sums, const char* x, int 
     }
 }
 
-// Sums of one block over a warp's slice: row 16*tile + 8*h + g, token 8*nt + 2*t + column.
-struct Accumulator {
-    float sum[4][NT][2][COLUMNS];
-    float scaled_x[SPLIT_BIT && !ZEROS ? 4 : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
+// What a unit's scale change needs of the sums of tokens 8*nt + 2t, +1; see sum_activations.
+struct XSums {
+    f32x2 sum, start[2];
 };
 
-// Row tiles whose A operands are live at once: all four where many token tiles share them, else one.
-constexpr int TILES = NT > 2 ? 4 : 1;
+// The same without shared memory: a product whose rows g add up the first half of each step's columns, rows g + 8 the second.
+__device__ __forceinline__ XSums x_sums(const u32 (&b)[8], int sub) {
+    constexpr u32 ONE = BF16 ? 0x3f803f80u : 0x3c003c00u;
+    constexpr float STEP = SPLIT_BIT ? 2.f : 1.f, BASE7 = BF16 ? 2.f : 16.f, BASE6 = BF16 ? 4.f : 32.f;
+    const u32 halves[4] = {ONE, 0, 0, ONE};
+    float x[4] = {};
+#pragma unroll
+    for (int s = sub * STEPS; s < (sub + 1) * STEPS; ++s) mma<BF16>(x, halves, b[2 * s], b[2 * s + 1]);
+    XSums found = {{STEP * (x[0] + x[2]), STEP * (x[1] + x[3])}, {}};
+    if constexpr (SPLIT_BIT) {
+        found.start[0] = {fmaf(-BASE7, x[2], x[0]), fmaf(-BASE7, x[3], x[1])};
+        found.start[1] = {-BASE6 * x[2], -BASE6 * x[3]};
+    }
+    return found;
+}
+
+// Sums of one block over a warp's slice: row 16*tile + 8*h + g, token 8*nt + 2*t + column.
+struct Accumulator {
+    float sum[ROW_TILES][NT][2][COLUMNS];
+    float scaled_x[SPLIT_BIT && !ZEROS ? ROW_TILES : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
+};
+
+// Row tiles whose A operands are live at once: all where many token tiles share them, else one.
+constexpr int TILES = NT > 2 ? ROW_TILES : 1;
 
 // A unit in registers: it leaves the ring before it is used, so that the ring refills meanwhile.
 struct Unit {
@@ -151,9 +172,9 @@ struct Unit {
 };
 
 // Unit number `index` of a stage; `k` is its first column.
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index, int k, int lane) {
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int k, int lane) {
     const int g = lane / 4;
-    constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
+    constexpr int PIECES = SPARSE ? 6 : BITS / ROW_SPLIT, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane / (512 / PIECE) * 16);
@@ -165,7 +186,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, int index,
         if constexpr (SUBS > 1) group = (k + sub * (64 / SUBS)) / GROUP - stage_group(k / 64 - index);
         // Columns past k have no group of their own; any finite scale will do, because their activations are zero.
         if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, STAGE_GROUPS - 1);
-        u.scales[sub] = load_rows(stage + Smem::SCALES + group * 128, g);
+        u.scales[sub] = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g);
         if constexpr (ZEROS) u.zeros[sub] = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g);
     }
 }
@@ -179,8 +200,13 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) load_activations(b[nt], x, unit, nt, lane);
     }
+    XSums own[NT > 2 ? 1 : NT][SUBS];
+    if constexpr (X_SUMS && NT <= 2) {
 #pragma unroll
-    for (int first = 0; first < 4; first += TILES) {
+        for (int i = 0; i < NT * SUBS; ++i) own[i / SUBS][i % SUBS] = x_sums(b[i / SUBS], i % SUBS);
+    }
+#pragma unroll
+    for (int first = 0; first < ROW_TILES; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
         for (int i = 0; i < TILES; ++i) to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT>(a[i], u.words, first + i, lookup);
@@ -199,6 +225,9 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
                     };
                     sum_x = pair(0);
                     if constexpr (SPLIT_BIT) start[0] = pair(1), start[1] = pair(2);
+                } else if constexpr (X_SUMS) {
+                    const XSums found = NT > 2 ? x_sums(bt, sub) : own[NT > 2 ? 0 : nt][sub];
+                    sum_x = found.sum, start[0] = found.start[0], start[1] = found.start[1];
                 }
                 // Neighbouring mma belong to different tiles, since each waits for the one before it on its own sums.
                 float d[TILES][4];
@@ -234,7 +263,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 __device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float low, float high) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile)
+    for (int tile = 0; tile < ROW_TILES; ++tile)
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll

@@ -5,7 +5,8 @@
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
-//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS, and FDK_SQUARES
+//   FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -20,6 +21,9 @@ constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
 constexpr int CLUSTER = FDK_CLUSTER, K_WARPS = FDK_K_WARPS, ROW_WARPS = FDK_ROW_WARPS, STAGES = FDK_STAGES;
 constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES = FDK_PHASES;
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
+// CTAs that share a block of rows, where one for each block would leave multiprocessors idle.
+constexpr int ROW_SPLIT = FDK_ROW_SPLIT, ROWS = 64 / ROW_SPLIT, ROW_TILES = 4 / ROW_SPLIT;
+constexpr bool BULK = FDK_HOPPER && FDK_BULK;  // rings are filled by bulk copies, else by cp.async
 
 constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
 constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
@@ -38,9 +42,17 @@ constexpr int SQUARES = FDK_SQUARES;  // partial sums of squares per token that 
 constexpr bool GATED = FDK_GATED, RESIDUAL = FDK_RESIDUAL;
 constexpr int TABLES = FDK_TABLES;  // tables that a CTA looks codes up in: gate and up may have their own
 constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
+static_assert(ROW_SPLIT == 1 || (CLUSTER == 1 && !NESTED && !SPARSE && !FDK_DIGITS && BITS % ROW_SPLIT == 0 && !SQUARES && !GATED && !RESIDUAL),
+              "a CTA's rows are whole 16-byte pieces of a lane's codes, and nobody else adds to them");
 static_assert(!GATED || (ROW_WARPS % 2 == 0 && N % 128 == 0 && !RESIDUAL), "gate and up are whole blocks, side by side");
 // With few tokens the warps of a slice of k bring its activations themselves, by plain loads, and wait for no others.
 constexpr bool OWN_X = M <= 2 && PHASES == 1 && (ROW_WARPS == 1 || K_WARPS < 16);
+// A warp's scales arrive in one piece with its first stage, instead of with each stage its own.
+constexpr bool SCALES_ONCE = FDK_SCALES_ONCE;
+constexpr int SLICE = UNITS / (CLUSTER * K_WARPS), SLICE_GROUPS = GROUPS == 1 || GROUP > SLICE * 64 ? 1 : SLICE * 64 / GROUP;
+static_assert(!SCALES_ONCE || (SUBS == 1 && !ZEROS && STEPS_PER_CTA == 1 && PHASES == 1 && UNITS % (CLUSTER * K_WARPS) == 0 &&
+                               (GROUPS == 1 || (SLICE * 64) % GROUP == 0 || GROUP % (SLICE * 64) == 0)),
+              "a warp has one slice of k, of whole groups or inside one");
 constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
@@ -48,7 +60,9 @@ constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a
 // Affine values need sums of activations per unit and scale change: floats[SUM_KINDS][SUM_COLUMNS] of each.
 constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16;  // see dequantise.cuh
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !DIGITS;
-constexpr bool SUMS = ZEROS || SPLIT_BIT || DIGITS;
+// A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
+constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS;
+constexpr bool SUMS = (ZEROS || SPLIT_BIT || DIGITS) && !X_SUMS;
 // Phases whose activations are in shared memory at once: those of the next arrive under the products of this one.
 constexpr int X_BUFFERS = PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
@@ -69,18 +83,19 @@ struct Smem {
 
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
     static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + X_BUFFERS * K_WARPS * X_CHUNKS * 8 + 15) / 16 * 16;  // rings, sums, x
-    static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
+    static constexpr int CODE_BYTES = BITS * 512 / ROW_SPLIT, UNIT_STRIDE = (NESTED ? 8 : BITS) * 512;  // read, and stored
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
-    static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + STAGE_GROUPS * 128;
+    static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + (SCALES_ONCE ? 0 : STAGE_GROUPS * 128);
     static constexpr int STAGE = ZEROS_AT + STAGE_GROUPS * GROUP_ZERO_BYTES;
-    static constexpr int RING_BYTES = STAGES * STAGE;
+    static constexpr int SLICE_SCALES = STAGES * STAGE, SLICE_BYTES = SCALES_ONCE ? SLICE_GROUPS * 128 : 0;  // in a ring
+    static constexpr int RING_BYTES = SLICE_SCALES + SLICE_BYTES;
 
     // A CTA with a single step needs neither its ring nor its activations once it has its sums: each warp's partial sums
     // go to its own ring if they fit, else over the activations, and so do the sums that other CTAs send. That takes one
     // more wait for the cluster, which few tokens, whose sums are small, do without.
     static constexpr bool SINGLE = STEPS_PER_CTA == 1 && M >= 8;
-    static constexpr bool PARTIAL_IN_RING = STEPS_PER_CTA == 1 && RING_BYTES >= 64 * M * 4;
-    static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * 64 * M * 4;
+    static constexpr bool PARTIAL_IN_RING = STEPS_PER_CTA == 1 && RING_BYTES >= ROWS * M * 4;
+    static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * ROWS * M * 4;
     static constexpr int RECEIVE_BYTES = CLUSTER == 1 ? 0 : BUFFERS * BATCH * ROW_WARPS * 64 * M * 4;
     static constexpr int SUM_TOTAL = PARTIAL_BYTES + RECEIVE_BYTES;
     // Rows of activations are 16 bytes apart in their banks, so that eight tokens' pieces are read without conflicts; for
@@ -150,6 +165,11 @@ __device__ __forceinline__ int stage_group(int unit) {
     return GROUPS == 1 ? 0 : group;
 }
 
+// Which of the CTAs that share a block of rows this one is.
+__device__ __forceinline__ int row_part() {
+    return ROW_SPLIT == 1 ? 0 : blockIdx.x % ROW_SPLIT;
+}
+
 struct Warp {
     const Params& p;
     char* ring;
@@ -160,7 +180,8 @@ struct Warp {
     u64 policy;
 
     __device__ __forceinline__ Cursor start() const {
-        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::UNIT_STRIDE, first_block * GROUPS};
+        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::UNIT_STRIDE + row_part() * Smem::CODE_BYTES,
+                first_block * GROUPS};
     }
     __device__ __forceinline__ void advance(Cursor& c) const {
         c.codes += STAGE_UNITS * Smem::UNIT_STRIDE;
@@ -181,19 +202,22 @@ struct Warp {
     __device__ __forceinline__ bool more(const Cursor& c) const {
         return STEPS_PER_CTA > 1 || PHASES > 1 ? c.step < steps : c.unit < end_unit;
     }
-    __device__ __forceinline__ void prefetch(Cursor& c, int stage) const {
+    __device__ __forceinline__ void prefetch(Cursor& c, int stage, bool first = false) const {
         if (more(c)) {
             const i64 group = c.group_row + stage_group(cta_unit + c.unit);
             const u32 to = shared_address(ring) + stage * Smem::STAGE;
-            // Planes that are not read lie between the units of a nested weight.
-            constexpr int PIECES = NESTED ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
-            if constexpr (FDK_HOPPER) {
+            // Planes or rows that are not read lie between the units.
+            constexpr int PIECES = NESTED || ROW_SPLIT > 1 ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
+            if constexpr (BULK) {
                 if (lane == 0) {
                     const u32 barrier = barriers + stage * 8;
-                    barrier_expect(barrier, Smem::STAGE);
+                    barrier_expect(barrier, Smem::STAGE + (first ? Smem::SLICE_BYTES : 0));
 #pragma unroll
                     for (int i = 0; i < PIECES; ++i) copy_bulk(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE, PIECE, barrier, policy);
-                    copy_bulk(to + Smem::SCALES, p.scales + group * 128, STAGE_GROUPS * 128, barrier, policy);
+                    if constexpr (!SCALES_ONCE)
+                        copy_bulk(to + Smem::SCALES, p.scales + group * 128, STAGE_GROUPS * 128, barrier, policy);
+                    else if (first)
+                        copy_bulk(shared_address(ring) + Smem::SLICE_SCALES, p.scales + group * 128, Smem::SLICE_BYTES, barrier, policy);
                     if constexpr (ZEROS)
                         copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES,
                                   STAGE_GROUPS * Smem::GROUP_ZERO_BYTES, barrier, policy);
@@ -201,14 +225,17 @@ struct Warp {
             } else {
 #pragma unroll
                 for (int i = 0; i < PIECES; ++i) copy_lanes<PIECE>(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE);
-                copy_lanes<STAGE_GROUPS * 128>(to + Smem::SCALES, p.scales + group * 128);
+                if constexpr (!SCALES_ONCE)
+                    copy_lanes<STAGE_GROUPS * 128>(to + Smem::SCALES, p.scales + group * 128);
+                else if (first)
+                    copy_lanes<Smem::SLICE_BYTES>(shared_address(ring) + Smem::SLICE_SCALES, p.scales + group * 128);
                 if constexpr (ZEROS)
                     copy_lanes<STAGE_GROUPS * Smem::GROUP_ZERO_BYTES>(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES);
             }
             advance(c);
         }
         // Every call commits a group, also past the end, so that the number of pending groups stays known.
-        if constexpr (!FDK_HOPPER) copy_commit();
+        if constexpr (!BULK) copy_commit();
     }
     template <int BYTES>
     __device__ __forceinline__ void copy_lanes(u32 to, const char* from) const {
@@ -216,8 +243,20 @@ struct Warp {
         for (int i = 0; i < BYTES; i += 512)
             if (i + 512 <= BYTES || lane * 16 < BYTES - i) copy_async(to + i + lane * 16, from + i + lane * 16, policy);
     }
+    // `stage` was read and takes what comes next.
+    __device__ __forceinline__ void refill(Cursor& c, int stage) const {
+        if (!BULK || more(c)) {
+            if constexpr (BULK) order_before_bulk_copies();
+            __syncwarp();
+            prefetch(c, stage);
+        }
+    }
+    // The scales of a unit of a stage, which starts at unit `unit`, where they do not come with the stage.
+    __device__ __forceinline__ const char* scales(int unit) const {
+        return ring + Smem::SLICE_SCALES + (stage_group(cta_unit + unit) - stage_group(cta_unit + first_unit)) * 128;
+    }
     __device__ __forceinline__ void wait(int stage, u32 parity) const {
-        if constexpr (FDK_HOPPER) {
+        if constexpr (BULK) {
             barrier_wait(barriers + stage * 8, parity);
         } else {
             copy_wait<STAGES - 1>();
@@ -235,6 +274,10 @@ struct Rows {
 };
 
 __device__ __forceinline__ Rows load_rows(const char* from, int g) {
+    if constexpr (ROW_SPLIT > 1) {
+        const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 16 + row_part() * 8);
+        return {{v.x, v.y}};
+    }
     const u32x4 v = *reinterpret_cast<const u32x4*>(from + g * 16);
     return {{v.x, v.y, v.z, v.w}};
 }
@@ -249,6 +292,7 @@ struct ByteRows {
 
 __device__ __forceinline__ auto load_zeros(const char* from, int g) {
     if constexpr (KIND == 2) {
+        if constexpr (ROW_SPLIT > 1) return ByteRows{{*reinterpret_cast<const u32*>(from + g * 8 + row_part() * 4)}};
         const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 8);
         return ByteRows{{v.x, v.y}};
     } else {
