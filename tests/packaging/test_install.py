@@ -265,3 +265,29 @@ def test_a_failing_compiler_does_not_fail_the_install(source, tmp_path):
     assert "installing without the compiled CPU kernels" in printed
     assert "no such luck" in printed
     assert built.name.endswith("-py3-none-any.whl")
+
+
+STAND_IN = """#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done
+echo 'needs GLIBC_2.17 and GLIBC_2.28' > "$out"
+"""
+
+
+def test_a_wheel_for_another_architecture_is_named_after_what_its_library_needs(source, tmp_path):
+    environment = build_environment(tmp_path)
+    compiler = environment.programs / "cross-g++"
+    compiler.write_text(STAND_IN)
+    compiler.chmod(0o755)
+    environment.variables |= {"FDK_MACHINE": "aarch64", "FDK_AARCH64_CXX": str(compiler), "CXX": str(compiler)}
+    built, _ = build_wheel(environment, source, tmp_path)
+    assert built.name.endswith("-py3-none-manylinux_2_28_aarch64.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert b"GLIBC_2.28" in archive.read(LIBRARY)
+
+
+def test_a_wheel_for_another_architecture_is_not_built_without_its_compiler(source, tmp_path):
+    """It was asked for by name, so that a wheel without kernels would not be what was meant."""
+    environment = build_environment(tmp_path)
+    environment.variables["FDK_MACHINE"] = "aarch64"
+    with pytest.raises(AssertionError, match="no library for aarch64: no "):
+        build_wheel(environment, source, tmp_path)

@@ -94,8 +94,13 @@ struct Nibbles {
                 I::prefetch(line + ahead);
                 I::add_nibbles(line, t, acc);
             }
-            for (int step = H; step < 4; step *= 2)
-                for (int i = 0; i < 4; i += 2 * step) acc[i] = I::add(acc[i], acc[i + step]);
+            unroll<0, 2>([&](auto level) FDK_LAMBDA {
+                constexpr int step = H << decltype(level)::value;  // between the sets that are added
+                unroll<0, 4>([&](auto i) FDK_LAMBDA {
+                    constexpr int at = decltype(i)::value;
+                    if constexpr (step < 4 && at % (2 * step) < H) acc[at] = I::add(acc[at], acc[at + step]);
+                });
+            });
             unroll<0, H>([&](auto h) FDK_LAMBDA {
                 constexpr int at = decltype(h)::value;
                 apply_scale<I, 1>(w, super, zeros, sums, at, acc + at, total + at);
