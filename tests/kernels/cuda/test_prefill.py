@@ -37,6 +37,7 @@ CONFIGS = [
     Config(128, 3, 4, rounds=True, stream=True),
     Config(256, 2, 4, rounds=True, unrolled=True),
     Config(192, 2, 4, split=2, rounds=True, unrolled=True),
+    Config(128, 1, 4, k_groups=2, rounds=True, unrolled=True),
     Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True, apart=True, band=3),
     Config(192, 3, 4, rounds=True, parts=2, stream=True, unrolled=True),
 ]
@@ -119,7 +120,7 @@ def check_code(compiled, problems: list[tuple[Shape, Config]]) -> None:
 
 
 def fits(shape: Shape, config: Config) -> bool:
-    if config.unrolled and (config.stages % 2 or shape.units % (config.stages * config.split)):
+    if config.unrolled and (config.stages % (2 * config.k_groups) or shape.units % (config.stages * config.split)):
         return False
     with contextlib.suppress(ValueError):
         return config.shared_bytes(shape) <= decode.MAX_SHARED

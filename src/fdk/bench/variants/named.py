@@ -158,13 +158,29 @@ SETS: dict[str, Named] = {
         ),
     ),
     "prefill-middle": Named(
-        "The same for 256 to 768 rows, whose tiles are smaller or cut along k.",
-        70,
+        "The same for 96 to 768 rows, whose tiles are smaller or cut along k, or whose k is two warpgroups'.",
+        100,
         (
             Trial(
-                problems("prefill", "lut4_g64", "8192x8192 14336x4096", "256 384 768")
+                problems("prefill", "lut4_g64", "8192x8192 4096x4096", "128")
+                + problems("prefill", "lut4_g64", "4096x4096", "256"),
+                (
+                    {"stages": 6},
+                    {"stages": 8, "wide": False},
+                    {"stages": 8, "wide": False, "unrolled": True},
+                    {"stages": 4, "unrolled": True},
+                    {"stages": 8, "unrolled": True, "apart": True},
+                ),
+            ),
+            Trial(problems("prefill", "lut4_g64", "14336x4096", "96 128"), ({"stages": 4, "unrolled": True},)),
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192 14336x4096", "384 768")
                 + problems("prefill", "lut4_g64", "4096x4096", "384 768"),
                 ({"stages": 4, "unrolled": True},),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192 14336x4096", "256"),
+                ({"unrolled": True}, {"unrolled": True, "apart": True, "wide": True}),
             ),
         ),
     ),

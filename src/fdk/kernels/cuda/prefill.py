@@ -86,7 +86,8 @@ class Config:
     parts       parts of a unit that are dequantised one after the other: two need half the registers
     wide        rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
-    unrolled    unroll the loop over units over the ring: stages are even and divide the units of a slice of k
+    unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups and divide the units of
+                a slice of k
     apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
     prepared    weights are dequantised once, to memory, as operands; the product then only loads them
     band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
@@ -141,19 +142,19 @@ class Config:
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
         out = self.warpgroups * min(self.tokens, 32 if self.apart else 64) * _OUT_STRIDE
         barriers = -(-2 * self.stages * 8 // 16) * 16
+        share = -(-(self.tokens // 8) // slices)
+        receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
         if self.apart:
-            low_x = min(table // x_bytes, self.stages)
-            below = low_x * x_bytes + self.stages * codes_bytes + out + barriers
+            below = self.stages * codes_bytes + out + barriers
             if below > table:
                 raise ValueError(f"{below} bytes do not fit into {table} below the table")
-            return table + table_bytes + (self.stages - low_x) * x_bytes
+            low_x = min((table - below) // x_bytes, self.stages)
+            return table + max(table_bytes + (self.stages - low_x) * x_bytes, receive)
         stage = _whole(x_bytes + codes_bytes)
         head = _whole(out + barriers)
         low = head if head <= table else 0
         low_stages = min(self.stages, (table - low) // stage)
         high = table + table_bytes + (0 if low else head)
-        share = -(-(self.tokens // 8) // slices)
-        receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
         return high + max((self.stages - low_stages) * stage, receive)
 
     def defines(self, shape: Shape) -> dict[str, int]:

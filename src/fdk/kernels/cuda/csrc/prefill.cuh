@@ -64,8 +64,8 @@ constexpr int TOUCHED = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GRO
 constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that a unit touches
 constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
 static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
-static_assert(!UNROLLED || (STAGES % 2 == 0 && UNITS % (STAGES * SPLIT) == 0), "runs of units take whole rounds of the ring");
-static_assert(!UNROLLED || (AHEAD && !LATE && !TURNS && K_GROUPS == 1), "units or their halves alternate between two operands");
+static_assert(!UNROLLED || UNITS % (STAGES * SPLIT) == 0, "runs of units take whole rounds of the ring");
+static_assert(!UNROLLED || (STAGES % (2 * K_GROUPS) == 0 && AHEAD && !LATE && !TURNS), "units or their halves alternate between two operands");
 static_assert(!APART || UNROLLED, "places are constants");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
@@ -96,18 +96,19 @@ struct Smem {
     static constexpr int RING_END = HIGH_STAGES + (STAGES - LOW_STAGES) * STAGE;
     // Sums of k slices replace the ring: each slice adds up its share of the tokens.
     static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;
-    static constexpr int RECEIVE = HIGH_STAGES;
+    static constexpr int RECEIVE = APART ? TABLE : HIGH_STAGES;  // no look-ups follow
     static constexpr int RECEIVE_BYTES = SLICES == 1 ? 0 : K_GROUPS * SLICES * SHARE_TILES * BLOCKS * 128 * 16;
     // APART: below the table x of the last stages, then codes of all stages behind the head; above it x of the others.
     static constexpr int CODE_STAGE = BLOCKS * BLOCK_BYTES;
-    static constexpr int LOW_X = TABLE / X_BYTES < STAGES ? TABLE / X_BYTES : STAGES, HIGH_X = TABLE + TABLE_BYTES;
+    static constexpr int FREE = TABLE - STAGES * CODE_STAGE - OUT_BYTES - BARRIER_BYTES;
+    static_assert(!APART || FREE >= 0, "what is not x fits below the table");
+    static constexpr int LOW_X = FREE / X_BYTES < STAGES ? FREE / X_BYTES : STAGES, HIGH_X = TABLE + TABLE_BYTES;
     static constexpr int APART_CODES = LOW_X * X_BYTES, APART_HEAD = APART_CODES + STAGES * CODE_STAGE;
     static constexpr int APART_END = HIGH_X + (STAGES - LOW_X) * X_BYTES;
-    static_assert(!APART || (SLICES == 1 && APART_HEAD + OUT_BYTES + BARRIER_BYTES <= TABLE), "what is not x fits below the table");
     static constexpr int OUT = APART ? APART_HEAD : TOGETHER_OUT;
     static constexpr int BARRIERS = OUT + OUT_BYTES;
-    static constexpr int TOGETHER_END = RING_END > RECEIVE + RECEIVE_BYTES ? RING_END : RECEIVE + RECEIVE_BYTES;
-    static constexpr int BYTES = APART ? APART_END : TOGETHER_END;
+    static constexpr int STAGES_END = APART ? APART_END : RING_END;
+    static constexpr int BYTES = STAGES_END > RECEIVE + RECEIVE_BYTES ? STAGES_END : RECEIVE + RECEIVE_BYTES;
 
     __device__ static __forceinline__ int stage(int i) {
         return i < LOW_STAGES ? LOW_HEAD + i * STAGE : HIGH_STAGES + (i - LOW_STAGES) * STAGE;
@@ -631,32 +632,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             const int begin = first_unit + k_group;
 
             if constexpr (UNROLLED) {
-                const auto place = [&](int s) {
-                    Turn at(s);
+                // The places of this warpgroup's units in a round of the ring.
+                constexpr int PLACES = STAGES / K_GROUPS;
+                const auto place = [&](int i) {
+                    Turn at(i * K_GROUPS + k_group);
                     at.parity = turn.parity;
                     return at;
                 };
                 load(units[0], place(0), begin);
                 for (int unit = begin; unit < end_unit; unit += STAGES) {
 #pragma unroll
-                    for (int s = 0; s < STAGES; ++s) {
-                        Operand &now = units[PARTS == 1 && s % 2], &other = units[PARTS == 2 || s % 2 == 0];
-                        issue(now, place(s), 0, false);
+                    for (int i = 0; i < PLACES; ++i) {
+                        Operand &now = units[PARTS == 1 && i % 2], &other = units[PARTS == 2 || i % 2 == 0];
+                        issue(now, place(i), 0, false);
                         wgmma_wait<1>();
-                        if (s > 0 || unit > begin) release((s + STAGES - 1) % STAGES);
+                        if (i > 0 || unit > begin) release(place((i + PLACES - 1) % PLACES).stage);
                         if constexpr (PARTS == 2) {
                             expand(other, codes, 1, lookup);
-                            issue(other, place(s), 1, false);
+                            issue(other, place(i), 1, false);
                             wgmma_wait<1>();
                         }
-                        if (s == STAGES - 1) turn.parity ^= 1;
-                        const int next = (s + 1) % STAGES;
-                        if (next > 0 || unit + STAGES < end_unit) load(PARTS == 1 ? other : now, place(next), unit + s + 1);
+                        if (i == PLACES - 1) turn.parity ^= 1;
+                        const int next = (i + 1) % PLACES;
+                        if (next > 0 || unit + STAGES < end_unit) load(PARTS == 1 ? other : now, place(next), unit + (i + 1) * K_GROUPS);
                     }
                     if (unit > begin) announce();
                 }
                 finish();
-                release(STAGES - 1);
+                release(place(PLACES - 1).stage);
             } else if constexpr (PARTS == 2) {
                 if (begin < end_unit) load(units[0], turn, begin);
                 int last_stage = -1;  // of the unit before this one, not yet given back
