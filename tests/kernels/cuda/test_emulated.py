@@ -6,6 +6,8 @@ it each case takes one of each in turn.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -24,26 +26,19 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 WIDE = os.environ.get("FDK_TEST_EMULATED_GPU") == "1"
 HOPPER, AMPERE = (9, 0), (8, 0)
+MORE = tuple(Schedule("random", copies, seed) for seed in range(2, 8) for copies in ("at once", "random"))
+"""What shows in few orders only needs many of them."""
 
 
 def turns(cases: list, **choices: tuple) -> list:
-    """The cases, each with every combination of choices if WIDE, else with one of each choice in turn."""
-    found = []
-    for i, case in enumerate(cases):
-        if WIDE:
-            combined = [()]
-            for options in choices.values():
-                combined = [(*chosen, option) for chosen in combined for option in options]
-        else:
-            # Steps that share no factor with the number of options, so that neighbours differ in all of them.
-            combined = [
-                tuple(
-                    options[i * step % len(options)]
-                    for step, options in zip((1, 1, 1, 5), choices.values(), strict=False)
-                )
-            ]
-        found += [(case, *chosen) for chosen in combined]
-    return found
+    """The cases, each with every combination of choices if WIDE, else each with another one."""
+    combined = list(itertools.product(*choices.values()))
+    assert WIDE or math.gcd(23, len(combined)) == 1
+    return [
+        (case, *chosen)
+        for i, case in enumerate(cases)
+        for chosen in (combined if WIDE else [combined[23 * i % len(combined)]])
+    ]
 
 
 def inputs(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
@@ -199,6 +194,12 @@ FAULTS = {
     "refill of the stage being read": (replace(ALONE, lag=True), "decode.cuh", "read = stage;", "read = stage ^ 1;"),
     "the other rows' scales": (replace(ALONE, row_split=2), "shape.cuh", "g * 16 + row_part() * 8", "g * 16"),
     "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
+    "no barrier of a warp before a refill": (
+        ALONE,
+        "decode.cuh",
+        "__syncwarp();\n                        w.prefetch",
+        "w.prefetch",
+    ),
     "no wait for a stage": (
         TURNS,
         "prefill.cuh",
@@ -230,22 +231,29 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, monkeypatch) -> None:
-    chosen, file, old, new = FAULTS[fault]
+def noticed(chosen: decode.Config | prefill.Config, schedule: Schedule) -> bool:
+    """Whether a product by a configuration is wrong, or an error."""
     m, plan_of = (8, decode.Plan) if isinstance(chosen, decode.Config) else (64, prefill.Plan)
+    with emulated(sms=4, schedule=schedule):
+        weight = testing.random_weight(parse("lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
+        try:
+            plan = plan_of(weight, chosen)
+            run = lambda x, _, bias, out: plan(x, bias, out)  # noqa: E731
+            return testing.check_product(run, inputs(m, 1024), weight, None, m > 8) is not None
+        except EmulationError:
+            return True
+
+
+@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT])
+def test_without_a_fault_nothing_is_noticed(chosen) -> None:
+    assert not any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault: str, monkeypatch) -> None:
+    chosen, file, old, new = FAULTS[fault]
     sources = jit.sources()
     assert old in sources[file]
     monkeypatch.setattr(jit, "sources", lambda: {**sources, file: sources[file].replace(old, new)})
     monkeypatch.setattr(device, "_kernel", cache(device._kernel.__wrapped__))
-    found = []
-    for schedule in SCHEDULES:
-        with emulated(sms=4, schedule=schedule):
-            weight = testing.random_weight(parse("lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
-            try:
-                plan = plan_of(weight, chosen)
-                run = lambda x, _, bias, out, plan=plan: plan(x, bias, out)  # noqa: E731
-                found.append(testing.check_product(run, inputs(m, 1024), weight, None, m > 8))
-            except EmulationError as error:
-                found.append(error)
-    assert any(found), fault
+    assert any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
