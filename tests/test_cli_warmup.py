@@ -1,14 +1,17 @@
 """fdk warmup: kernels of a folder or of described weights, compiled into a cache without a GPU."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fdk
 from fdk import cli
-from fdk.kernels.cuda import jit
-from fdk.models import ahead
+from fdk.kernels import cuda
+from fdk.kernels.cuda import decode, jit
+from fdk.kernels.cuda.prebuild import Target
+from fdk.models import ahead, chain
 from fdk.models.llama import Llama, LlamaConfig
 from fdk.models.merge import merged_weight
 from fdk.models.quantise import quantise
@@ -46,7 +49,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_a_folder_for_a_gpu_elsewhere(capsys, folder, built) -> None:
-    status, out, err = run(capsys, "--model", folder, "--arch", "sm_90a", "-m", 1, "16-32")
+    status, out, err = run(capsys, "--model", folder, "--arch", "sm_90a", "-m", 1, "16-32", "--batch-size", 1, 2)
     assert (status, err) == (0, "")
     count = int(re.match(r"(\d+) kernels for sm_90a with 132 multiprocessors: \1 compiled in .* 0 were there", out)[1])
     assert count == len(built) and {arch for _, _, arch in built} == {"sm_90a"}
@@ -54,6 +57,10 @@ def test_a_folder_for_a_gpu_elsewhere(capsys, folder, built) -> None:
     assert {(d["FDK_N"], d["FDK_K"]) for file, d, _ in built if file == "decode.cuh"} == {
         (128, 128), (64, 128), (256, 128), (128, 256), (512, 128)
     }  # fmt: skip
+    # A decoding step of one sequence and of two.
+    for key in ("FDK_RESIDUAL", "FDK_GATED"):
+        assert {d["FDK_M"] for file, d, _ in built if file == "decode.cuh" and d[key]} == {1, 2}
+    assert {d["FDK_HEAD_DIM"] for file, d, _ in built if file == "attend.cuh"} == {32}
     status, out, _ = run(capsys, "--model", folder, "--arch", "sm_90a", "-m", "16-32")
     assert status == 0 and re.search(r": 0 compiled in .* \d+ were there", out) and len(built) == count
     assert run(capsys, "--model", folder, "--arch", "sm_89", "--sms", "58")[0] == 0 and len(built) > count
@@ -68,6 +75,40 @@ def test_merged_projections_are_those_of_decoding(folder) -> None:
     ):
         weight, _ = merged_weight([one.weight.to_layout("fragments") for one in group])
         assert (weight.geometry, None) in kinds
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+@pytest.mark.parametrize("target", [Target((9, 0), 132), Target((8, 9), 58)], ids=str)
+def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, batch: int) -> None:
+    def layers():
+        for layer in fdk.load(folder).model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            groups = (
+                [attention.q_proj, attention.k_proj, attention.v_proj],
+                [attention.o_proj],
+                [mlp.gate_proj, mlp.up_proj],
+                [mlp.down_proj],
+            )
+            weights = [merged_weight([one.weight.to_layout("fragments") for one in group])[0] for group in groups]
+            yield chain.Products(*(SimpleNamespace(weight=weight) for weight in weights))
+
+    class Plan:
+        def __init__(self, weight, config) -> None:
+            loaded.append(decode.source(decode.shape_of(weight.geometry, None), config, target.capability))
+            self.squares, self.config = decode.squares_left(weight.shape[0], config), config
+
+    ahead_of_time, loaded = [], []
+    monkeypatch.setattr(decode, "Plan", Plan)
+    monkeypatch.setattr(chain, "reason_against", lambda layer, rows: None)
+    monkeypatch.setattr(cuda, "_device_facts", lambda index: target)
+    monkeypatch.setattr(jit, "compile_ahead", ahead_of_time.extend)
+    fused = chain.fuse(list(layers()), batch, 1e-5)
+    assert all(fused) and fused[0].qkv is None and fused[1].qkv.eps == fused[1].gate_up.eps == 1e-5
+    assert fused[0].down is not None and fused[1].down is None and fused[0].o.eps == 0
+    assert fused[1].qkv.plan.config.epilogue.squares == fused[0].down.plan.squares
+    assert fused[1].gate_up.plan.config.epilogue.squares == fused[1].o.plan.squares
+    found = [source for source in ahead.step_sources(folder, batch, target) if source[0] == "decode.cuh"]
+    assert {*map(repr, loaded)} == {*map(repr, ahead_of_time)} == {*map(repr, found)}
 
 
 def test_described_weights_with_zero_points_of_both_dtypes(capsys, built) -> None:

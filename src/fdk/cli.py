@@ -116,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     warmup.add_argument(
         "-m", nargs="+", default=["1"], metavar="ROWS", help="rows of activations, such as 1 8 16-512 (1)"
     )
+    warmup.add_argument(
+        "--batch-size", type=int, nargs="+", default=[1], help="of models: sequences decoded together (1)"
+    )
     warmup.add_argument("--arch", help="sm_80, sm_89, sm_90a, sm_100a (that of the GPU here)")
     warmup.add_argument("--sms", type=int, help="multiprocessors of the GPU (its usual number: 132 on an H100 or H200)")
     warmup.set_defaults(run=run_warmup)
@@ -567,15 +570,18 @@ def run_warmup(args: argparse.Namespace) -> int:
 
     from fdk.device import why_no_cuda
     from fdk.kernels.cuda import jit, prebuild
-    from fdk.models.ahead import products
+    from fdk.models.ahead import products, step_sources
     from fdk.models.folder import resolve
 
     rows = _rows(args.m)
     if args.sms is not None and args.sms < 1:
         raise UsageError(f"--sms {args.sms}: a GPU has at least one multiprocessor")
     wanted = _described(args, rows)
-    for name in args.model:
-        wanted += products(resolve(name), rows)
+    if bad := [batch for batch in args.batch_size if batch < 1]:
+        raise UsageError(f"--batch-size {bad[0]}: at least one sequence is decoded")
+    folders = [resolve(name) for name in args.model]
+    for folder in folders:
+        wanted += products(folder, dict.fromkeys([*rows, *args.batch_size]))
     if not wanted:
         raise UsageError("nothing to compile; give --model FOLDER, or --format and --shapes")
     if args.arch is None:
@@ -593,6 +599,9 @@ def run_warmup(args: argparse.Namespace) -> int:
     if reason := jit.unavailable():
         raise FdkError(reason)
     sources = prebuild.sources(wanted, target)
+    for folder in folders:
+        sources += [source for batch in args.batch_size for source in step_sources(folder, batch, target)]
+    sources = list({repr(source): source for source in sources}.values())
     if jit.missing(sources) and not jit.writable():
         raise FdkError(f"{jit.cache_dir()} cannot be written to; set FDK_CACHE_DIR to a folder that can")
     start = time.perf_counter()

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
-from fdk.kernels.cuda.prebuild import Product
+from fdk.kernels.cuda import attend, decode, jit
+from fdk.kernels.cuda.prebuild import Product, Target, chain_config, chain_source, chain_us
+from fdk.models.chain import epilogues, tables_of, worth
 from fdk.models.checkpoint import joined, layer_specs, quantisation_of
+from fdk.models.llama import RELATIVES, LlamaConfig
 from fdk.models.skeleton import read_config
 from fdk.models.tensors import TensorFiles
 from fdk.packing.fragments import BLOCK
@@ -32,22 +35,90 @@ def merged(kinds: Sequence[Kind]) -> Kind | None:
     return Geometry(first.format, ends[-1], first.k, first.dtype, tuple(row_ends) if tables else (ends[-1],)), zeros
 
 
+def _kinds(folder: Path, files: TensorFiles) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    for name, spec in layer_specs(quantisation_of(read_config(folder), folder), files).items():
+        zeros = files.spec(joined(spec.same_as or name, "zeros"))[0] if spec.geometry.format.has_zeros else None
+        kinds[name] = spec.geometry, zeros
+    return kinds
+
+
+def _group(kinds: dict[str, Kind], prefix: str, names: Iterable[str]) -> Kind | None:
+    group = [kinds.get(joined(prefix, name)) for name in names]
+    return merged(group) if all(group) else None
+
+
 def products(folder: Path, rows: Iterable[int]) -> list[Product]:
     """Products of those rows of x with the layers of a folder that fdk wrote, and with those that merge.
 
     FormatError as for `fdk.load`.
     """
-    files = TensorFiles(folder)
-    specs = layer_specs(quantisation_of(read_config(folder), folder), files)
-    kinds: dict[str, Kind] = {}
-    for name, spec in specs.items():
-        zeros = files.spec(joined(spec.same_as or name, "zeros"))[0] if spec.geometry.format.has_zeros else None
-        kinds[name] = spec.geometry, zeros
+    kinds, rows = _kinds(folder, TensorFiles(folder)), tuple(rows)
     wanted = dict.fromkeys(kinds.values())
-    for names in _MERGED:
-        for first in kinds:
-            prefix, _, last = first.rpartition(".")
-            group = [kinds.get(joined(prefix, name)) for name in names]
-            if last == names[0] and all(group) and (kind := merged(group)):
+    for first in kinds:
+        prefix, _, last = first.rpartition(".")
+        for names in _MERGED:
+            if last == names[0] and (kind := _group(kinds, prefix, names)):
                 wanted[kind] = None
     return [Product(*kind, m) for kind in wanted for m in rows]
+
+
+def step_sources(folder: Path, batch: int, target: Target) -> list[jit.Source]:
+    """What `models.step.Step` compiles beside plain products for `batch` sequences: epilogues and attention, by NVRTC.
+
+    Nothing for models that it does not decode.
+    """
+    stored = read_config(folder)
+    if (stored.get("architectures") or [None])[0] not in RELATIVES:
+        return []
+    config, files = LlamaConfig.from_hf(stored), TensorFiles(folder)
+    kinds = _kinds(folder, files)
+    layers = [_layer(kinds, f"model.layers.{i}", batch) for i in range(config.num_hidden_layers)]
+    times = [layer and [chain_us(one, target, gated=i == 2) for i, one in enumerate(layer)] for layer in layers]
+    bf16 = [layer and all(one.geometry.dtype == torch.bfloat16 for one in layer) for layer in layers]
+    wanted = [bool(fits and worth(each)) for fits, each in zip(bf16, times, strict=True)]
+
+    def squares(i: int, name: str) -> int:
+        product = layers[i][_NAMES.index(name)]
+        return decode.squares_left(product.geometry.n, chain_config(product, decode.Epilogue(residual=True), target))
+
+    def tables(i: int) -> int:
+        gate, up = (f"model.layers.{i}.mlp.{name}.table" for name in _MERGED[1])
+        return tables_of(torch.stack([files.get(gate)[0], files.get(up)[0]]) if gate in files else None)
+
+    found = {
+        repr(source): source
+        for layer, chosen in zip(layers, epilogues(wanted, squares, tables), strict=True)
+        for product, epilogue in zip(layer or (), chosen or (), strict=bool(chosen))
+        if epilogue
+        for source in (chain_source(product, epilogue, target),)
+    }
+    heads = batch * config.num_key_value_heads
+    if target.capability >= (9, 0) and heads <= target.sms:
+        queries = config.num_attention_heads // config.num_key_value_heads
+        types = {dtype == torch.bfloat16 for dtype in {geometry.dtype for geometry, _ in kinds.values()}}
+        for length in range(1, _LENGTHS + 1):
+            for is_bf16 in types:
+                chosen = attend.choose_config(
+                    config.head_dim, queries, heads, length, is_bf16, config.qk_norm, target.sms
+                )
+                if chosen:
+                    source = attend.source(chosen, target.capability)
+                    found[repr(source)] = source
+    return list(found.values())
+
+
+_NAMES = ("qkv", "o", "gate_up", "down")
+_LENGTHS = 8192
+"""Positions of a cache from which on the attention's configuration does not change."""
+
+
+def _layer(kinds: dict[str, Kind], prefix: str, batch: int) -> list[Product] | None:
+    """Products of a decoder layer in the order of `chain.Products`, None if one of them is not low-bit or merged."""
+    found = [
+        _group(kinds, f"{prefix}.self_attn", _MERGED[0]),
+        kinds.get(f"{prefix}.self_attn.o_proj"),
+        _group(kinds, f"{prefix}.mlp", _MERGED[1]),
+        kinds.get(f"{prefix}.mlp.down_proj"),
+    ]
+    return [Product(*kind, batch) for kind in found] if all(found) else None

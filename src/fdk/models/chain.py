@@ -7,7 +7,7 @@ kernels/cuda/csrc/epilogue.cuh, what it rounds in docs/numerics.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,36 +91,81 @@ def reason_against(layer: nn.Module, rows: int) -> str | None:
     return None if choice.kernel is KERNEL else f"it is served by {choice.kernel.name}"
 
 
+def worth(times: Iterable[tuple[float, float]]) -> bool:
+    """Whether products with epilogues, of (microseconds with one, at best without), save the kernels between them."""
+    with_epilogues, without = zip(*times, strict=True)
+    return sum(with_epilogues) <= sum(without) + 3 * _BETWEEN_US
+
+
+class Epilogues(NamedTuple):
+    """What becomes of the sums of a layer's products; None for a plain product."""
+
+    qkv: decode.Epilogue | None
+    o: decode.Epilogue
+    gate_up: decode.Epilogue
+    down: decode.Epilogue | None
+
+
+def epilogues(
+    wanted: Sequence[bool], squares: Callable[[int, str], int], tables: Callable[[int], int]
+) -> list[Epilogues | None]:
+    """Those of every layer in a row, None for layers that are not wanted.
+
+    squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up.
+    """
+    residual, found, before = decode.Epilogue(residual=True), [], 0
+    for i, (fused, leads) in enumerate(zip(wanted, [*wanted[1:], False], strict=True)):
+        if not fused:
+            found.append(None)
+            before = 0
+            continue
+        qkv = decode.Epilogue(squares=before) if before else None
+        gated = decode.Epilogue(squares=squares(i, "o"), gated=True, tables=tables(i))
+        found.append(Epilogues(qkv, residual, gated, residual if leads else None))
+        before = squares(i, "down") if leads else 0
+    return found
+
+
 def pays(products: Products, rows: int) -> bool:
     """Whether a layer can have epilogues, and is predicted to be faster with them; only the decode kernel has any."""
     if any(reason_against(layer, rows) for layer in products):
         return False
     times = [KERNEL.chain_us(layer.weight, rows, gated=layer is products.gate_up) for layer in products]
-    return sum(chained for chained, _ in times) <= sum(best for _, best in times) + 3 * _BETWEEN_US
+    return worth(times)
 
 
 def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer | None]:
     """The layers of a model for batches of `rows`; None for those that keep kernels of their own between products."""
-    found: list[FusedLayer | None] = []
-    wanted = [pays(products, rows) for products in layers]
     residual = decode.Epilogue(residual=True)
-    squares = 0
-    for products, fused, leads in zip(layers, wanted, [*wanted[1:], False], strict=True):
-        if not fused:
-            found.append(None)
-            squares = 0
-            continue
-        qkv = Fused.of(products.qkv, rows, decode.Epilogue(squares=squares), eps) if squares else None
-        o = Fused.of(products.o, rows, residual)
-        gated = decode.Epilogue(squares=o.plan.squares, gated=True, tables=_tables(products.gate_up))
-        down = Fused.of(products.down, rows, residual) if leads else None
-        found.append(FusedLayer(qkv, o, Fused.of(products.gate_up, rows, gated, eps), down))
-        squares = down.plan.squares if down else 0
+
+    def squares(i: int, name: str) -> int:
+        weight = getattr(layers[i], name).weight
+        return decode.squares_left(weight.shape[0], KERNEL.chain_config(weight, rows, residual))
+
+    wanted = [pays(products, rows) for products in layers]
+    plan = epilogues(wanted, squares, lambda i: _tables(layers[i].gate_up))
+    KERNEL.compile_chained(
+        (layer.weight, rows, epilogue)
+        for products, chosen in zip(layers, plan, strict=True)
+        for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
+        if epilogue
+    )
+    found: list[FusedLayer | None] = []
+    for products, chosen in zip(layers, plan, strict=True):
+        made = [
+            None if epilogue is None else Fused.of(layer, rows, epilogue, 0.0 if epilogue.residual else eps)
+            for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
+        ]
+        found.append(FusedLayer(*made) if made else None)
     return found
 
 
 def _tables(layer: Linear) -> int:
     """Different tables of gate and up."""
-    table = layer.weight.parts.get("table")
+    return tables_of(layer.weight.parts.get("table"))
+
+
+def tables_of(table: Tensor | None) -> int:
+    """Different tables of gate and up, [2, 2^bits] or one for both; 1 without."""
     same = table is None or table.dim() < 2 or len(table) == 1 or torch.equal(table[0], table[1])
     return 1 if same else 2

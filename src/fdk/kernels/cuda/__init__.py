@@ -10,7 +10,6 @@ jit.py      NVRTC and the cubin cache;  driver.py  loading and launching;  prebu
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -28,6 +27,11 @@ from fdk.weight import QuantisedWeight
 __all__ = ["KERNEL", "compile_ahead", "stream_floor", "warmup"]
 
 Call = Callable[[Tensor, Tensor | None, Tensor], None]
+
+
+def _product(weight: QuantisedWeight, m: int) -> prebuild.Product:
+    zeros = weight.parts.get("zeros")
+    return prebuild.Product(weight.geometry, None if zeros is None else zeros.dtype, m)
 
 
 @cache
@@ -127,29 +131,23 @@ class CudaKernel:
 
     def chain_us(self, weight: QuantisedWeight, m: int, gated: bool = False) -> tuple[float, float]:
         """Predicted microseconds of m rows of x by one launch of `decode.Plan`, inf if it cannot, and at best."""
-        geometry, zeros = weight.geometry, weight.parts.get("zeros")
-        shape = decode.shape_of(geometry, None if zeros is None else zeros.dtype)
-        possible = _routes(geometry, None if zeros is None else zeros.dtype, m, weight.device)
-        pairs = geometry.n % 128 == 0 and geometry.row_ends in ((geometry.n,), (geometry.n // 2, geometry.n))
-        # Two tables and norms take most shared memory, so what fits with them fits in any part of a chain.
-        widest = decode.Epilogue(squares=1, gated=gated, tables=1 + gated)
-        if m > decode.MAX_TOKENS or (gated and not pairs) or self._chain_config(weight, shape, m, widest) is None:
-            return math.inf, possible[0].us
-        capability, sms = _device_facts(weight.device.index)
-        blocks = sum(fragments.block_counts(geometry))
-        return routes.decode_us(shape, m, m, blocks, sms, capability), possible[0].us
+        return prebuild.chain_us(_product(weight, m), prebuild.Target(*_device_facts(weight.device.index)), gated)
+
+    def chain_config(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Config:
+        """The configuration of a product of m rows of x with an epilogue, where `chain_us` is finite."""
+        target = prebuild.Target(*_device_facts(weight.device.index))
+        return prebuild.chain_config(_product(weight, m), epilogue, target)
+
+    def compile_chained(self, products: Iterable[tuple[QuantisedWeight, int, decode.Epilogue]]) -> int:
+        """Compile on all cores what `chained` will load for each; how many kernels that were."""
+        return jit.compile_ahead(
+            prebuild.chain_source(_product(weight, m), epilogue, prebuild.Target(*_device_facts(weight.device.index)))
+            for weight, m, epilogue in products
+        )
 
     def chained(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Plan:
         """The product of m rows of x with an epilogue, where `chain_us` is finite."""
-        zeros = weight.parts.get("zeros")
-        shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
-        return decode.Plan(weight, self._chain_config(weight, shape, m, epilogue))
-
-    @staticmethod
-    def _chain_config(weight: QuantisedWeight, shape: decode.Shape, m: int, epilogue: decode.Epilogue):
-        capability, sms = _device_facts(weight.device.index)
-        blocks = sum(fragments.block_counts(weight.geometry))
-        return decode.choose_config(shape, m, blocks, sms, capability, epilogue)
+        return decode.Plan(weight, self.chain_config(weight, m, epilogue))
 
     def dense_plan(self, weight: QuantisedWeight) -> dense.Plan:
         """What dequantises `weight`, which lies in the kernel's layout; remembered in its cache."""
@@ -219,10 +217,8 @@ def compile_ahead(
     found: dict[int, list[prebuild.Product]] = {}
     for weight in weights:
         if weight.device.type == "cuda":
-            zeros = weight.parts.get("zeros")
-            kind = weight.geometry, None if zeros is None else zeros.dtype
             index = torch.cuda.current_device() if weight.device.index is None else weight.device.index
-            found.setdefault(index, []).extend(prebuild.Product(*kind, m) for m in rows)
+            found.setdefault(index, []).extend(_product(weight, m) for m in rows)
     targets = {index: prebuild.Target(*_device_facts(index)) for index in found}
     wanted = [
         source

@@ -285,6 +285,11 @@ class Config:
         }
 
 
+def squares_left(n: int, config: Config) -> int:
+    """Partial sums of squares that a `residual` product of n rows leaves for each token."""
+    return -(-n // BLOCK) * config.squares_per_block
+
+
 def shape_of(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Shape:
     """The compile-time shape of a weight whose zeros, if any, have `zeros_dtype`."""
     fmt = geometry.format
@@ -607,7 +612,7 @@ class Plan:
         # of its CTAs there, and they take twice as long as all others.
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.grid = max(grid, sms // config.cluster * config.cluster)
-        self.squares = -(-self.shape.n // BLOCK) * config.squares_per_block
+        self.squares = squares_left(self.shape.n, config)
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -63,3 +64,28 @@ def sources(products: Iterable[Product], target: Target) -> list[jit.Source]:
                 source = module.source(shape, route.config, target.capability)
             found[repr(source)] = source
     return list(found.values())
+
+
+def chain_config(product: Product, epilogue: decode.Epilogue, target: Target) -> decode.Config | None:
+    """The configuration of a product with an epilogue, None if there is none."""
+    shape, blocks = decode.shape_of(product.geometry, product.zeros), sum(block_counts(product.geometry))
+    return decode.choose_config(shape, product.m, blocks, target.sms, target.capability, epilogue)
+
+
+def chain_source(product: Product, epilogue: decode.Epilogue, target: Target) -> jit.Source:
+    """What a product with an epilogue is compiled from, where `chain_us` is finite."""
+    shape = decode.shape_of(product.geometry, product.zeros)
+    return decode.source(shape, chain_config(product, epilogue, target), target.capability)
+
+
+def chain_us(product: Product, target: Target, gated: bool = False) -> tuple[float, float]:
+    """Predicted microseconds of a product by one launch of the decode kernel, inf if it cannot, and at best."""
+    geometry, zeros, m = product
+    shape, blocks = decode.shape_of(geometry, zeros), block_counts(geometry)
+    best = routes.routes(shape, max(1, m), blocks, target.sms, target.capability)[0].us
+    pairs = geometry.n % 128 == 0 and geometry.row_ends in ((geometry.n,), (geometry.n // 2, geometry.n))
+    # Two tables and norms take most shared memory, so what fits with them fits in any part of a chain.
+    widest = decode.Epilogue(squares=1, gated=gated, tables=1 + gated)
+    if m > decode.MAX_TOKENS or (gated and not pairs) or chain_config(product, widest, target) is None:
+        return math.inf, best
+    return routes.decode_us(shape, m, m, sum(blocks), target.sms, target.capability), best
