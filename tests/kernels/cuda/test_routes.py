@@ -48,3 +48,17 @@ def test_rows_of_a_decode_launch_cover_m() -> None:
     for m in (1, 7, 64, 65, 130):
         route = next(r for r in routes.routes(shape, m, (64,), 132, (9, 0)) if r.name == "decode")
         assert route.rows == min(m, 64) and route.config.tokens >= route.rows
+
+
+@pytest.mark.parametrize("capability", [*DEVICES, (8, 9), (12, 0)])
+@pytest.mark.parametrize("bits,kind", [(1, decode.TABLE), (4, decode.UINT_U8), (8, decode.TABLE)])
+def test_rows_that_launches_leave_over_are_served_too(bits: int, kind: int, capability: tuple[int, int]) -> None:
+    # Of 53248 activations a token some numbers of rows fit shared memory where fewer do not.
+    shape = Shape(16384, 53248, bits, 64, True, kind)
+    for m in (1, 2, 3, 7, 8, 9, 33, 65, 71):
+        for route in routes.routes(shape, m, (256,), 132, capability):
+            assert route.us > 0 and 0 < route.rows <= m
+        left = m
+        for route in routes.launched(shape, m, (256,), 132, capability):
+            left %= route.rows
+        assert left == 0

@@ -86,6 +86,7 @@ def chain_us(product: Product, target: Target, gated: bool = False) -> tuple[flo
     pairs = geometry.n % 128 == 0 and geometry.row_ends in ((geometry.n,), (geometry.n // 2, geometry.n))
     # Two tables and norms take most shared memory, so what fits with them fits in any part of a chain.
     widest = decode.Epilogue(squares=1, gated=gated, tables=1 + gated)
-    if m > decode.MAX_TOKENS or (gated and not pairs) or chain_config(product, widest, target) is None:
+    fits = m <= decode.MAX_TOKENS and all(chain_config(product, one, target) for one in (widest, decode.PLAIN))
+    if not fits or (gated and not pairs):
         return math.inf, best
     return routes.decode_us(shape, m, m, sum(blocks), target.sms, target.capability), best

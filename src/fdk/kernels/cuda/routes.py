@@ -64,14 +64,13 @@ def decode_us(
 ) -> float:
     """Predicted time of m rows of x by the decode kernel, `rows` of them per launch: that of the busiest CTA."""
     tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
-    total = 0.0
-    for part, launches in ((rows, m // rows), (m % rows, 1)):
-        if part and launches:
-            config = decode.choose_config(shape, part, blocks, sms, capability)
-            cta_units = -(-shape.units // config.cluster)
-            clocks = config.blocks * cta_units * (_unit_clocks(shape) + tokens_clocks[config.tokens])
-            x_us = (part - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
-            total += launches * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
+    config = decode.choose_config(shape, rows, blocks, sms, capability)
+    cta_units = -(-shape.units // config.cluster)
+    clocks = config.blocks * cta_units * (_unit_clocks(shape) + tokens_clocks[config.tokens])
+    x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
+    total = m // rows * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
+    if rest := m % rows:
+        total += decode_us(shape, rest, rows_at_once(shape, rest, blocks, sms, capability), blocks, sms, capability)
     return total
 
 
@@ -84,9 +83,16 @@ def dense_us(shape: decode.Shape, m: int, sms: int = _SMS) -> float:
 
 
 def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, capability: tuple[int, int]) -> int:
-    """Rows of x per launch of the decode kernel: all m, or as many of 64, 32, ... as fit; 0 if not even one does."""
-    fitting = (rows for rows in (min(m, 64), 32, 16, 8, 4, 2, 1) if rows <= m)
-    return next((rows for rows in fitting if decode.choose_config(shape, rows, blocks, sms, capability)), 0)
+    """Rows of x per launch of the decode kernel: all m, or as many of 64, 32, ... as fit; 0 if not even one does.
+
+    What launches of that many rows leave over must fit too, in launches of its own.
+    """
+    for rows in (min(m, 64), 32, 16, 8, 4, 2, 1):
+        rest = m % rows
+        fits = rows <= m and decode.choose_config(shape, rows, blocks, sms, capability)
+        if fits and (rest == 0 or rows_at_once(shape, rest, blocks, sms, capability)):
+            return rows
+    return 0
 
 
 @lru_cache(maxsize=4096)
