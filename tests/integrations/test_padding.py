@@ -188,6 +188,21 @@ def test_inputs_that_the_loop_would_drop_are_refused(what):
         model.generate(**{"input_ids": prompts, **inputs}, custom_generate=fdk.decode, **GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"num_beams": 2}, "not beam search"),
+        ({"num_beams": 2, "do_sample": True}, "not beam sample"),
+        ({"dola_layers": "high"}, "not dola generation"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "not contrastive search"),
+        ({"return_dict_in_generate": True}, "not a dictionary of outputs"),
+    ],
+)
+def test_other_ways_to_search_are_refused_by_name(settings, what):
+    with pytest.raises(UnsupportedError, match=what):
+        make("Llama").generate(padded()[0], custom_generate=fdk.decode, **{**GREEDY, **settings})
+
+
 def test_an_encoder_is_refused():
     config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     model = transformers.T5ForConditionalGeneration(config).eval()

@@ -18,6 +18,9 @@ _LENGTHS = 256
 # What generate prepares for every model and this loop follows, or which changes nothing but the way.
 _SETTINGS = ("position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "synced_gpus")
 
+# An assistant finds the same tokens, only sooner.
+_MODES = ("greedy_search", "sample", "assisted_generation")
+
 _steps: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 
 
@@ -53,8 +56,12 @@ def decode(
     which is said once. UnsupportedError for beams, other outputs than tokens, and inputs that this loop does not hand
     on to the model: embeddings, images, a cache that holds something, positions of one's own.
     """
-    if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
-        raise UnsupportedError("fdk.decode returns the tokens of one beam; leave custom_generate out for anything else")
+    mode = generation_config.get_generation_mode().value
+    if mode not in _MODES or generation_config.return_dict_in_generate:
+        what = "a dictionary of outputs" if mode in _MODES else mode.replace("_", " ")
+        raise UnsupportedError(
+            f"fdk.decode returns the tokens of one beam, greedy or sampled, not {what}; leave custom_generate out"
+        )
     # Were it an argument of its own, generate would pass it twice.
     mask = model_kwargs.pop("attention_mask", None)
     mask = None if mask is None or mask.all() else mask
