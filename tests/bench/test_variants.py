@@ -164,6 +164,11 @@ def test_the_main_loop_is_the_innermost_that_multiplies():
     assert code.main_loop("") == []
 
 
+def test_a_branch_back_into_the_loop_is_no_loop():
+    rare = SASS.replace("EXIT ;", "EXIT ;\n        /*00c0*/  NOP ;\n        /*00d0*/  BRA 0x60 ;")
+    assert code.main_loop(rare) == code.main_loop(SASS)
+
+
 def test_a_loop_before_the_main_one_does_not_count():
     sums = SASS.replace("STS [R2], R4", "HMMA.16816.F32 R4, R4, R8, R4").replace("BRA 0x10", "BRA 0x90")
     assert [instruction.split()[0] for instruction in code.main_loop(sums)] == ["HMMA.16816.F32", "BRA"]

@@ -133,6 +133,9 @@ OPTIONS = [
     ("lut8_g64", config(2, 1, 4, 1, 2, row_split=2, stages=2)),
     ("uint4_g64", config(4, 1, 4, 1, 2, row_split=2, stages=2)),
     ("lut6_g32", config(8, 1, 4, 2, 2, row_split=2)),
+    ("lut4_g64", config(1, 2, 4, 1, 2, wide=True, stages=2)),
+    ("lut2_g64", config(8, 1, 4, 2, 2, wide=True, stage_units=2)),
+    ("lut8_g64", config(1, 1, 4, 1, 1, wide=True, bulk=False, scales_once=True)),
     ("lut2_g64", config(1, 1, 8, 1, 1, row_split=2, scales_once=True, bulk=False, stage_units=2)),
 ]
 

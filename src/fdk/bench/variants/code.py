@@ -120,18 +120,20 @@ def main_loop(text: str) -> list[str]:
         branch = _BRANCH.match(instruction)
         if branch and (to := int(branch[1], 16)) < at:
             body = [other for address, other in code if to <= address <= at]
-            loops.append((sum("MMA" in other.split()[0] for other in body), -len(body), to, at, body))
-    loops = [found for found in loops if found[0]]
+            loops.append((to, at, sum("MMA" in other.split()[0] for other in body), body))
+    loops = [found for found in loops if found[2]]
 
-    def holds_another(outer) -> bool:
+    def has_inner(outer) -> bool:
+        # Returns from rarely taken code behind the loop are branches back into the middle of it, so overlap counts too.
+        to, at, products, body = outer
         return any(
-            outer[2] <= inner[2] and inner[3] <= outer[3] and inner is not outer and 2 * inner[0] >= outer[0]
-            for inner in loops
+            other[0] <= at and to <= other[1] and len(other[3]) < len(body) and 2 * other[2] >= products
+            for other in loops
         )
 
-    inner = [found for found in loops if not holds_another(found)]
-    most = max((found[0] for found in inner), default=0)
-    return max((to, body) for products, _, to, _, body in inner if 4 * products >= most)[1] if inner else []
+    inner = [found for found in loops if not has_inner(found)]
+    most = max((found[2] for found in inner), default=0)
+    return max((found for found in inner if 4 * found[2] >= most), default=(0, 0, 0, []))[3]
 
 
 def instructions(cubin: bytes) -> dict[str, int] | None:

@@ -67,6 +67,23 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "lut4_g64", "28672x8192", "1"), ({"bulk": False},)),
         ),
     ),
+    "addresses": Named(
+        "Look-ups whose address is one byte permute, in a table of 64 KB: do fewer instructions make up for permutes "
+        "at half the rate, alone and with cheaper copies?",
+        90,
+        (
+            Trial(
+                problems("decode", "lut4_g64 lut2_g64 lut8_g64", "8192x8192", "1"),
+                each({}, {"bulk": False}, {"bulk": False, "scales_once": True}, {"scales_once": True}, wide=True),
+            ),
+            Trial(
+                problems("decode", "lut4_g64 lut2_g64", "14336x4096", "1")
+                + problems("decode", "lut4_g64", "28672x8192", "1")
+                + problems("decode", "lut4_g64", "8192x8192", "8"),
+                ({"wide": True}, {"wide": True, "bulk": False}),
+            ),
+        ),
+    ),
     "rows": Named(
         "One token where blocks of rows are half as many as multiprocessors: do two CTAs that share a block's rows, "
         "and exchange no sums, beat clusters of two that split k?",

@@ -170,6 +170,7 @@ class Config:
     lag          refill a stage one stage later, when nothing has to wait for the loads from it
     scales_once  fetch the scales of a warp's slice of k in one piece, not with each stage
     row_split    CTAs that share a block of rows, instead of clusters that split k
+    wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
     """
 
@@ -193,6 +194,7 @@ class Config:
     scales_once: bool = False
     row_split: int = 1
     x_sums: bool = False
+    wide: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -215,8 +217,9 @@ class Config:
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // (self.cluster * self.phases))
-        table = 0 if self.digits else shape.table_bytes
-        before = 0 if self.digits or not hopper else max(0, table_aligned(shape.bits, shape.kind) - 1024)
+        table = 0 if self.digits else shape.table_bytes << self.wide
+        aligned = table_aligned(shape.bits, shape.kind) << self.wide
+        before = 0 if self.digits or not hopper else max(0, aligned - 1024)
         table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
         slot = BLOCK // self.row_split * self.tokens * 4
@@ -278,6 +281,7 @@ class Config:
             "FDK_X_CHUNKS": self.x_chunks,
             "FDK_BULK": int(self.bulk),
             "FDK_X_SUMS": int(self.x_sums),
+            "FDK_WIDE": int(self.wide),
             "FDK_ROW_SPLIT": self.row_split,
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_LAG": int(self.lag),

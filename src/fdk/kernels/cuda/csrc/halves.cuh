@@ -209,7 +209,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
     for (int first = 0; first < ROW_TILES; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT>(a[i], u.words, first + i, lookup);
+        for (int i = 0; i < TILES; ++i) to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT, WIDE>(a[i], u.words, first + i, lookup);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 (&bt)[8] = b[NT > 2 ? 0 : nt];

@@ -4,7 +4,7 @@
 #include "sparse.cuh"
 
 // Row tile `tile`: a[s] is the operand of step s. KIND and SLICE are the macros of shape.cuh.
-template <int KIND, int BITS, int SLICE, bool BF16, bool SELECT, int WORDS>
+template <int KIND, int BITS, int SLICE, bool BF16, bool SELECT, bool WIDE = false, int WORDS>
 __device__ __forceinline__ void to_operand(u32 (&a)[4][4], const u32 (&words)[WORDS], int tile, const Lookup& lookup) {
     if constexpr (KIND >= 6) {
         const Expansion<KIND == 7, BF16> expand(lookup);
@@ -12,6 +12,6 @@ __device__ __forceinline__ void to_operand(u32 (&a)[4][4], const u32 (&words)[WO
     } else if constexpr (KIND >= 4) {
         dequantise_planes<BITS, SLICE, KIND == 5, BF16>(a, words, tile, lookup);
     } else {
-        dequantise<BITS, BF16, SELECT>(a, words, tile, lookup);
+        dequantise<BITS, BF16, SELECT, WIDE>(a, words, tile, lookup);
     }
 }

@@ -5,7 +5,7 @@
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
-//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS, and FDK_SQUARES
+//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS FDK_WIDE, and FDK_SQUARES
 //   FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
@@ -41,6 +41,8 @@ static_assert(PHASES == 1 || (STEPS_PER_CTA == 1 && UNITS % (CLUSTER * PHASES * 
 constexpr int SQUARES = FDK_SQUARES;  // partial sums of squares per token that scale the product
 constexpr bool GATED = FDK_GATED, RESIDUAL = FDK_RESIDUAL;
 constexpr int TABLES = FDK_TABLES;  // tables that a CTA looks codes up in: gate and up may have their own
+constexpr bool WIDE = FDK_WIDE;  // the table has rows 256 bytes apart, see dequantise.cuh
+static_assert(!WIDE || (KIND <= 3 && !FDK_DIGITS && TABLES == 1 && (BITS == 2 || BITS == 4 || BITS == 8)), "one table, 64 KB of it");
 constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
 static_assert(ROW_SPLIT == 1 || (CLUSTER == 1 && !NESTED && !SPARSE && !FDK_DIGITS && BITS % ROW_SPLIT == 0 && !SQUARES && !GATED && !RESIDUAL),
               "a CTA's rows are whole 16-byte pieces of a lane's codes, and nobody else adds to them");
@@ -77,7 +79,7 @@ constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
 struct Smem {
     static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_ALIGNED = DIGITS || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES;
+    static constexpr int TABLE_ALIGNED = DIGITS || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE_BYTES = TABLE_ALIGNED + (SPARSE_TABLE ? KEPT_VALUES_BYTES : 0);
     static constexpr int TABLE = WINDOW && TABLE_ALIGNED > WINDOW ? TABLE_ALIGNED - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
