@@ -17,9 +17,8 @@ import fdk
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(
-    r"(?:^|[`\s])((?:fdk (?:info|explain|quantise|eval|generate|bench|serve-bench|plot)|python -m fdk\.)[^`\n]*)"
-)
+NAMES = "info|explain|quantise|convert|eval|generate|warmup|bench|serve-bench|plot"
+COMMAND = re.compile(rf"(?:^|[`\s])((?:fdk (?:{NAMES})|python -m fdk\.)[^`\n]*)")
 
 
 def blocks(language: str) -> list:

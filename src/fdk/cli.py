@@ -1,4 +1,4 @@
-"""The fdk command: info, explain, quantise, eval, generate, warmup, bench, serve-bench, plot.
+"""The fdk command: info, explain, quantise, convert, eval, generate, warmup, bench, serve-bench, plot.
 
 Exit status 0, 1 if it failed, 2 for a wrong command line.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import os
 import platform
 import signal
@@ -81,6 +82,16 @@ def parser() -> argparse.ArgumentParser:
     quantise.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (5)")
     quantise.add_argument("--overwrite", action="store_true", help="replace an output folder that fdk has written")
     quantise.set_defaults(run=run_quantise)
+
+    convert = commands.add_parser("convert", help="a folder that MatGPTQ packed, as a folder of fdk; the same codes")
+    convert.add_argument("model", help="folder, or id of a model in the local Hugging Face cache")
+    convert.add_argument("--output", required=True, metavar="DIR", help="the new folder")
+    convert.add_argument(
+        "--precision", metavar="BITS", help="width served, 2 to 8, or a file of lines 'layer.name: bits' (the folder's)"
+    )
+    convert.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (5)")
+    convert.add_argument("--overwrite", action="store_true", help="replace an output folder that fdk has written")
+    convert.set_defaults(run=run_convert)
 
     evaluate = commands.add_parser("eval", help="perplexity, KL and agreement with the 16-bit model on a text file")
     evaluate.add_argument("model", help="folder or cached id of a model, dense or quantised by fdk")
@@ -304,8 +315,7 @@ def run_quantise(args: argparse.Namespace) -> int:
 
     if args.format and (args.bits or args.block_size):
         raise UsageError("--format stands for --bits and --block-size; give the one or the others")
-    if args.shard_size <= 0:
-        raise UsageError(f"--shard-size {args.shard_size}: a positive number of GB is needed")
+    shard_bytes = _shard_bytes(args.shard_size)
     try:
         config = QuantisationConfig(
             bits=None if args.format else args.bits or 4,
@@ -326,7 +336,7 @@ def run_quantise(args: argparse.Namespace) -> int:
     # A terminated process cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
-    settings = {"device": device, "overwrite": args.overwrite, "shard_bytes": int(args.shard_size * 1e9)}
+    settings = {"device": device, "overwrite": args.overwrite, "shard_bytes": shard_bytes}
     settings["texts"] = {WIDTHS_FILE: choice.text()} if choice else {}
     try:
         with ExitStack() as stack:
@@ -353,6 +363,33 @@ def _how_to_load(folder: str) -> str:
     if architecture(read_config(Path(folder)), folder) in RELATIVES:
         return f"fdk.load({folder!r})"
     return f"import fdk and AutoModelForCausalLM.from_pretrained({folder!r})"
+
+
+def _shard_bytes(size: float) -> int:
+    """--shard-size in bytes."""
+    if not 0 < size < math.inf:
+        raise UsageError(f"--shard-size {size}: a positive number of GB is needed")
+    return int(size * 1e9)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """`fdk convert`: a MatGPTQ folder with its codes and scales as they are, in fdk's own form."""
+    from fdk.importers.matgptq import load_packed
+    from fdk.models import save
+    from fdk.models.folder import copy_companions, resolve
+    from fdk.nn import Linear
+
+    shard_bytes = _shard_bytes(args.shard_size)
+    folder = resolve(args.model)
+    precision = int(args.precision) if args.precision and args.precision.isdecimal() else args.precision
+    model = load_packed(folder, precision=precision)
+    target = save(model, args.output, overwrite=args.overwrite, shard_bytes=shard_bytes)
+    copy_companions(folder, target)
+    served = sorted({str(module.weight.format) for module in model.modules() if isinstance(module, Linear)})
+    print(
+        f"{args.output} is ready, served as {', '.join(served)}: fdk.load({args.output!r}), or fdk info {args.output}"
+    )
+    return 0
 
 
 def _chosen_widths(args: argparse.Namespace, config, device):
@@ -700,7 +737,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    names = {"info", "explain", "quantise", "eval", "generate", "warmup"}
+    names = {"info", "explain", "quantise", "convert", "eval", "generate", "warmup"}
     command = f"fdk {arguments[0]}" if arguments and arguments[0] in names else "fdk"
     print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
     return status

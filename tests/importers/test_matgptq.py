@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fdk
 from fdk import reference, testing
+from fdk.cli import main
 from fdk.compat import MatGPTQLinear
 from fdk.importers.matgptq import from_matgptq, load_packed, read_data, read_unpacked, to_matgptq
 from fdk.models.llama import Llama, LlamaConfig
@@ -151,6 +152,29 @@ def test_packed_folders_become_models(tmp_path) -> None:
     assert {mixed.get_submodule(layer).weight.format.served for layer in weights} == {3, 8}
     fdk.save(mixed, tmp_path / "saved")
     assert torch.equal(fdk.load(tmp_path / "saved")(tokens), mixed(tokens))
+
+
+def test_fdk_convert_keeps_the_codes_and_the_small_files(tmp_path, capsys) -> None:
+    _, weights = packed_folder(tmp_path / "packed")
+    (tmp_path / "packed" / "tokenizer.json").write_text("{}")
+    arguments = ["convert", str(tmp_path / "packed"), "--output", str(tmp_path / "low")]
+    assert main(arguments) == 0
+    assert "served as nest8s4_g32" in capsys.readouterr().out
+    assert (tmp_path / "low" / "tokenizer.json").read_text() == "{}"
+    model = fdk.load(tmp_path / "low")
+    for layer, weight in weights.items():
+        found = model.get_submodule(layer).weight.canonical()
+        assert all(torch.equal(found.parts[name], part) for name, part in weight.parts.items())
+    assert main(arguments) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--precision", "3"]) == 0
+    assert "served as nest8s3_g32" in capsys.readouterr().out
+    for wrong, complaint in (("9", "a slice of 9 bits"), ("none.txt", "none.txt")):
+        assert main([*arguments, "--overwrite", "--precision", wrong]) == 1
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1
+    kept = [module for module in fdk.load(tmp_path / "low").modules() if isinstance(module, fdk.nn.Linear)]
+    assert {str(module.weight.format) for module in kept} == {"nest8s3_g32"}
 
 
 @pytest.mark.parametrize(
