@@ -43,7 +43,6 @@ class Program:
 
 @dataclass
 class _Translator:
-    base: int
     words: int = 0
     lines: list[str] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
@@ -169,17 +168,14 @@ class _Translator:
     def op_add(self, opcode: str, operands: list[str]) -> None:
         self.same(opcode.replace(".rn.f32", ".f32"), operands)
 
-    op_sub = op_mul_float = op_add
+    op_sub = op_add
     op_and = op_or = op_xor = op_div = op_rem = op_min = op_max = op_neg = op_abs = op_prmt = same
-    op_rcp = op_sqrt = op_rsqrt = op_ex2 = op_lg2 = same
+    op_rcp = op_sqrt = op_rsqrt = op_ex2 = op_lg2 = op_fma = same
 
     def op_popc(self, opcode: str, operands: list[str]) -> None:
         self.simple(opcode, operands, 32, self.bits(opcode))
 
     op_clz = op_popc
-
-    def op_fma(self, opcode: str, operands: list[str]) -> None:
-        self.same(opcode, operands)
 
     def op_not(self, opcode: str, operands: list[str]) -> None:
         if opcode.endswith(".pred"):
@@ -495,7 +491,7 @@ def translate(ptx: str, shared_base: int) -> Program:
     if head is None:
         raise TranslationError("no kernel in the PTX")
     entry, params, directives = head.groups()
-    translator = _Translator(shared_base)
+    translator = _Translator()
     offset = 0
     for param in params.split(","):
         found = re.search(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(\w+)(?:\[(\d+)\])?", param)
@@ -511,7 +507,6 @@ def translate(ptx: str, shared_base: int) -> Program:
         if not extern:
             raise TranslationError(f"static shared memory is not emulated: {name}")
         translator.symbols[name] = shared_base
-    # The body ends at the brace that closes it.
     translator.function(ptx[head.end() : ptx.rindex("}")])
     header = [f"words {translator.words}"]
     names = {1: "pred", 16: "32", 32: "32", 64: "64"}

@@ -6,9 +6,13 @@ namespace emulator {
 namespace {
 
 template <class T>
-T minimum(T a, T b) { return a < b ? a : b; }
+T minimum(T a, T b) {
+    return a < b ? a : b;
+}
 template <class T>
-T maximum(T a, T b) { return a > b ? a : b; }
+T maximum(T a, T b) {
+    return a > b ? a : b;
+}
 
 template <class T>
 bool negative(T a) {
@@ -94,74 +98,100 @@ Outcome branch(Warp&, const Instruction&, u32) { return Outcome::NEXT; }
 
 }  // namespace
 
-#define OP(name, ...)                                                               \
-    table[name] = {[](Warp& w, const Instruction& I, u32 lanes) -> Outcome {        \
-        [[maybe_unused]] u32* r = w.r;                                              \
-        [[maybe_unused]] const i32* at = I.at;                                      \
-        __VA_ARGS__;                                                                \
-        return Outcome::NEXT;                                                       \
+#define OP(name, ...)                                                        \
+    table[name] = {[](Warp& w, const Instruction& I, u32 lanes) -> Outcome { \
+        [[maybe_unused]] u32* r = w.r;                                       \
+        [[maybe_unused]] const i32* at = I.at;                               \
+        __VA_ARGS__;                                                         \
+        return Outcome::NEXT;                                                \
     }}
-#define UNARY(name, D, A, result) OP(name, EACH(lanes, { const A a = get<A>(r, at[1], l); set<D>(r, at[0], l, D(result)); }))
-#define BINARY(name, D, A, B, result) \
-    OP(name, EACH(lanes, { const A a = get<A>(r, at[1], l); const B b = get<B>(r, at[2], l); set<D>(r, at[0], l, D(result)); }))
-#define TERNARY(name, D, A, B, C, result)                                                                              \
-    OP(name, EACH(lanes, { const A a = get<A>(r, at[1], l); const B b = get<B>(r, at[2], l); const C c = get<C>(r, at[3], l); \
-                           set<D>(r, at[0], l, D(result)); }))
-#define INSERTION(name, T)                                                                                              \
-    OP(name, EACH(lanes, { set<T>(r, at[0], l, insert<T>(get<T>(r, at[1], l), get<T>(r, at[2], l), get<u32>(r, at[3], l), get<u32>(r, at[4], l))); }))
-#define PREDICATES(name, result) OP(name, { const u32 a = r[at[1]], b = r[at[2]]; r[at[0]] = (r[at[0]] & ~lanes) | ((result) & lanes); })
-#define COMPARE(name, T, result)                                                                              \
-    OP(name, { u32 yes = 0; EACH(lanes, { const T a = get<T>(r, at[1], l); const T b = get<T>(r, at[2], l);    \
-                                          yes |= u32(result) << l; })                                         \
-               r[at[0]] = (r[at[0]] & ~lanes) | yes; })
-#define COMPARISONS(suffix, T)                    \
-    COMPARE("setp.eq." suffix, T, a == b);        \
-    COMPARE("setp.ne." suffix, T, a != b);        \
-    COMPARE("setp.lt." suffix, T, a < b);         \
-    COMPARE("setp.le." suffix, T, a <= b);        \
-    COMPARE("setp.gt." suffix, T, a > b);         \
+#define UNARY(name, D, A, result)           \
+    OP(name, EACH(lanes, {                  \
+           const A a = get<A>(r, at[1], l); \
+           set<D>(r, at[0], l, D(result));  \
+       }))
+#define BINARY(name, D, A, B, result)       \
+    OP(name, EACH(lanes, {                  \
+           const A a = get<A>(r, at[1], l); \
+           const B b = get<B>(r, at[2], l); \
+           set<D>(r, at[0], l, D(result));  \
+       }))
+#define TERNARY(name, D, A, B, C, result)   \
+    OP(name, EACH(lanes, {                  \
+           const A a = get<A>(r, at[1], l); \
+           const B b = get<B>(r, at[2], l); \
+           const C c = get<C>(r, at[3], l); \
+           set<D>(r, at[0], l, D(result));  \
+       }))
+#define INSERTION(name, T)                                                                                            \
+    OP(name, EACH(lanes, {                                                                                            \
+           set<T>(r, at[0], l,                                                                                        \
+                  insert<T>(get<T>(r, at[1], l), get<T>(r, at[2], l), get<u32>(r, at[3], l), get<u32>(r, at[4], l))); \
+       }))
+#define PREDICATES(name, result)                             \
+    OP(name, {                                               \
+        const u32 a = r[at[1]], b = r[at[2]];                \
+        r[at[0]] = (r[at[0]] & ~lanes) | ((result) & lanes); \
+    })
+#define COMPARE(name, T, result)              \
+    OP(name, {                                \
+        u32 yes = 0;                          \
+        EACH(lanes, {                         \
+            const T a = get<T>(r, at[1], l);  \
+            const T b = get<T>(r, at[2], l);  \
+            yes |= u32(result) << l;          \
+        })                                    \
+        r[at[0]] = (r[at[0]] & ~lanes) | yes; \
+    })
+#define COMPARISONS(suffix, T)             \
+    COMPARE("setp.eq." suffix, T, a == b); \
+    COMPARE("setp.ne." suffix, T, a != b); \
+    COMPARE("setp.lt." suffix, T, a < b);  \
+    COMPARE("setp.le." suffix, T, a <= b); \
+    COMPARE("setp.gt." suffix, T, a > b);  \
     COMPARE("setp.ge." suffix, T, a >= b)
 // Integers of both signs wrap around, so sums and products are those of unsigned ones.
-#define INTEGERS(suffix, T, U)                                         \
-    COMPARISONS(suffix, T);                                            \
-    BINARY("add." suffix, U, U, U, a + b);                             \
-    BINARY("sub." suffix, U, U, U, a - b);                             \
-    BINARY("mul.lo." suffix, U, U, U, a * b);                          \
-    TERNARY("mad.lo." suffix, U, U, U, U, a * b + c);                  \
-    BINARY("div." suffix, T, T, T, quotient<T>(a, b));                 \
-    BINARY("rem." suffix, T, T, T, remainder_of<T>(a, b));             \
-    BINARY("min." suffix, T, T, T, minimum<T>(a, b));                  \
-    BINARY("max." suffix, T, T, T, maximum<T>(a, b));                  \
+#define INTEGERS(suffix, T, U)                                                                 \
+    COMPARISONS(suffix, T);                                                                    \
+    BINARY("add." suffix, U, U, U, a + b);                                                     \
+    BINARY("sub." suffix, U, U, U, a - b);                                                     \
+    BINARY("mul.lo." suffix, U, U, U, a * b);                                                   \
+    TERNARY("mad.lo." suffix, U, U, U, U, a * b + c);                                           \
+    BINARY("div." suffix, T, T, T, quotient<T>(a, b));                                         \
+    BINARY("rem." suffix, T, T, T, remainder_of<T>(a, b));                                     \
+    BINARY("min." suffix, T, T, T, minimum<T>(a, b));                                          \
+    BINARY("max." suffix, T, T, T, maximum<T>(a, b));                                          \
     BINARY("shr." suffix, T, T, u32, b < sizeof(T) * 8 ? a >> b : negative(a) ? T(-1) : T(0)); \
-    TERNARY("bfe." suffix, T, T, u32, u32, extract<T>(a, b, c));       \
-    UNARY("neg." suffix, U, U, U(0) - a);                              \
+    TERNARY("bfe." suffix, T, T, u32, u32, extract<T>(a, b, c));                               \
+    UNARY("neg." suffix, U, U, U(0) - a);                                                      \
     UNARY("abs." suffix, U, T, negative(a) ? U(0) - U(a) : U(a))
-#define BITS(suffix, T)                                             \
-    COMPARE("setp.eq." suffix, T, a == b);                          \
-    COMPARE("setp.ne." suffix, T, a != b);                          \
-    BINARY("and." suffix, T, T, T, a & b);                          \
-    BINARY("or." suffix, T, T, T, a | b);                           \
-    BINARY("xor." suffix, T, T, T, a ^ b);                          \
-    UNARY("not." suffix, T, T, ~a);                                 \
+#define BITS(suffix, T)                                               \
+    COMPARE("setp.eq." suffix, T, a == b);                            \
+    COMPARE("setp.ne." suffix, T, a != b);                            \
+    BINARY("and." suffix, T, T, T, a & b);                             \
+    BINARY("or." suffix, T, T, T, a | b);                             \
+    BINARY("xor." suffix, T, T, T, a ^ b);                            \
+    UNARY("not." suffix, T, T, ~a);                                   \
     BINARY("shl." suffix, T, T, u32, b < sizeof(T) * 8 ? a << b : 0); \
     BINARY("shr." suffix, T, T, u32, b < sizeof(T) * 8 ? a >> b : 0)
-#define CONVERSIONS(suffix, A)                     \
-    UNARY("cvt.u8." suffix, u16, A, u8(a));        \
-    UNARY("cvt.s8." suffix, u16, A, i16(i8(a)));   \
-    UNARY("cvt.u16." suffix, u16, A, a);           \
-    UNARY("cvt.s16." suffix, u16, A, a);           \
-    UNARY("cvt.u32." suffix, u32, A, a);           \
-    UNARY("cvt.s32." suffix, i32, A, a);           \
-    UNARY("cvt.u64." suffix, u64, A, a);           \
+#define CONVERSIONS(suffix, A)                   \
+    UNARY("cvt.u8." suffix, u16, A, u8(a));      \
+    UNARY("cvt.s8." suffix, u16, A, i16(i8(a))); \
+    UNARY("cvt.u16." suffix, u16, A, a);         \
+    UNARY("cvt.s16." suffix, u16, A, a);         \
+    UNARY("cvt.u32." suffix, u32, A, a);         \
+    UNARY("cvt.s32." suffix, i32, A, a);         \
+    UNARY("cvt.u64." suffix, u64, A, a);         \
     UNARY("cvt.s64." suffix, i64, A, a)
-#define HALVES(suffix, Half)                                                                                            \
-    UNARY("cvt.f32." suffix, float, u16, Half::widen(a));                                                               \
-    UNARY("cvt.rn." suffix ".f32", u16, float, Half::narrow(a));                                                        \
-    BINARY("cvt.rn." suffix "x2.f32", u32, float, float, Half::narrow(a) << 16 | (Half::narrow(b) & 0xffff));           \
+#define HALVES(suffix, Half)                                                                                                 \
+    UNARY("cvt.f32." suffix, float, u16, Half::widen(a));                                                                    \
+    UNARY("cvt.rn." suffix ".f32", u16, float, Half::narrow(a));                                                             \
+    BINARY("cvt.rn." suffix "x2.f32", u32, float, float, Half::narrow(a) << 16 | (Half::narrow(b) & 0xffff));                \
     BINARY("add.rn." suffix "x2", u32, u32, u32, pairwise<Half>(a, b, 0, [](double x, double y, double) { return x + y; })); \
     BINARY("sub.rn." suffix "x2", u32, u32, u32, pairwise<Half>(a, b, 0, [](double x, double y, double) { return x - y; })); \
     BINARY("mul.rn." suffix "x2", u32, u32, u32, pairwise<Half>(a, b, 0, [](double x, double y, double) { return x * y; })); \
-    TERNARY("fma.rn." suffix "x2", u32, u32, u32, u32, pairwise<Half>(a, b, c, [](double x, double y, double z) { return std::fma(x, y, z); }))
+    TERNARY("fma.rn." suffix "x2", u32, u32, u32, u32,                                                                       \
+            pairwise<Half>(a, b, c, [](double x, double y, double z) { return std::fma(x, y, z); }))
 
 void add_arithmetic(Table& table) {
     INTEGERS("s16", i16, u16);
@@ -210,10 +240,24 @@ void add_arithmetic(Table& table) {
     UNARY("mov.64", u64, u64, a);
     BINARY("pack.32", u32, u32, u32, (a & 0xffff) | b << 16);
     BINARY("pack.64", u64, u32, u32, a | u64(b) << 32);
-    OP("unpack.32", EACH(lanes, { const u32 a = get<u32>(r, at[2], l); r[at[0] + l] = a & 0xffff; r[at[1] + l] = a >> 16; }));
-    OP("unpack.64", EACH(lanes, { const u64 a = get<u64>(r, at[2], l); r[at[0] + l] = u32(a); r[at[1] + l] = u32(a >> 32); }));
-    OP("selp.32", { const u32 p = r[at[3]]; EACH(lanes, { r[at[0] + l] = r[at[p >> l & 1 ? 1 : 2] + l]; }) });
-    OP("selp.64", { const u32 p = r[at[3]]; EACH(lanes, { set<u64>(r, at[0], l, get<u64>(r, at[p >> l & 1 ? 1 : 2], l)); }) });
+    OP("unpack.32", EACH(lanes, {
+           const u32 a = get<u32>(r, at[2], l);
+           r[at[0] + l] = a & 0xffff;
+           r[at[1] + l] = a >> 16;
+       }));
+    OP("unpack.64", EACH(lanes, {
+           const u64 a = get<u64>(r, at[2], l);
+           r[at[0] + l] = u32(a);
+           r[at[1] + l] = u32(a >> 32);
+       }));
+    OP("selp.32", {
+        const u32 p = r[at[3]];
+        EACH(lanes, { r[at[0] + l] = r[at[p >> l & 1 ? 1 : 2] + l]; })
+    });
+    OP("selp.64", {
+        const u32 p = r[at[3]];
+        EACH(lanes, { set<u64>(r, at[0], l, get<u64>(r, at[p >> l & 1 ? 1 : 2], l)); })
+    });
 
     COMPARISONS("f32", float);
     COMPARE("setp.neu.f32", float, !(a == b));

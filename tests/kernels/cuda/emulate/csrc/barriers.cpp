@@ -5,13 +5,16 @@ namespace emulator {
 
 CountedBarrier& counted_at(Cta& cta, u32 address) {
     const auto found = cta.counted.find(address);
-    if (found == cta.counted.end()) throw Fault(text("no mbarrier has been initialised at shared address %#x of CTA %u", address, cta.index));
+    if (found == cta.counted.end())
+        throw Fault(text("no mbarrier has been initialised at shared address %#x of CTA %u", address, cta.index));
     return found->second;
 }
 
 void complete(Cta& cta, u32 address, i64 arrivals, i64 bytes) {
     CountedBarrier& barrier = counted_at(cta, address);
-    if (arrivals > barrier.pending) throw Fault(text("the mbarrier at %#x expects %lld arrivals in a phase and got more", address, (long long)barrier.expected));
+    if (arrivals > barrier.pending)
+        throw Fault(
+            text("the mbarrier at %#x expects %lld arrivals in a phase and got more", address, (long long)barrier.expected));
     barrier.pending -= arrivals, barrier.bytes -= bytes;
     if (barrier.pending == 0 && barrier.bytes == 0) ++barrier.phase, barrier.pending = barrier.expected;
 }
@@ -54,7 +57,8 @@ Outcome expect(Warp& w, const Instruction& I, u32 lanes) {
 Outcome arrive(Warp& w, const Instruction& I, u32 lanes) {
     EACH(lanes, {
         const auto [owner, address] = in_cluster(*w.cta, shared_address(w, I.at, l));
-        if (owner->warps_left == 0) throw Fault(text("an arrival at a barrier of CTA %u of the cluster, which has ended", owner->rank));
+        if (owner->warps_left == 0)
+            throw Fault(text("an arrival at a barrier of CTA %u of the cluster, which has ended", owner->rank));
         complete(*owner, address, 1, 0);
     })
     return Outcome::NEXT;
@@ -78,8 +82,10 @@ NamedBarrier& arrive_named(Warp& w, const Instruction& I) {
     if (number > 15) throw Fault(text("there is no barrier %u", number));
     NamedBarrier& barrier = w.cta->barriers[number];
     const u32 threads = I.at[1] < 0 ? w.cta->warps_left * 32 : w.r[I.at[1] + __builtin_ctz(w.alive)];
-    if (threads % 32 || threads == 0) throw Fault(text("barrier %u is for %u threads, which are not whole warps", number, threads));
-    if (barrier.arrived && barrier.expected != threads) throw Fault(text("barrier %u is for %u threads and for %u", number, barrier.expected, threads));
+    if (threads % 32 || threads == 0)
+        throw Fault(text("barrier %u is for %u threads, which are not whole warps", number, threads));
+    if (barrier.arrived && barrier.expected != threads)
+        throw Fault(text("barrier %u is for %u threads and for %u", number, barrier.expected, threads));
     barrier.expected = threads;
     barrier.arrived += 32;
     if (barrier.arrived > threads) throw Fault(text("more than %u threads are at barrier %u", threads, number));
@@ -151,7 +157,8 @@ Outcome shuffle(Warp& w, const Instruction& I, u32 lanes, Source source) {
 }
 
 Outcome shuffle_butterfly(Warp& w, const Instruction& I, u32 lanes) {
-    return shuffle(w, I, lanes, [](int l, int distance, int, int last, int) { return (l ^ distance) <= last ? l ^ distance : -1; });
+    return shuffle(w, I, lanes,
+                   [](int l, int distance, int, int last, int) { return (l ^ distance) <= last ? l ^ distance : -1; });
 }
 Outcome shuffle_index(Warp& w, const Instruction& I, u32 lanes) {
     return shuffle(w, I, lanes, [](int, int lane, int first, int last, int segment) {
@@ -220,11 +227,24 @@ void add_barriers(Table& table) {
     table["shfl.sync.idx"] = {shuffle_index, Kind::MEMBERS};
     table["shfl.sync.up"] = {shuffle_up, Kind::MEMBERS};
     table["shfl.sync.down"] = {shuffle_down, Kind::MEMBERS};
-    table["redux.sync.max.u32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a > b ? a : b; }); }, Kind::MEMBERS};
-    table["redux.sync.max.s32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return reduce<i32>(w, I, lanes, [](i32 a, i32 b) { return a > b ? a : b; }); }, Kind::MEMBERS};
-    table["redux.sync.min.u32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a < b ? a : b; }); }, Kind::MEMBERS};
-    table["redux.sync.add.s32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a + b; }); }, Kind::MEMBERS};
-    table["redux.sync.or.b32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a | b; }); }, Kind::MEMBERS};
+    table["redux.sync.max.u32"] = {[](Warp& w, const Instruction& I, u32 lanes) {
+                                       return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a > b ? a : b; });
+                                   },
+                                   Kind::MEMBERS};
+    table["redux.sync.max.s32"] = {[](Warp& w, const Instruction& I, u32 lanes) {
+                                       return reduce<i32>(w, I, lanes, [](i32 a, i32 b) { return a > b ? a : b; });
+                                   },
+                                   Kind::MEMBERS};
+    table["redux.sync.min.u32"] = {[](Warp& w, const Instruction& I, u32 lanes) {
+                                       return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a < b ? a : b; });
+                                   },
+                                   Kind::MEMBERS};
+    table["redux.sync.add.s32"] = {
+        [](Warp& w, const Instruction& I, u32 lanes) { return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a + b; }); },
+        Kind::MEMBERS};
+    table["redux.sync.or.b32"] = {
+        [](Warp& w, const Instruction& I, u32 lanes) { return reduce<u32>(w, I, lanes, [](u32 a, u32 b) { return a | b; }); },
+        Kind::MEMBERS};
     table["vote.sync.ballot.b32"] = {ballot, Kind::MEMBERS};
     table["vote.sync.any.pred"] = {vote<true>, Kind::MEMBERS};
     table["vote.sync.all.pred"] = {vote<false>, Kind::MEMBERS};

@@ -36,12 +36,9 @@ std::unique_ptr<Program> parse(const char* source) {
             u64 value;
             in >> at >> width >> value;
             for (int l = 0; l < 32; ++l) {
-                if (width == "64")
-                    set<u64>(program->initial.data(), at, l, value);
-                else if (width == "32")
-                    set<u32>(program->initial.data(), at, l, u32(value));
-                else
-                    program->initial[at] = value ? ALL : 0;
+                if (width == "64") set<u64>(program->initial.data(), at, l, value);
+                else if (width == "32") set<u32>(program->initial.data(), at, l, u32(value));
+                else program->initial[at] = value ? ALL : 0;
             }
         } else if (kind == "special") {
             int at;
@@ -103,7 +100,8 @@ void start_cluster(Machine& machine, u32 index) {
                     else if (name == "clusterid.x") value = index;
                     else if (name == "nclusterid.x") value = launch.grid / launch.cluster;
                     else if (name == "lanemask_lt") value = (1u << l) - 1;
-                    else if (name != "tid.y" && name != "tid.z" && name != "ctaid.y" && name != "ctaid.z") throw Fault("unknown special register %" + name);
+                    else if (name != "tid.y" && name != "tid.z" && name != "ctaid.y" && name != "ctaid.z")
+                        throw Fault("unknown special register %" + name);
                     w.r[at + l] = value;
                 }
         }
@@ -120,7 +118,8 @@ void end_warp(Warp& w) {
     Cta& cta = *w.cta;
     --cta.warps_left;
     --cta.cluster->warps_left;
-    if (cta.warps_left == 0 && cta.in_flight) throw Fault(text("CTA %u ends while %d copies to its shared memory are on their way", cta.index, cta.in_flight));
+    if (cta.warps_left == 0 && cta.in_flight)
+        throw Fault(text("CTA %u ends while %d copies to its shared memory are on their way", cta.index, cta.in_flight));
     if (w.cluster_arrived && w.cluster_generation == cta.cluster->generation) --cta.cluster->arrived;
     complete_cluster_barrier(*cta.cluster);
 }
@@ -208,7 +207,8 @@ bool turn(Machine& machine, Warp& w, u64 budget) {
             }
             if (I.kind == Kind::TOGETHER || I.kind == Kind::MEMBERS) {
                 const u32 needed = w.alive & (I.kind == Kind::MEMBERS ? w.r[I.at[0] + __builtin_ctz(lanes)] : ALL);
-                if (lanes != here && (needed & ~lanes)) throw Fault("an instruction for the whole warp under a predicate that differs within it");
+                if (lanes != here && (needed & ~lanes))
+                    throw Fault("an instruction for the whole warp under a predicate that differs within it");
                 if (needed & ~lanes) {
                     group->tried = true;
                     break;
@@ -231,9 +231,13 @@ bool turn(Machine& machine, Warp& w, u64 budget) {
 
 std::string where(const Cta& cta, const Warp& w) {
     std::string message = text("\n  CTA %u warp %d:", cta.index, w.index);
-    for (const Group& group : w.groups) message += text(" lanes %#x at <pc %u>%s", group.lanes, group.pc, group.ticket ? " (arrived)" : "");
+    for (const Group& group : w.groups)
+        message += text(" lanes %#x at <pc %u>%s", group.lanes, group.pc, group.ticket ? " (arrived)" : "");
     for (const auto& [address, barrier] : cta.counted)
-        if (w.index == 0) message += text("\n    mbarrier %#x: phase %llu, %lld of %lld arrivals and %lld bytes to come", address, (unsigned long long)barrier.phase, (long long)barrier.pending, (long long)barrier.expected, (long long)barrier.bytes);
+        if (w.index == 0)
+            message += text("\n    mbarrier %#x: phase %llu, %lld of %lld arrivals and %lld bytes to come", address,
+                            (unsigned long long)barrier.phase, (long long)barrier.pending, (long long)barrier.expected,
+                            (long long)barrier.bytes);
     return message;
 }
 
@@ -267,7 +271,8 @@ void run(Machine& machine) {
             moved |= turn(machine, *w, budget);
             if (machine.copies() == Copies::RANDOM)
                 while (!machine.in_flight.empty() && machine.random() % 4 == 0) machine.deliver_one();
-            if (machine.executed > machine.launch.limit) throw Fault(text("%llu instructions did not end the launch", (unsigned long long)machine.launch.limit));
+            if (machine.executed > machine.launch.limit)
+                throw Fault(text("%llu instructions did not end the launch", (unsigned long long)machine.launch.limit));
         }
         auto& clusters = machine.clusters;
         const auto ended = [](const std::unique_ptr<Cluster>& cluster) { return cluster->warps_left == 0; };
@@ -304,17 +309,25 @@ void* emulator_load(const char* source, char* message, size_t size) {
 }
 
 // Runs a launch; instructions executed, each for all lanes of a group, or -1 with a message.
-long long emulator_run(void* program, const emulator::Launch* launch, const void* params, size_t param_bytes, const unsigned long long* ranges,
-                       size_t count, char* message, size_t size) {
+long long emulator_run(void* program, const emulator::Launch* launch, const void* params, size_t param_bytes,
+                       const unsigned long long* ranges, size_t count, char* message, size_t size) {
     using namespace emulator;
-    Machine machine{*static_cast<Program*>(program), *launch, static_cast<const u8*>(params), param_bytes, {}, std::mt19937_64(launch->seed), {}, {}};
+    Machine machine{*static_cast<Program*>(program),
+                    *launch,
+                    static_cast<const u8*>(params),
+                    param_bytes,
+                    {},
+                    std::mt19937_64(launch->seed),
+                    {},
+                    {}};
     for (size_t i = 0; i < count; ++i) machine.ranges.push_back({ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2] != 0});
     try {
         run(machine);
         return (long long)machine.executed;
     } catch (const std::exception& error) {
         std::string text_of = error.what();
-        if (const Warp* w = machine.running) text_of = text("CTA %u, warp %d, <pc %u>: ", w->cta->index, w->index, machine.running_pc) + text_of;
+        if (const Warp* w = machine.running)
+            text_of = text("CTA %u, warp %d, <pc %u>: ", w->cta->index, w->index, machine.running_pc) + text_of;
         copy_message(text_of, message, size);
         return -1;
     }

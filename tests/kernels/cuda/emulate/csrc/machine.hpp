@@ -61,26 +61,26 @@ struct Instruction {
 struct Program {
     std::vector<Instruction> code;
     std::vector<i32> operands;
-    int words = 0;                  // of a warp's registers
-    std::vector<u32> initial;       // constants among them; what is not set is poison
+    int words = 0;                                      // of a warp's registers
+    std::vector<u32> initial;                           // constants among them; what is not set is poison
     std::vector<std::pair<int, std::string>> specials;  // words of special registers
 };
 
 constexpr u32 ALL = 0xffffffffu;
-constexpr u64 PARAM_AT = 0x1000;                      // of the first parameter in the parameter space
-constexpr u64 PARAM_WINDOW = 0x7e00000000000000ull;   // generic addresses of parameters and of shared memory
+constexpr u64 PARAM_AT = 0x1000;                     // of the first parameter in the parameter space
+constexpr u64 PARAM_WINDOW = 0x7e00000000000000ull;  // generic addresses of parameters and of shared memory
 constexpr u64 SHARED_WINDOW = 0x7f00000000000000ull;
-constexpr int RANK_SHIFT = 24;                        // of a CTA's rank + 1 in addresses of the cluster's shared memory
+constexpr int RANK_SHIFT = 24;  // of a CTA's rank + 1 in addresses of the cluster's shared memory
 
 // Runs `body` for every lane l of `lanes`; the compiler makes vector instructions of the case that counts.
-#define EACH(lanes, ...)                                           \
-    if ((lanes) == ALL) {                                          \
-        for (int l = 0; l < 32; ++l) __VA_ARGS__                   \
-    } else {                                                       \
-        for (u32 left = (lanes); left; left &= left - 1) {         \
-            const int l = __builtin_ctz(left);                     \
-            __VA_ARGS__                                            \
-        }                                                          \
+#define EACH(lanes, ...)                                   \
+    if ((lanes) == ALL) {                                  \
+        for (int l = 0; l < 32; ++l) __VA_ARGS__           \
+    } else {                                               \
+        for (u32 left = (lanes); left; left &= left - 1) { \
+            const int l = __builtin_ctz(left);             \
+            __VA_ARGS__                                    \
+        }                                                  \
     }
 
 // Values of a register at word `at` in lane l: 64-bit ones take two words of each lane, all others one.
@@ -217,10 +217,8 @@ struct Machine {
 
     // What the copy engine does, now or later.
     void asynchronous(std::function<void()> deliver) {
-        if (copies() == Copies::AT_ONCE)
-            deliver();
-        else
-            in_flight.push_back(std::move(deliver));
+        if (copies() == Copies::AT_ONCE) deliver();
+        else in_flight.push_back(std::move(deliver));
     }
     void deliver_one() {
         const size_t i = random() % in_flight.size();
@@ -241,20 +239,24 @@ enum class Space : i32 { GLOBAL, SHARED, PARAM, GENERIC, CLUSTER };
 inline std::pair<Cta*, u32> in_cluster(Cta& cta, u32 address) {
     const u32 rank = address >> RANK_SHIFT;
     if (rank == 0) return {&cta, address};
-    if (rank > cta.cluster->ctas.size()) throw Fault(text("shared address %#x is of CTA %u of the cluster, which has %zu", address, rank - 1, cta.cluster->ctas.size()));
+    if (rank > cta.cluster->ctas.size())
+        throw Fault(
+            text("shared address %#x is of CTA %u of the cluster, which has %zu", address, rank - 1, cta.cluster->ctas.size()));
     return {cta.cluster->ctas[rank - 1].get(), address & ((1u << RANK_SHIFT) - 1)};
 }
 
 inline u8* shared_at(Cta& cta, u32 address, u32 bytes) {
     const u32 base = cta.cluster->machine->launch.shared_base;
     if (address < base || u64(address) + bytes > base + cta.shared.size())
-        throw Fault(text("%u bytes at shared address %#x lie outside the CTA's %zu bytes from %#x on", bytes, address, cta.shared.size(), base));
+        throw Fault(text("%u bytes at shared address %#x lie outside the CTA's %zu bytes from %#x on", bytes, address,
+                         cta.shared.size(), base));
     return cta.shared.data() + (address - base);
 }
 
 inline u8* cluster_at(Cta& cta, u32 address, u32 bytes) {
     const auto [owner, at] = in_cluster(cta, address);
-    if (owner->warps_left == 0) throw Fault(text("shared address %#x belongs to CTA %u of the cluster, which has ended", address, owner->rank));
+    if (owner->warps_left == 0)
+        throw Fault(text("shared address %#x belongs to CTA %u of the cluster, which has ended", address, owner->rank));
     return shared_at(*owner, at, bytes);
 }
 
@@ -271,7 +273,8 @@ inline u8* global_at(Warp& w, u64 address, u64 bytes, bool write) {
     if (machine.last_range < machine.ranges.size() && found(machine.last_range)) return reinterpret_cast<u8*>(address);
     for (size_t i = 0; i < machine.ranges.size(); ++i)
         if (found(i)) return reinterpret_cast<u8*>(address);
-    std::string message = text("%llu bytes at global address %#llx lie in no operand", (unsigned long long)bytes, (unsigned long long)address);
+    std::string message =
+        text("%llu bytes at global address %#llx lie in no operand", (unsigned long long)bytes, (unsigned long long)address);
     for (size_t i = 0; i < machine.ranges.size(); ++i) {
         const Range& range = machine.ranges[i];
         const i64 before = i64(range.first - address), after = i64(address + bytes - range.end);
@@ -283,21 +286,27 @@ inline u8* global_at(Warp& w, u64 address, u64 bytes, bool write) {
 
 inline const u8* param_at(Machine& machine, u64 address, u64 bytes) {
     if (address < PARAM_AT || address + bytes > PARAM_AT + machine.param_bytes)
-        throw Fault(text("%llu bytes at parameter offset %lld of %llu", (unsigned long long)bytes, (long long)(address - PARAM_AT), (unsigned long long)machine.param_bytes));
+        throw Fault(text("%llu bytes at parameter offset %lld of %llu", (unsigned long long)bytes,
+                         (long long)(address - PARAM_AT), (unsigned long long)machine.param_bytes));
     return machine.params + (address - PARAM_AT);
 }
 
 inline u8* resolve(Warp& w, Space space, u64 address, u32 bytes, bool write = false) {
-    if (address % bytes) throw Fault(text("address %#llx is no multiple of the %u bytes accessed", (unsigned long long)address, bytes));
+    if (address % bytes)
+        throw Fault(text("address %#llx is no multiple of the %u bytes accessed", (unsigned long long)address, bytes));
     switch (space) {
-        case Space::SHARED: return shared_at(*w.cta, u32(address), bytes);
-        case Space::CLUSTER: return cluster_at(*w.cta, u32(address), bytes);
-        case Space::PARAM: return const_cast<u8*>(param_at(machine_of(w), address, bytes));
+        case Space::SHARED:
+            return shared_at(*w.cta, u32(address), bytes);
+        case Space::CLUSTER:
+            return cluster_at(*w.cta, u32(address), bytes);
+        case Space::PARAM:
+            return const_cast<u8*>(param_at(machine_of(w), address, bytes));
         case Space::GENERIC:
             if (address >= SHARED_WINDOW) return shared_at(*w.cta, u32(address - SHARED_WINDOW), bytes);
             if (address >= PARAM_WINDOW) return const_cast<u8*>(param_at(machine_of(w), address - PARAM_WINDOW, bytes));
             [[fallthrough]];
-        case Space::GLOBAL: return global_at(w, address, bytes, write);
+        case Space::GLOBAL:
+            return global_at(w, address, bytes, write);
     }
     throw Fault("unknown state space");
 }

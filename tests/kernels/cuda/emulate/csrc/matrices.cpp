@@ -72,7 +72,8 @@ Outcome load_matrices(Warp& w, const Instruction& I, u32) {
     const i32* at = I.at;
     for (int i = 0; i < at[0]; ++i) {
         u16 matrix[8][8];
-        for (int row = 0; row < 8; ++row) std::memcpy(matrix[row], resolve(w, Space::SHARED, w.r[at[2] + 8 * i + row] + at[3], 16), 16);
+        for (int row = 0; row < 8; ++row)
+            std::memcpy(matrix[row], resolve(w, Space::SHARED, w.r[at[2] + 8 * i + row] + at[3], 16), 16);
         for (int l = 0; l < 32; ++l) {
             const int g = l / 4, t = l % 4 * 2;
             w.r[at[4 + i] + l] = at[1] ? matrix[t][g] | u32(matrix[t + 1][g]) << 16 : matrix[g][t] | u32(matrix[g][t + 1]) << 16;
@@ -91,7 +92,8 @@ Outcome store_matrices(Warp& w, const Instruction& I, u32) {
             (at[1] ? matrix[t][g] : matrix[g][t]) = u16(pair);
             (at[1] ? matrix[t + 1][g] : matrix[g][t + 1]) = u16(pair >> 16);
         }
-        for (int row = 0; row < 8; ++row) std::memcpy(resolve(w, Space::SHARED, w.r[at[2] + 8 * i + row] + at[3], 16), matrix[row], 16);
+        for (int row = 0; row < 8; ++row)
+            std::memcpy(resolve(w, Space::SHARED, w.r[at[2] + 8 * i + row] + at[3], 16), matrix[row], 16);
     }
     return Outcome::NEXT;
 }
@@ -116,7 +118,8 @@ Outcome wgmma(Warp& w, const Instruction& I, u32 lanes) {
     if (!w.fenced) throw Fault("wgmma without wgmma.fence in front of it");
     const int lane = __builtin_ctz(lanes);
     const u64 descriptor = get<u64>(w.r, a[4], lane);
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) throw Fault(text("wgmma with descriptor %#llx: only a swizzle of 128 bytes is emulated", (unsigned long long)descriptor));
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+        throw Fault(text("wgmma with descriptor %#llx: only a swizzle of 128 bytes is emulated", (unsigned long long)descriptor));
     const u32 start = (descriptor & 0x3fff) << 4, atom = (descriptor >> 32 & 0x3fff) << 4;
     const bool keep = w.r[a[5]] >> lane & 1;
     const Tile tile = operand_a<Half>(w, a);
@@ -156,7 +159,8 @@ Outcome wgmma_wait(Warp& w, const Instruction& I, u32) {
             for (size_t n = 0; n < operand.seen.size() / 32; ++n) {
                 u16 row[16];
                 read_swizzled(w, operand.at, operand.atom, int(n), row);
-                if (std::memcmp(row, operand.seen.data() + n * 32, 32)) throw Fault(text("B of a wgmma at %#x was overwritten before the wait for it", operand.at));
+                if (std::memcmp(row, operand.seen.data() + n * 32, 32))
+                    throw Fault(text("B of a wgmma at %#x was overwritten before the wait for it", operand.at));
             }
         } else {
             if (&w.products[kept] != &operand) w.products[kept] = std::move(operand);

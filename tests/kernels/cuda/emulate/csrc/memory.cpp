@@ -60,10 +60,8 @@ Outcome copy_async(Warp& w, const Instruction& I, u32 lanes) {
     EACH(lanes, {
         u8* to = resolve(w, Space::SHARED, get<u32>(w.r, at[0], l) + at[1], at[4]);
         const u8* from = resolve(w, Space::GLOBAL, get<u64>(w.r, at[2], l) + at[3], at[4]);
-        if (machine_of(w).copies() == Copies::AT_ONCE)
-            std::memcpy(to, from, at[4]);
-        else
-            w.copies[l].push_back({to, from, at[4], w.copy_batch[l]});
+        if (machine_of(w).copies() == Copies::AT_ONCE) std::memcpy(to, from, at[4]);
+        else w.copies[l].push_back({to, from, at[4], w.copy_batch[l]});
     })
     return Outcome::NEXT;
 }
@@ -77,10 +75,8 @@ void copies_until(Warp& w, int l, i64 end) {
     auto& copies = w.copies[l];
     size_t kept = 0;
     for (const AsyncCopy& copy : copies) {
-        if (i64(copy.batch) < end)
-            std::memcpy(copy.to, copy.from, copy.bytes);
-        else
-            copies[kept++] = copy;
+        if (i64(copy.batch) < end) std::memcpy(copy.to, copy.from, copy.bytes);
+        else copies[kept++] = copy;
     }
     copies.resize(kept);
 }
@@ -112,7 +108,9 @@ Outcome copy_bulk(Warp& w, const Instruction& I, u32 lanes) {
         const u64 from = get<u64>(w.r, at[2], l) + at[3];
         const u32 bytes = get<u32>(w.r, at[4], l);
         const auto [counting, barrier] = in_cluster(*w.cta, get<u32>(w.r, at[5], l) + at[6]);
-        if (to % 16 || from % 16 || bytes % 16) throw Fault(text("a bulk copy of %u bytes from %#llx to %#x is not of whole multiples of 16", bytes, (unsigned long long)from, to));
+        if (to % 16 || from % 16 || bytes % 16)
+            throw Fault(text("a bulk copy of %u bytes from %#llx to %#x is not of whole multiples of 16", bytes,
+                             (unsigned long long)from, to));
         u8* const there = shared_at(*owner, to, bytes);
         const u8* const here = global_at(w, from, bytes, false);
         counted_at(*counting, barrier);
@@ -194,7 +192,8 @@ Outcome store_counted(Warp& w, const Instruction& I, u32 lanes) {
 Outcome map_address(Warp& w, const Instruction& I, u32 lanes) {
     EACH(lanes, {
         const u32 address = get<u32>(w.r, I.at[1], l), rank = get<u32>(w.r, I.at[2], l);
-        if (rank >= w.cta->cluster->ctas.size()) throw Fault(text("mapa names CTA %u of a cluster of %zu", rank, w.cta->cluster->ctas.size()));
+        if (rank >= w.cta->cluster->ctas.size())
+            throw Fault(text("mapa names CTA %u of a cluster of %zu", rank, w.cta->cluster->ctas.size()));
         set<u32>(w.r, I.at[0], l, (address & ((1u << RANK_SHIFT) - 1)) | (rank + 1) << RANK_SHIFT);
     })
     return Outcome::NEXT;
@@ -238,8 +237,10 @@ void add_memory(Table& table) {
     table["st.16"] = {store<u16>};
     table["st.32"] = {store<u32>};
     table["st.64"] = {store<u64>};
-    table["atom.add.32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return atomic(w, I, lanes, [](u32 a, u32 b) { return a + b; }); }};
-    table["atom.exch.32"] = {[](Warp& w, const Instruction& I, u32 lanes) { return atomic(w, I, lanes, [](u32, u32 b) { return b; }); }};
+    table["atom.add.32"] = {
+        [](Warp& w, const Instruction& I, u32 lanes) { return atomic(w, I, lanes, [](u32 a, u32 b) { return a + b; }); }};
+    table["atom.exch.32"] = {
+        [](Warp& w, const Instruction& I, u32 lanes) { return atomic(w, I, lanes, [](u32, u32 b) { return b; }); }};
     table["cp.async"] = {copy_async};
     table["cp.async.commit_group"] = {copy_commit};
     table["cp.async.wait_group"] = {copy_wait};
