@@ -1,6 +1,8 @@
 """Suite-wide rules: a test marked gpu is skipped, with the reason, where there is no CUDA device.
 
 FDK_TEST_SUMMARY names a folder; after a run on a GPU a summary of it goes to <folder>/<device>/gpu-tests.json.
+FDK_TEST_PART=2/3 runs every third test from the second on; the summary then joins the parts that were run on one device
+and commit, and is complete when all of them are.
 """
 
 from __future__ import annotations
@@ -13,8 +15,46 @@ from pathlib import Path
 import pytest
 import torch
 
+PART = os.environ.get("FDK_TEST_PART")
+_SAME = ("device", "driver", "versions", "commit", "dirty")
 
-def pytest_collection_modifyitems(items):
+
+def indices_of(part: str, count: int) -> range:
+    """Which of `count` tests belong to a part like "2/3"."""
+    index, slash, parts = part.partition("/")
+    if not (slash and index.isdigit() and parts.isdigit() and 1 <= int(index) <= int(parts)):
+        raise pytest.UsageError(f"FDK_TEST_PART={part}: write 2/3 for the second of three parts")
+    return range(int(index) - 1, count, int(parts))
+
+
+def joined(previous: dict | None, summary: dict, part: str) -> dict:
+    """The summary of a part with what `previous`, the file as it is, says of the other parts of the same run."""
+    alike = previous is not None and all(previous.get(name) == summary.get(name) for name in _SAME)
+    parts = dict(previous.get("parts", {})) if alike else {}
+    count = part.partition("/")[2]
+    parts = {name: one for name, one in parts.items() if name.partition("/")[2] == count}
+    parts[part] = {name: summary[name] for name in ("complete", "passed", "failed", "skipped")}
+    return {
+        **summary,
+        "complete": len(parts) == int(count) and all(one["complete"] for one in parts.values()),
+        "passed": sum(one["passed"] for one in parts.values()),
+        "failed": [name for one in parts.values() for name in one["failed"]],
+        "skipped": dict(sum((Counter(one["skipped"]) for one in parts.values()), Counter()).most_common()),
+        "parts": dict(sorted(parts.items())),
+    }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    _skip_without_gpu(items)
+    if PART:
+        # After -m and -k, so that parts are equally long.
+        mine = set(indices_of(PART, len(items)))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in mine])
+        items[:] = [item for i, item in enumerate(items) if i in mine]
+
+
+def _skip_without_gpu(items):
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items or torch.cuda.is_available():
         return
@@ -44,5 +84,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     }
     path = Path(folder) / torch.cuda.get_device_name().lower().replace(" ", "_") / "gpu-tests.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if PART:
+        summary = joined(json.loads(path.read_text()) if path.exists() else None, summary, PART)
     path.write_text(json.dumps(summary, indent=2) + "\n")
     terminalreporter.write_line(f"summary in {path}")
