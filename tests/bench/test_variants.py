@@ -302,6 +302,12 @@ def test_operands_of_a_problem_are_checked_and_timed(name, on_cpu, no_pause, cap
     assert results[0]["chain_time"] > 0 and results[0]["copies"] == 3
 
 
+def test_short_products_share_a_replay_with_many_others():
+    large, many = Problem("decode", "lut2_g64", 8192, 8192, 1), Problem("prefill", "lut4_g64", 8192, 8192, 4096)
+    assert gpu.calls_in_block(large, 18_900_000) == gpu.MOST_CALLS
+    assert gpu.calls_in_block(many, 35_700_000) == gpu.FEWEST_CALLS
+
+
 @pytest.mark.parametrize("wrong, text", [("value", "bound"), ("repeat", "of 20 repeated products differ")])
 def test_wrong_products_are_found(wrong, text, on_cpu, monkeypatch):
     monkeypatch.setattr(ByDefinition, "wrong", wrong)

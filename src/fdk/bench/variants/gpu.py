@@ -13,7 +13,7 @@ from fdk.bench.command import copies_for
 from fdk.bench.floor import GpuFloor
 from fdk.bench.gate import Gate
 from fdk.bench.operands import Source
-from fdk.bench.problems import DTYPES, Line, weight_bytes
+from fdk.bench.problems import DTYPES, Line, operations, weight_bytes
 from fdk.bench.providers import prepare
 from fdk.bench.variants.configurations import KERNELS, Problem, Variant
 from fdk.bench.variants.measure import CHAIN, CUBLAS, FLOOR, Block
@@ -21,8 +21,16 @@ from fdk.packing import fragments
 from fdk.weight import QuantisedWeight
 
 ACTIVATIONS = 4
+BLOCK_SECONDS, FEWEST_CALLS, MOST_CALLS = 2e-3, 20, 100
+"""How long a replay of a CUDA graph should last, by how many calls: starting one costs as much as a short call."""
 REPEATS = 20
 """Products that must be equal bit for bit to the first: waits that are missing show now and then only."""
+
+
+def calls_in_block(problem: Problem, bytes_read: int) -> int:
+    """Calls for which a replay lasts about BLOCK_SECONDS if the product takes what an H200 needs at least."""
+    least = max(bytes_read / 4e12, operations(problem.m, problem.k, problem.n) / 8e14)
+    return min(MOST_CALLS, max(FEWEST_CALLS, round(BLOCK_SECONDS / least)))
 
 
 class Gpu:
@@ -34,6 +42,7 @@ class Gpu:
         line = Line("fdk", "", problem.format, problem.dtype)
         source = Source(line, problem.n, problem.k, device, seed)
         self.bytes = weight_bytes(problem.format, problem.n, problem.k, problem.dtype)
+        self.calls = calls_in_block(problem, self.bytes)
         first = source.weight
         self.weights = [self._packed(first) for _ in range(copies_for(self.bytes, None, device, self._room()))]
         generator = torch.Generator().manual_seed(seed + 1)
@@ -88,14 +97,14 @@ class Gpu:
         def call(i: int) -> None:
             plans[i % copies](xs[i % ACTIVATIONS], None, outs[i % ACTIVATIONS])
 
-        found: dict[str, Block] = {"": timing.CudaBlock(call, max(copies, ACTIVATIONS))}
+        found: dict[str, Block] = {"": timing.CudaBlock(call, max(copies, self.calls))}
         if self.chain:
 
             def run(x: Tensor, index: int, out: Tensor) -> Tensor:
                 plans[index](x, None, out)
                 return out
 
-            found[CHAIN] = timing.CudaBlock(timing.chained(run, self.x.clone(), copies), copies)
+            found[CHAIN] = timing.CudaBlock(timing.chained(run, self.x.clone(), copies), max(copies, self.calls))
         for block in found.values():
             if block.graph is None:
                 raise RuntimeError(f"no CUDA graph: {block.why_not_graph}")
@@ -105,16 +114,16 @@ class Gpu:
         found: dict[str, Block] = {}
         if not self.floor.unavailable:
             call, _ = self.floor.calls(self.bytes, self.problem.n)
-            found[FLOOR] = timing.CudaBlock(call, self.floor.cold_calls(self.bytes))
+            found[FLOOR] = timing.CudaBlock(call, max(self.floor.cold_calls(self.bytes), self.calls))
         line = Line(f"torch-{self.problem.dtype}", "", self.problem.dtype, self.problem.dtype)
         dense = prepare(line, Source(line, self.problem.n, self.problem.k, self.device, 42))
         dense.copy_to(copies_for(dense.weight_bytes, None, self.device, self._room()))
         count = len(dense.weights)
         xs, outs = self.xs, self.outs
         found[CUBLAS] = timing.CudaBlock(
-            lambda i: dense.run(xs[i % ACTIVATIONS], i % count, outs[i % ACTIVATIONS]), max(count, ACTIVATIONS)
+            lambda i: dense.run(xs[i % ACTIVATIONS], i % count, outs[i % ACTIVATIONS]), max(count, self.calls)
         )
         return found
 
     def facts(self) -> Mapping[str, object]:
-        return {"bytes_read": self.bytes, "copies": len(self.weights)}
+        return {"bytes_read": self.bytes, "copies": len(self.weights), "calls": max(len(self.weights), self.calls)}
