@@ -8,12 +8,14 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
 
 from fdk.errors import FormatError
 from fdk.models.budget import parse_size
@@ -66,7 +68,7 @@ class SavePretrained:
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
         try:
-            with model.hf_quantizer.without_tensors():
+            with model.hf_quantizer.without_tensors(), _no_bar():
                 type(model).save_pretrained(model, work)
             (work / SINGLE).unlink(missing_ok=True)
             revert = (lambda tensors: revert_weight_conversion(model, tensors)) if save_original_format else dict
@@ -82,6 +84,18 @@ class SavePretrained:
     def __reduce__(self) -> tuple:
         # A copy of the model gets one of its own.
         return SavePretrained, (self.model(),)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the progress bar of transformers, which would count no tensors."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def write_tensors(model: nn.Module, folder: Path, limit: int, revert: Revert) -> None:
