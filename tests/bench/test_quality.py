@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from fdk.bench import quality, summary
 
 
@@ -51,6 +53,17 @@ def test_widths_down_and_ways_across(tmp_path):
     ]
     assert "25.4 million parameters" in text
     assert "perplexity 2.000 a byte" in text
+
+
+@pytest.mark.parametrize(
+    ("kl", "text"),
+    [
+        (0.0009, "0.900 +- 0.090"), (0.001, "1.00 +- 0.10"), (0.00999, "9.99 +- 1.00"), (0.01, "10.0 +- 1.0"),
+        (0.0999, "99.9 +- 10.0"), (0.1, "100 +- 10"),
+    ],
+)  # fmt: skip
+def test_three_digits_of_a_divergence(kl, text):
+    assert quality.divergence(record("lut4_g64", 4, kl)) == text
 
 
 def test_other_records_have_no_section(tmp_path):

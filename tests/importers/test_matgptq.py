@@ -32,7 +32,7 @@ def stored(**changes) -> dict:
 def test_values_and_products_are_those_of_the_source(bits: int) -> None:
     weight = from_matgptq(GOLDEN["master"], GOLDEN["scale"], bits=bits, group_size=128)
     assert torch.equal(reference.dequantise(weight, torch.float32), GOLDEN[f"dequantised{bits}"])
-    layer = MatGPTQLinear(GOLDEN["master"], GOLDEN["scale"], bits, 128)
+    layer = MatGPTQLinear(GOLDEN["master"], GOLDEN["scale"], bits)  # groups of 128, as in the source
     assert torch.equal(layer(GOLDEN["x"]), fdk.linear(GOLDEN["x"], weight))
     layer.set_precision(3)
     assert torch.equal(layer(GOLDEN["x"]), fdk.linear(GOLDEN["x"], weight.at(3)))

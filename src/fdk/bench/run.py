@@ -449,6 +449,7 @@ def _run(settings: Settings, report: Report) -> int:
                 f"{where}read {found.read / 1e9:.1f} GB/s ({found.reader}), copy {found.copy / 1e9:.1f} GB/s, "
                 f"bf16 matmul {found.peak / 1e12:.3g} TFLOP/s"
             )
+        report.note("x floor: over a read of the same bytes, 1 is perfect; % of pool: of the read rate above")
         report.note("")
         left = len(points)
         for shape in settings.shapes:
