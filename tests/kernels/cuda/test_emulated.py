@@ -199,9 +199,9 @@ FAULTS = {
     "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
     "no barrier of a warp before a refill": (
         ALONE,
-        "decode.cuh",
-        "__syncwarp();\n                        w.prefetch",
-        "w.prefetch",
+        "shape.cuh",
+        "            __syncwarp();\n            prefetch",
+        "prefetch",
     ),
     "no wait for a stage": (
         TURNS,
