@@ -256,7 +256,7 @@ def test_without_a_fault_nothing_is_noticed(chosen) -> None:
 def test_planted_faults_are_noticed(fault: str, monkeypatch) -> None:
     chosen, file, old, new = FAULTS[fault]
     sources = jit.sources()
-    assert old in sources[file]
+    assert old in sources[file], f"{file} has changed where this fault is planted; plant it in the new text"
     monkeypatch.setattr(jit, "sources", lambda: {**sources, file: sources[file].replace(old, new)})
     monkeypatch.setattr(device, "_kernel", cache(device._kernel.__wrapped__))
     assert any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
