@@ -115,7 +115,19 @@ def test_copies_do_not_share_the_cache() -> None:
     weight = testing.random_weight(fdk.parse("lut4_g32"), 4, 64)
     fdk.linear(torch.zeros(1, 64).bfloat16(), weight)
     for twin in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
-        assert twin.cache == {} and torch.equal(reference.dequantise(twin), reference.dequantise(weight))
+        assert twin.cache == twin.choices == {} and torch.equal(
+            reference.dequantise(twin), reference.dequantise(weight)
+        )
+
+
+def test_choices_for_numbers_of_rows_do_not_pile_up(monkeypatch) -> None:
+    monkeypatch.setattr(QuantisedWeight, "MOST_CHOICES", 4)
+    weight = testing.random_weight(fdk.parse("lut4_g32"), 4, 64)
+    for rows in range(1, 10):
+        x = torch.ones(rows, 64).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(fdk.linear(x, weight), fdk.linear(x, weight))
+        assert 1 <= len(weight.choices) <= 4
 
 
 def test_bits_per_weight_counts_scales_and_tables() -> None:

@@ -75,16 +75,16 @@ def run(
 ) -> Tensor:
     """x [..., k] times the weight's transpose plus bias, [..., n], by the kernel that `choose` picks; no autograd.
 
-    The choice is remembered in the weight's cache, because hashing a problem costs more than a small product.
+    The choice is remembered in the weight, because hashing a problem costs more than a small product.
     """
     geometry = weight.geometry
     check_operands(x, geometry, weight.device, bias)
     shape = x.shape
     rows = shape[0] if len(shape) == 2 else shape[:-1].numel()
     key = (rows, kernel)
-    chosen = weight.cache.get(key)
+    chosen = weight.choices.get(key)
     if chosen is None:
-        chosen = weight.cache[key] = choose(Problem(rows, geometry, x.device), kernel).kernel
+        chosen = weight.remember(key, choose(Problem(rows, geometry, x.device), kernel).kernel)
     if out is None:
         out = x.new_empty((*shape[:-1], geometry.n))
     if out.numel() == 0:

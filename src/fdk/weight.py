@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from fdk.packing.sparse import check_keep, unpack_mask
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
+T = TypeVar("T")
+
 
 class QuantisedWeight:
     """A low-bit weight [n, k] = (out_features, in_features).
@@ -26,11 +29,14 @@ class QuantisedWeight:
     It holds one copy of its bits, in one layout at a time: canonical as checkpoints store it, or the layout that
     the kernels of its device want. `geometry` says what the tensors in `parts` mean.
 
-    Attributes: geometry, parts, layout, device, and cache, where kernels keep what they derive from the parts.
+    Attributes: geometry, parts, layout, device; cache, where kernels keep what they derive from the parts; choices,
+    what was chosen for a number of rows of x, which may be forgotten at any time (`remember`).
     The weight is never changed in value; `relayout_` replaces its parts by an equivalent arrangement.
     """
 
-    __slots__ = ("__weakref__", "cache", "device", "geometry", "layout", "parts")
+    __slots__ = ("__weakref__", "cache", "choices", "device", "geometry", "layout", "parts")
+
+    MOST_CHOICES = 1024
 
     def __init__(self, geometry: Geometry, parts: Parts, layout: str = "canonical") -> None:
         self.geometry = geometry
@@ -38,6 +44,7 @@ class QuantisedWeight:
         self.layout = layout
         self.device: torch.device = next(iter(parts.values())).device
         self.cache: dict = {}
+        self.choices: dict = {}
 
     def __getstate__(self) -> tuple:
         # The cache may hold addresses of the parts, which a copy does not share.
@@ -45,6 +52,13 @@ class QuantisedWeight:
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
+
+    def remember(self, key: object, choice: T) -> T:
+        """Put `choice` into `choices`. When there are many all go, or prompts of ever new lengths would fill memory."""
+        if len(self.choices) >= self.MOST_CHOICES:
+            self.choices.clear()
+        self.choices[key] = choice
+        return choice
 
     @classmethod
     def from_parts(
@@ -122,7 +136,7 @@ class QuantisedWeight:
     def relayout_(self, name: str) -> QuantisedWeight:
         """Like `to_layout`, in place: the old arrangement is dropped, so that one copy stays in memory."""
         other = self.to_layout(name)
-        self.parts, self.layout, self.cache = other.parts, other.layout, {}
+        self.parts, self.layout, self.cache, self.choices = other.parts, other.layout, {}, {}
         return self
 
     def at(self, bits: int) -> QuantisedWeight:

@@ -208,7 +208,10 @@ def cached_library() -> Path:
     compiler = compiler_for()
     try:
         target = cache_directory() / f"cpu-{cache_key(compiler)}" / LIBRARY.name
-        return target if target.exists() else build(target, compiler)
+        if target.exists():
+            return target
+        print(f"fdk: compiling the CPU kernels into {target.parent}, once; a minute or two", file=sys.stderr)
+        return build(target, compiler)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{error}; set FDK_CACHE_DIR to a folder that can be written") from None
 

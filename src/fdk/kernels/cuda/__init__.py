@@ -96,13 +96,13 @@ class CudaKernel:
         return first + "".join(f", rather than {other}" for other in others)
 
     def call(self, weight: QuantisedWeight, m: int) -> Call:
-        """The product of m rows of x with `weight`, compiled, loaded and remembered in the weight's cache."""
-        found = weight.cache.get(("cuda", m))
+        """The product of m rows of x with `weight`, compiled, loaded and remembered in the weight."""
+        found = weight.choices.get(("cuda", m))
         if found is None:
             zeros = weight.parts.get("zeros")
             zeros_dtype = None if zeros is None else zeros.dtype
             possible = _routes(weight.geometry, zeros_dtype, m, weight.device)
-            found = weight.cache[("cuda", m)] = self._bind(weight, m, possible)
+            found = weight.remember(("cuda", m), self._bind(weight, m, possible))
         return found
 
     def _bind(self, weight: QuantisedWeight, m: int, possible: tuple[routes.Route, ...]) -> Call:
