@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 
 import fdk
 from fdk import reference, testing
-from fdk.weight import QuantisedWeight, concat
+from fdk.weight import QuantisedWeight, concat, encode_spec, from_spec
 
 
 def parts(n: int = 8, k: int = 64, bits: int = 4, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -118,6 +119,42 @@ def test_copies_do_not_share_the_cache() -> None:
         assert twin.cache == twin.choices == {} and torch.equal(
             reference.dequantise(twin), reference.dequantise(weight)
         )
+
+
+def test_a_spec_leads_back_to_the_weight_that_holds_the_tensors() -> None:
+    weight = testing.random_weight(fdk.parse("nest8s4_g32"), 4, 64)
+    parts, spec = list(weight.parts.values()), encode_spec(weight)
+    assert from_spec(spec, parts) is weight
+    assert from_spec(encode_spec(weight.at(2)), parts).geometry == weight.at(2).geometry
+    other = from_spec(spec, [part.clone() for part in parts])
+    assert other is not weight and torch.equal(reference.dequantise(other), reference.dequantise(weight))
+    mixed = from_spec(spec, [parts[0], *(part.clone() for part in parts[1:])])
+    assert mixed is not weight
+    twin = copy.deepcopy(weight)
+    assert from_spec(spec, list(twin.parts.values())) is twin
+    weight.relayout_("rows16")
+    assert from_spec(spec, parts) is not weight
+    gone = weakref.ref(weight)
+    del weight
+    assert gone() is None and from_spec(spec, parts).layout == "canonical"
+
+
+def test_a_compiled_layer_keeps_what_its_kernel_derived() -> None:
+    """Each call of the op would build the weight again, and all that a kernel keeps for it."""
+    layer = fdk.from_linear(torch.nn.Linear(64, 8), "lut4_g32")
+    seen = []
+
+    def spy(x, weight, *more):
+        seen.append(weight)
+        return run(x, weight, *more)
+
+    run = fdk.ops.run
+    x = torch.zeros(1, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fdk.ops, "run", spy)
+        compiled(x), compiled(x)
+    assert seen and all(weight is layer.weight for weight in seen)
 
 
 def test_choices_for_numbers_of_rows_do_not_pile_up(monkeypatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import is_
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ class QuantisedWeight:
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
+        encode_spec(self)
 
     def remember(self, key: object, choice: T) -> T:
         """Put `choice` into `choices`. When there are many all go, or prompts of ever new lengths would fill memory."""
@@ -301,12 +304,18 @@ def _check_shared(weights: Sequence[QuantisedWeight]) -> None:
                 )
 
 
+# Weights by their spec and first tensor, for `from_spec`; only while somebody holds them.
+_described: WeakValueDictionary[tuple[str, int], QuantisedWeight] = WeakValueDictionary()
+
+
 def encode_spec(weight: QuantisedWeight) -> str:
     """All that the tensors do not say, as one string: what the op carries beside the parts."""
     geometry = weight.geometry
     ends = ",".join(map(str, geometry.row_ends))
     names = ",".join(weight.parts)
-    return f"{geometry.format}|{geometry.k}|{_DTYPE_NAMES[geometry.dtype]}|{ends}|{weight.layout}|{names}"
+    spec = f"{geometry.format}|{geometry.k}|{_DTYPE_NAMES[geometry.dtype]}|{ends}|{weight.layout}|{names}"
+    _described[spec, id(next(iter(weight.parts.values())))] = weight
+    return spec
 
 
 @lru_cache(maxsize=4096)
@@ -318,6 +327,12 @@ def decode_spec(spec: str) -> tuple[Geometry, str, tuple[str, ...]]:
 
 
 def from_spec(spec: str, parts: Sequence[Tensor]) -> QuantisedWeight:
-    """The weight that `encode_spec` described, around its tensors; nothing is checked or copied."""
+    """The weight that `encode_spec` described, around its tensors; nothing is checked or copied.
+
+    While that weight lives and holds the same tensors it is returned itself, with all that kernels derived from it.
+    """
+    described = _described.get((spec, id(parts[0])))
+    if described is not None and len(parts) == len(described.parts) and all(map(is_, described.parts.values(), parts)):
+        return described
     geometry, layout_name, names = decode_spec(spec)
     return QuantisedWeight(geometry, dict(zip(names, parts, strict=True)), layout_name)
