@@ -22,6 +22,7 @@ _library.define("linear_grad(Tensor grad, Tensor[] parts, str spec) -> Tensor")
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling, _tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 
 
 def must_dispatch(x: Tensor) -> bool:
@@ -29,12 +30,7 @@ def must_dispatch(x: Tensor) -> bool:
 
     A kernel called directly reads memory, which a fake tensor has not, and leaves no trace in what records ops.
     """
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or is_in_torch_dispatch_mode()
-        or torch._C._get_tracing_state() is not None
-    )
+    return _is_compiling() or type(x) not in _PLAIN or is_in_torch_dispatch_mode() or _tracing_state() is not None
 
 
 def autocast_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,9 +49,10 @@ def check_weight(weight: QuantisedWeight) -> None:
 
 def check_operands(x: Tensor, geometry: Geometry, device: torch.device, bias: Tensor | None) -> None:
     """FormatError unless x [..., k] and bias [n] fit a weight of this geometry on `device`."""
-    if x.dim() == 0 or x.shape[-1] != geometry.k:
+    shape = x.shape
+    if not shape or shape[-1] != geometry.k:
         raise FormatError(
-            f"x has shape {list(x.shape)}, but the weight [{geometry.n}, {geometry.k}] needs [..., {geometry.k}]"
+            f"x has shape {list(shape)}, but the weight [{geometry.n}, {geometry.k}] needs [..., {geometry.k}]"
         )
     if x.dtype != geometry.dtype:
         raise FormatError(
@@ -79,26 +76,27 @@ def run(
     """
     geometry = weight.geometry
     check_operands(x, geometry, weight.device, bias)
-    shape = x.shape
-    rows = shape[0] if len(shape) == 2 else shape[:-1].numel()
+    shape, n = x.shape, geometry.n
+    flat = len(shape) == 2
+    rows = shape[0] if flat else shape[:-1].numel()
     key = (rows, kernel)
     chosen = weight.choices.get(key)
     if chosen is None:
         chosen = weight.remember(key, choose(Problem(rows, geometry, x.device), kernel).kernel)
-    if out is None:
-        out = x.new_empty((*shape[:-1], geometry.n))
-    if out.numel() == 0:
+    fresh = out is None
+    if fresh:
+        out = x.new_empty((rows, n) if flat else (*shape[:-1], n))
+    if rows == 0 or n == 0:
         return out
     if weight.layout != chosen.layout:
         weight = weight.to_layout(chosen.layout)
-    flat = len(shape) == 2
     x2d = x if flat and x.is_contiguous() else x.reshape(rows, geometry.k).contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if out.is_contiguous():
-        chosen.linear(x2d, weight, bias, out if flat else out.view(rows, geometry.n))
+    if fresh or out.is_contiguous():
+        chosen.linear(x2d, weight, bias, out if flat else out.view(rows, n))
     else:
-        dense = torch.empty((rows, geometry.n), dtype=x.dtype, device=x.device)
+        dense = torch.empty((rows, n), dtype=x.dtype, device=x.device)
         chosen.linear(x2d, weight, bias, dense)
         out.copy_(dense.view(out.shape))
     return out

@@ -90,7 +90,9 @@ class Linear(nn.Module):
         return self._weight.geometry.n
 
     def forward(self, x: Tensor) -> Tensor:
-        x, bias = ops.autocast_operand(x, self._weight.geometry.dtype), self._parameters["bias"]
+        bias, dtype = self._parameters["bias"], self._weight.geometry.dtype
+        if x.dtype != dtype:
+            x = ops.autocast_operand(x, dtype)
         if (
             ops.must_dispatch(x)
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
