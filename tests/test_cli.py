@@ -1,5 +1,6 @@
 """The fdk command: what it prints, its exit status, one line for every error."""
 
+import contextlib
 import json
 import os
 import re
@@ -197,6 +198,25 @@ def test_a_defect_is_one_line_too(capsys, monkeypatch):
     status, _, err = run(capsys, "info")
     assert status == 1
     assert err == "fdk info: ZeroDivisionError: division by zero (a defect of fdk; FDK_DEBUG=1 shows where)\n"
+
+
+def test_an_interrupt_that_became_another_error_is_still_one(monkeypatch, capsys, tmp_path):
+    """Torch makes a ValueError of what a handler raises inside some of its functions."""
+
+    def swallow(*arguments, **more):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("could not determine the shape")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("fdk.models.folder.quantise_folder", swallow)
+    try:
+        source = write(tmp_path / "source", LlamaConfig(96, 64, 128, 1, 4, 2, 16))
+        assert cli.main(["quantise", str(source), "--output", str(tmp_path / "low"), "--block-size", "32"]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)

@@ -334,7 +334,8 @@ def run_quantise(args: argparse.Namespace) -> int:
     if choice:
         config = choice.config
     # A terminated process cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     start = time.perf_counter()
     settings = {"device": device, "overwrite": args.overwrite, "shard_bytes": shard_bytes}
     settings["texts"] = {WIDTHS_FILE: choice.text()} if choice else {}
@@ -692,6 +693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; every expected error is one line with its remedy (FDK_DEBUG=1 adds the traceback)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("FDK_DEBUG") == "1"
+    _interrupts.clear()
     try:
         if arguments[:1] == ["bench"]:
             return _run_module("fdk.bench", "benchmark", arguments[1:])
@@ -734,9 +736,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments, f"{type(error).__name__}: {text} (a defect of fdk; FDK_DEBUG=1 shows where)", 1, debug)
 
 
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Handler of signals that end a command. The number is kept: torch may make a ValueError of what is raised here."""
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    if _interrupts:
+        text, status = "interrupted; nothing half-written was kept", 130
     names = {"info", "explain", "quantise", "convert", "eval", "generate", "warmup"}
     command = f"fdk {arguments[0]}" if arguments and arguments[0] in names else "fdk"
     print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
