@@ -162,7 +162,7 @@ class NativeRows16(Rows16):
 
 LAYOUT = register_layout(NativeRows16())
 
-# Handles of weights that are rebuilt around the same tensors on every call, as the op under torch.compile does.
+# Handles of weights that the op rebuilds around the same tensors on every call: an exported program holds tensors only.
 _handles: dict[tuple[int, Format], tuple[weakref.ref, Handle]] = {}
 
 
