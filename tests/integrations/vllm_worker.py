@@ -35,6 +35,12 @@ def main() -> None:
         "logprobs": [{token: value.logprob for token, value in at.items()} for at in scored.prompt_logprobs[1:]],
     }
     Path(sys.argv[2]).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
+    # vLLM leaves daemon threads behind. Python, when it ends, unwinds such a thread at its next step, and where that is
+    # under a C++ frame which lets nothing through, the process is aborted after all its work is done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
