@@ -12,7 +12,12 @@ struct Avx512 {
     typedef __m512 vf;
     typedef __m512i vi;
 
-    static FDK_INLINE vi load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    // A line of codes is loaded once: GCC would fold the load into every shift of it, and a 64-byte load takes a cycle.
+    static FDK_INLINE vi load(const uint8_t* p) {
+        vi line = _mm512_loadu_si512(p);
+        __asm__("" : "+v"(line));
+        return line;
+    }
     template <int S>
     static FDK_INLINE vi shr(vi v) {
         if constexpr (S == 0) return v;
@@ -135,6 +140,7 @@ struct Avx512 {
         else _mm256_mask_storeu_epi16(p, m, narrow(v, dtype));
     }
     static FDK_INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+    static FDK_INLINE void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
     // Tables of nibbles.h; consecutive ones add into different sums.
     static FDK_INLINE void keep_table(float* table, const vf (&sum)[1]) { _mm512_store_ps(table, sum[0]); }

@@ -19,6 +19,16 @@ FDK_INLINE void unroll(F&& f) {
 
 #define FDK_LAMBDA __attribute__((always_inline))
 
+// What lies behind the lines of a unit, asked for in two steps, the farther one first. The first-level cache waits for few
+// lines at a time, fewer than memory needs to deliver all it can; the second-level cache, asked well before, for more.
+template <class I, int LINES>
+FDK_INLINE void fetch_ahead(const uint8_t* unit) {
+    unroll<0, LINES>([&](auto line) FDK_LAMBDA {
+        I::prefetch_far(unit + 64 * decltype(line)::value + (16 << 10));
+        I::prefetch(unit + 64 * decltype(line)::value + (4 << 10));
+    });
+}
+
 // Dwords whose 16-bit halves hold the codes of pair P of a unit, B bits from bit B * place<B, P, SHARE>(); garbage above
 // and below. SHARE neighbouring codes are left in one shifted word, so that they share its shift.
 template <int B, int P, int SHARE>

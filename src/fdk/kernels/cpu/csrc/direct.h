@@ -72,7 +72,7 @@ struct Block {
                 const uint32_t* xu = x;
                 const int64_t whole = SPLIT ? units / 2 : units;
                 for (int64_t u = 0; u < whole; u++, unit += 64 * B, xu += 16 * PAIR) {
-                    unroll<0, B>([&](auto line) FDK_LAMBDA { I::prefetch(unit + 64 * decltype(line)::value + 4096); });
+                    fetch_ahead<I, B>(unit);
                     pairs<0, 16>(values, unit, xu, acc);
                 }
                 if constexpr (SPLIT) {

@@ -70,6 +70,7 @@ struct Generic {
         for (int i = 0; i < lanes; i++) store_float(p, i, dtype, v[i]);
     }
     static FDK_INLINE void prefetch(const uint8_t*) {}
+    static FDK_INLINE void prefetch_far(const uint8_t*) {}
     typedef PlainPanel<Generic> Panel;
 };
 

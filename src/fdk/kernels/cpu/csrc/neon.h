@@ -115,6 +115,7 @@ struct Neon {
         memcpy(p, &h, 2 * (lanes < W ? lanes : W));
     }
     static FDK_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+    static FDK_INLINE void prefetch_far(const uint8_t*) {}  // not measured on ARM
 
     // Tables of nibbles.h: four times the same byte of 16 sums, because that is what an instruction looks up; the bytes that
     // it finds for 16 rows are put together.

@@ -20,12 +20,19 @@ FDK_INLINE Lines lines_of(const fdk_weight& w, const uint8_t* block, int64_t uni
     return {block + w.planes_at + 64 * unit, w.plane_bytes};
 }
 
-// Fetches the B leading lines eight units further on, which may lie in the next block.
+// As fetch_ahead of codes.h, in each of the B leading planes; what lies ahead may be in the next block.
 template <class I, int B>
 FDK_INLINE void fetch_ahead(const fdk_weight& w, const uint8_t* block, int64_t unit) {
-    const int64_t at = 64 * (unit + 8), over = at - w.plane_bytes;
-    const uint8_t* first = block + w.planes_at + (over < 0 ? at : w.block_bytes + over);
-    unroll<0, B>([&](auto t) FDK_LAMBDA { I::prefetch(first + decltype(t)::value * w.plane_bytes); });
+    const int64_t here = 64 * unit;
+    const auto ahead = [&](int64_t distance) FDK_LAMBDA {
+        const int64_t at = here + (distance < w.plane_bytes ? distance : w.plane_bytes), over = at - w.plane_bytes;
+        return block + w.planes_at + (over < 0 ? at : w.block_bytes + over);
+    };
+    const uint8_t *near = ahead(512), *far = ahead(4 << 10);
+    unroll<0, B>([&](auto t) FDK_LAMBDA {
+        I::prefetch_far(far + decltype(t)::value * w.plane_bytes);
+        I::prefetch(near + decltype(t)::value * w.plane_bytes);
+    });
 }
 
 template <class I, int FROM, int TO>

@@ -68,18 +68,24 @@ struct Nibbles {
                 const int64_t end = s + step < w.supers ? s + step : w.supers;
                 for (int64_t b = 0; b < count; b++) {
                     // What is read next: the same stretch of the next block, the next stretch of the first, or the
-                    // start of the next batch.
+                    // start of the next batch. And a batch later: the next stretch, or the start of the same block
+                    // of the next batch.
+                    const uint8_t* here = calls[b].block + s * w.super_bytes;
                     const uint8_t* next = b + 1 < count      ? calls[b + 1].block + s * w.super_bytes
                                           : end < w.supers ? calls[0].block + end * w.super_bytes
                                                            : calls[b].block + w.block_bytes;
-                    stretch(calls[b], tables, s, end, next - (calls[b].block + s * w.super_bytes), totals[b]);
+                    const uint8_t* later = end < w.supers ? calls[b].block + end * w.super_bytes
+                                                          : calls[b].block + BATCH * w.block_bytes;
+                    stretch(calls[b], tables, s, end, next - here, later - here, totals[b]);
                 }
             }
             for (int64_t b = 0; b < count; b++) finish<I, 1>(calls[b], totals[b]);
         });
     }
 
-    static void stretch(const Call& call, const float* tables, int64_t first, int64_t end, int64_t ahead, vf (&total)[H]) {
+    // Reads what lies `near` and `far` behind it next, and after that.
+    static void stretch(const Call& call, const float* tables, int64_t first, int64_t end, int64_t near, int64_t far,
+                        vf (&total)[H]) {
         const fdk_weight& w = *call.w;
         const float* t = tables + (call.range_index * w.k_padded / FDK_UNIT + first * w.units) * UNIT_TABLES;
         const float* sums = call.tile->sums ? call.tile->sums + first : nullptr;
@@ -89,9 +95,10 @@ struct Nibbles {
             const uint8_t* zeros = zeros_size ? super + scales_size : nullptr;
             const uint8_t* line = super + scales_size + zeros_size;
             vf acc[4] = {I::zero(), I::zero(), I::zero(), I::zero()};
-            I::prefetch(super + ahead);
+            I::prefetch(super + near);
             for (int64_t n = w.units * B; n; n--, line += 64, t += 128) {
-                I::prefetch(line + ahead);
+                I::prefetch_far(line + far);
+                I::prefetch(line + near);
                 I::add_nibbles(line, t, acc);
             }
             unroll<0, 2>([&](auto level) FDK_LAMBDA {

@@ -55,7 +55,7 @@ struct Panels {
         for (int64_t s = 0; s < supers; s++, super += w.super_bytes) {
             const uint8_t* unit = super + S * FDK_ROWS * (w.scale_bytes + w.zero_bytes);
             for (int64_t u = 0; u < w.units; u++, unit += 64 * B, panel += 16 * WORDS * FDK_ROWS) {
-                unroll<0, B>([&](auto line) FDK_LAMBDA { I::prefetch(unit + 64 * decltype(line)::value + 2048); });
+                fetch_ahead<I, B>(unit);
                 for (int h = 0; h < H; h++)
                     unroll<0, 16>([&](auto p) FDK_LAMBDA {
                         constexpr int P = decltype(p)::value;

@@ -21,7 +21,7 @@ struct ScaledPanels {
         for (int64_t s = 0; s < supers; s++, super += w.super_bytes) {
             const uint8_t *zeros = super + S * scales_size, *unit = zeros + S * zeros_size;
             for (int64_t u = 0; u < w.units; u++, unit += 64 * B, panel += 16 * FDK_ROWS) {
-                unroll<0, B>([&](auto line) FDK_LAMBDA { I::prefetch(unit + 64 * decltype(line)::value + 2048); });
+                fetch_ahead<I, B>(unit);
                 unroll<0, 2>([&](auto half) FDK_LAMBDA {
                     constexpr int P0 = decltype(half)::value * 8;
                     const int64_t g = (2 * u + decltype(half)::value) / halves;
