@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import of_transformers
 
 import fdk
 from fdk import cli
@@ -16,24 +17,12 @@ from fdk.errors import FdkError, FormatError, UnsupportedError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "eos_token_id": 95,
-}
 load = transformers.AutoModelForCausalLM.from_pretrained
 
 
 def write(folder: Path, family: str = "Llama", **extra) -> Path:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
-    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    model = of_transformers(family, **{"pad_token_id": 0, "eos_token_id": 95, **extra})
+    model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -9,31 +9,18 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import of_transformers
 
 from fdk import cli
 from fdk.models import read_overrides
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 PROMPT = [33, 34, 35, 1, 2, 3]
 
 
 def write(folder, family: str, **extra):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, "eos_token_id": 95, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    model = of_transformers(family, sharp=True, **{"eos_token_id": 95, **extra})
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

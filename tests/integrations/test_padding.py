@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from small_models import of_transformers
 
 import fdk
 from fdk.errors import UnsupportedError
@@ -16,32 +17,14 @@ from fdk.models.step import Step
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "eos_token_id": 95,
-}
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 LENGTHS = (21, 1, 8, 20)
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 WINDOW = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 0}
 
 
-def make(family: str, **extra):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Larger than the initial weights, so that attention is far from uniform and every position matters.
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
-    return model
+def make(family: str, head: str = "ForCausalLM", **extra):
+    return of_transformers(family, head, sharp=True, **{"pad_token_id": 0, "eos_token_id": 95, **extra})
 
 
 def padded(lengths=LENGTHS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,13 +106,7 @@ def test_beyond_a_sliding_window_the_own_forward_takes_the_mask(family):
 @pytest.mark.parametrize("family", ["Gemma", "GPT2", "Bloom"])
 def test_other_models_take_the_mask_too(family):
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4} if family in ("GPT2", "Bloom") else {}
-    suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **sizes})
-    model = getattr(transformers, f"{family}{suffix}")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    model = make(family, "LMHeadModel" if family == "GPT2" else "ForCausalLM", **sizes)
     prompts, mask = padded()
     expected = model.generate(prompts, attention_mask=mask, **GREEDY)
     with pytest.warns(UserWarning, match="decoded by its own forward"):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import of_transformers
 
 import fdk
 from fdk import cli
@@ -26,15 +27,6 @@ from fdk.models.checkpoint import guard_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 # Few different shapes, because every one of them is compiled.
 GPU_SIZES = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -42,9 +34,7 @@ IDS = torch.arange(14).view(2, 7)
 
 
 def write(folder: Path, family: str = "Llama", shard: str = "10MB", dtype=torch.bfloat16, **extra) -> Path:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, "pad_token_id": 0, "eos_token_id": 95, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    model = of_transformers(family, **{"pad_token_id": 0, "eos_token_id": 95, **extra}).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
 

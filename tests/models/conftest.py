@@ -2,19 +2,12 @@
 
 import pytest
 import torch
+from small_models import SIZES
 from torch import nn
 
 from fdk.models.llama import Llama, LlamaConfig
 
-SMALL = LlamaConfig(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+SMALL = LlamaConfig(**SIZES)
 
 
 @pytest.fixture

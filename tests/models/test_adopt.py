@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from small_models import of_transformers
 
 import fdk
 from fdk.errors import UnsupportedError
@@ -15,15 +16,6 @@ from fdk.models.generate import generate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,17 +25,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-
-
-def make(family: str, dtype: torch.dtype = torch.float32, **extra):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
-            parameter.data = parameter.to(dtype)
-    return model
 
 
 CASES = [
@@ -59,7 +40,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "extra"), CASES)
 @pytest.mark.parametrize("fmt", [None, "lut4_g64", "int3_g32"])
 def test_logits_and_tokens_are_those_of_its_own_forward(family, extra, fmt):
-    model = make(family, **extra)
+    model = of_transformers(family, sharp=True, **extra)
     if fmt:
         fdk.quantise_(model, fmt)
     with torch.no_grad():
@@ -73,7 +54,7 @@ def test_logits_and_tokens_are_those_of_its_own_forward(family, extra, fmt):
 
 
 def test_nothing_is_copied_and_the_model_stays_what_it_was():
-    model = make("Qwen3")
+    model = of_transformers("Qwen3", sharp=True)
     before = {name: (tensor.data_ptr(), type(tensor)) for name, tensor in model.state_dict().items()}
     names = [name for name, _ in model.named_modules()]
     llama = as_llama(model)
@@ -92,7 +73,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "extra", "reason"), REFUSED)
 def test_other_models_decode_by_their_own_forward_which_is_said_once(family, extra, reason):
-    model = make(family, **extra)
+    model = of_transformers(family, sharp=True, **extra)
     with pytest.warns(UserWarning, match=f"{family}ForCausalLM is decoded by its own forward: .*{reason}") as said:
         chosen = greedy(model, TOKENS, 5)
     assert len([warning for warning in said if "own forward" in str(warning.message)]) == 1
@@ -103,7 +84,7 @@ def test_other_models_decode_by_their_own_forward_which_is_said_once(family, ext
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
 def test_a_sliding_window_is_served_up_to_its_length(family):
-    model = make(family, sliding_window=50, use_sliding_window=True, max_window_layers=0)
+    model = of_transformers(family, sharp=True, sliding_window=50, use_sliding_window=True, max_window_layers=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(greedy(model, TOKENS, 10), greedy(model, TOKENS, 10, "plain"))
@@ -114,21 +95,21 @@ def test_a_sliding_window_is_served_up_to_its_length(family):
 
 def test_a_window_that_is_not_used_is_none():
     for family in ("Llama", "Qwen2"):
-        assert as_llama(make(family, sliding_window=8)).config.sliding_window is None
+        assert as_llama(of_transformers(family, sharp=True, sliding_window=8)).config.sliding_window is None
 
 
 def test_rounded_frequencies_and_hooks_are_refused():
-    model = make("Llama").to(torch.bfloat16)
+    model = of_transformers("Llama", sharp=True).to(torch.bfloat16)
     with pytest.raises(UnsupportedError, match="frequencies are not those of its config"):
         as_llama(model)
-    model = make("Llama")
+    model = of_transformers("Llama", sharp=True)
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(UnsupportedError, match=r"layers.0.mlp.up_proj has hooks"):
         as_llama(model)
 
 
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):
-    model = make("Llama")
+    model = of_transformers("Llama", sharp=True)
     whole = greedy(model, TOKENS, 6)
     monkeypatch.setattr("fdk.models.llama.PREFILL_TOKENS", 14)
     assert torch.equal(greedy(model, TOKENS, 6), whole)

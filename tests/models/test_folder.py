@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import of_transformers
 
 import fdk
 from fdk.models import QuantisationConfig, quantise, quantise_folder
@@ -15,20 +16,9 @@ from fdk.models.folder import load_dense, resolve
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
 
 def write(folder, kind: str = "Llama", dtype=torch.float32, shard="10MB", **extra):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+    model = of_transformers(kind, **extra).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "tokenizer.json").write_text('{"made": "up"}')
     (folder / "README.md").write_text("of the original")
