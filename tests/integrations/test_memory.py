@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import SIZES
 
 from fdk.models import quantise_folder
 
@@ -19,15 +20,14 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which only Linux has"),
 ]
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+LARGE = {
+    **SIZES,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "head_dim": 128,
 }
-LARGE = {**SMALL, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
 LAYERS = 7 * LARGE["num_hidden_layers"]
 DENSE = 2048 * 4096 * 2
 """Bytes of the largest tensor in bfloat16."""
@@ -81,7 +81,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     dense, linear = write(folder / "dense", LARGE)
     assert linear > 500e6
     quantise_folder(dense, folder / "low", "lut4_g64")
-    return {"small": write(folder / "small", SMALL)[0], "dense": dense, "low": folder / "low"}
+    return {"small": write(folder / "small", SIZES)[0], "dense": dense, "low": folder / "low"}
 
 
 def peak(folders: dict[str, Path], source: str, target: Path, action: str, before: str = "") -> tuple[int, int]:
