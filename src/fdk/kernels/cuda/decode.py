@@ -34,6 +34,10 @@ def max_shared(capability: tuple[int, int]) -> int:
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)
 
 
+OCTET_TABLE_BYTES = 256 * 128
+"""Bytes of the table of eight one-bit codes (csrc/dequantise.cuh)."""
+
+
 def table_aligned(bits: int, kind: int) -> int:
     """Bytes of the table in shared memory that starts at a multiple of them (csrc/dequantise.cuh, csrc/sparse.cuh)."""
     if kind in (SPARSE_INT, SPARSE_TABLE):
@@ -172,6 +176,8 @@ class Config:
     row_split    CTAs that share a block of rows, instead of clusters that split k
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
+    uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
+    octets       look up one bit eight codes at a time, which needs no sums of activations
     """
 
     tokens: int
@@ -195,6 +201,8 @@ class Config:
     row_split: int = 1
     x_sums: bool = False
     wide: bool = False
+    octets: bool = False
+    uniform: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -217,8 +225,9 @@ class Config:
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // (self.cluster * self.phases))
-        table = 0 if self.digits else shape.table_bytes << self.wide
-        aligned = table_aligned(shape.bits, shape.kind) << self.wide
+        octets = OCTET_TABLE_BYTES * self.octets
+        table = 0 if self.digits else octets or shape.table_bytes << self.wide
+        aligned = octets or table_aligned(shape.bits, shape.kind) << self.wide
         before = 0 if self.digits or not hopper else max(0, aligned - 1024)
         table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
@@ -230,7 +239,7 @@ class Config:
             ring += 128 * (max(1, columns // shape.group) - self.stages * shape.stage_groups(self.stage_units))
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
-        one_bit_sums = shape.bits == 1 and self.tokens < 16
+        one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
         summed = self.digits or (not self.x_sums and (shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums))
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
@@ -282,6 +291,8 @@ class Config:
             "FDK_BULK": int(self.bulk),
             "FDK_X_SUMS": int(self.x_sums),
             "FDK_WIDE": int(self.wide),
+            "FDK_OCTETS": int(self.octets),
+            "FDK_UNIFORM": int(self.uniform),
             "FDK_ROW_SPLIT": self.row_split,
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_LAG": int(self.lag),

@@ -23,7 +23,7 @@ constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
 extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char smem[];
     if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_ALIGNED - 1)) != 0) __trap();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = UNIFORM ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / K_WARPS, k_warp = warp % K_WARPS;
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / (CLUSTER * ROW_SPLIT);
 
@@ -74,6 +74,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     float low = -1.f, high = 0.f;
     if constexpr (BITS == 1 || DIGITS) {
         if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
+        if constexpr (OCTETS) {
+            for (int i = 0; i < TABLES; ++i) {
+                const auto value = [&](int code) -> u32 { return TABLE ? table[2 * i + code] : round_half<BF16>(code - 1.f); };
+                fill_octets<WARPS>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, value(0), value(1));
+            }
+        }
     } else if constexpr (SPARSE) {
         fill_selectors<WARPS>(smem + Smem::TABLE, warp, lane);
         if constexpr (SPARSE_TABLE)
@@ -88,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 
     __syncthreads();  // table and barriers are ready
     wait_for_previous_kernel();
-    const u32 lane_offset = BITS == 2 ? lane % 16 * 8 : lane * 4;
+    const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero};
@@ -163,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                         read = stage;
                     }
                     w.wait(stage, parity);
-                    wait_for_activations(smem, phase, unit - first_unit, end_unit - first_unit, k_warp);
+                    wait_for_activations(smem, phase, unit - first_unit, k_warp);
                     Unit loaded[STAGE_UNITS];
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)

@@ -4,7 +4,8 @@
 // code e = 8s + 4h + j is row 8h+g, column 8(j/2) + 2t + j%2 of step s. Register a[s][h + 2*(j/2)] holds two columns.
 //
 //   1 bit    a lop3 puts the bit into sign, exponent or mantissa: value = offset(position) + 2*bit, for any step;
-//            with many tokens (SELECT), a prmt spreads it over 16 bits and a lop3 selects one of two table values
+//            with many tokens (SELECT), a prmt spreads it over 16 bits and a lop3 selects one of two table values;
+//            or eight codes index a table of whole operands (16 bytes), replicated for 8 lanes (see octets_to_operand)
 //   2 bits   four codes index a table of 4 values (8 bytes), replicated for 16 lanes: 64-bit loads without conflicts
 //   3, 4     two codes index a table of pairs (4 bytes), replicated for 32 lanes
 //   5 to 8   one code indexes a table of values, both halves equal, replicated for 32 lanes
@@ -177,6 +178,31 @@ __device__ __forceinline__ void dequantise(u32 (&a)[4][4], const u32 (&words)[4 
             }
             a[p / 4][p / 2 % 2 + p % 2 * 2] = __byte_perm(value[0], value[1], 0x7610);
         }
+    }
+}
+
+// One bit by look-ups: a table row has the four words of a step's operand, for its eight codes. Those are two
+// neighbouring bits of each byte of a word; a product brings them together, in the order of their bytes.
+constexpr int OCTET_TABLE_BYTES = 256 * 128;
+
+// low, high: values of codes 0 and 1. All threads of the CTA take part.
+template <int WARPS>
+__device__ __forceinline__ void fill_octets(char* table, int warp, int lane, u32 low, u32 high) {
+#pragma unroll 8
+    for (int row = warp * 4 + lane / 8; row < 256; row += WARPS * 4) {
+        const auto pair = [&](int i) { return (row >> (3 - i) & 1 ? high : low) | (row >> (7 - i) & 1 ? high : low) << 16; };
+        *reinterpret_cast<u32x4*>(table + row * 128 + lane % 8 * 16) = u32x4{pair(0), pair(1), pair(2), pair(3)};
+    }
+}
+
+// A row tile of one bit; lookup.table names the lane's column of 16 bytes.
+__device__ __forceinline__ void octets_to_operand(u32 (&a)[4][4], u32 word, const Lookup& lookup) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+        const u32 together = (word & 0xc0c0c0c0u >> 2 * s) * (0x41041u << 2 * s);  // in the upper byte
+        asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(a[s][0]), "=r"(a[s][1]), "=r"(a[s][2]), "=r"(a[s][3])
+            : "r"((together >> 17 & 0x7f80u) | lookup.table));
     }
 }
 

@@ -182,7 +182,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     share.sync(warp);
 }
 
-__device__ __forceinline__ void wait_for_activations(const char*, int, int, int, int) {}
+__device__ __forceinline__ void wait_for_activations(const char*, int, int, int) {}
 
 // Sums of one block over a warp's slice, row 16*tile + 8*h + g: of scale * digits for columns 2t and 2t+1, that is
 // digits 2*(t%2) and one more of token t/2 (one token: t < 2 only), and of scale * (zero *) sum(x) of that token.

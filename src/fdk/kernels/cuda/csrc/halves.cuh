@@ -11,11 +11,13 @@ __device__ __forceinline__ u32 x_barrier(const char* smem, int phase, int k_warp
     return shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + ((phase % X_BUFFERS * K_WARPS + k_warp) * X_CHUNKS + chunk) * 8;
 }
 
-// Before a warp multiplies unit `at` of the `count` units of its slice.
-__device__ __forceinline__ void wait_for_activations(const char* smem, int phase, int at, int count, int k_warp) {
+// Before a warp multiplies unit `at` of its slice. Pieces are counted at compile time: a division here costs each unit more
+// than the wait.
+__device__ __forceinline__ void wait_for_activations(const char* smem, int phase, int at, int k_warp) {
     if constexpr (!BULK_X || SUMS) return;
-    const int chunk = count / X_CHUNKS;
-    if (at % chunk == 0) barrier_wait(x_barrier(smem, phase, k_warp, at / chunk), phase / X_BUFFERS % 2);
+    constexpr int CHUNK = UNITS / (CLUSTER * PHASES * K_WARPS * X_CHUNKS);
+    const int chunk = X_CHUNKS == 1 ? 0 : at / CHUNK;
+    if (at == chunk * CHUNK) barrier_wait(x_barrier(smem, phase, k_warp, chunk), phase / X_BUFFERS % 2);
 }
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
@@ -209,7 +211,12 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
     for (int first = 0; first < ROW_TILES; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT, WIDE>(a[i], u.words, first + i, lookup);
+        for (int i = 0; i < TILES; ++i) {
+            if constexpr (OCTETS)
+                octets_to_operand(a[i], u.words[first + i], lookup);
+            else
+                to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT, WIDE>(a[i], u.words, first + i, lookup);
+        }
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 (&bt)[8] = b[NT > 2 ? 0 : nt];

@@ -273,12 +273,6 @@ __device__ __forceinline__ int staged_group(int unit) {
 // the loop, so that addresses are uniform, and one of them issues the copies.
 constexpr int WEIGHT_WARPS = BLOCKS < 3 ? BLOCKS : 3;
 
-__device__ __forceinline__ bool elected() {
-    u32 yes;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
-    return yes != 0;
-}
-
 struct Producer {
     const Params& p;
     u32 smem;

@@ -157,6 +157,15 @@ __device__ __forceinline__ void barrier_init(u32 barrier) {
 #endif
 }
 
+// True for one lane of a warp whose lanes are all here.
+__device__ __forceinline__ bool elected() {
+    u32 yes = 1;
+#if FDK_HOPPER
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+#endif
+    return yes != 0;
+}
+
 // Makes the initialised barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
 #if FDK_HOPPER

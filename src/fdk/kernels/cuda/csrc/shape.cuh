@@ -5,8 +5,8 @@
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
-//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS FDK_WIDE, and FDK_SQUARES
-//   FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS FDK_WIDE FDK_OCTETS
+//   FDK_UNIFORM, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -24,6 +24,7 @@ constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
 // CTAs that share a block of rows, where one for each block would leave multiprocessors idle.
 constexpr int ROW_SPLIT = FDK_ROW_SPLIT, ROWS = 64 / ROW_SPLIT, ROW_TILES = 4 / ROW_SPLIT;
 constexpr bool BULK = FDK_HOPPER && FDK_BULK;  // rings are filled by bulk copies, else by cp.async
+constexpr bool UNIFORM = FDK_UNIFORM;  // the compiler knows that a warp's lanes agree on what their warp copies
 
 constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
 constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
@@ -60,8 +61,10 @@ constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
 
 // Affine values need sums of activations per unit and scale change: floats[SUM_KINDS][SUM_COLUMNS] of each.
-constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16;  // see dequantise.cuh
-constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !DIGITS;
+constexpr bool OCTETS = FDK_OCTETS;  // one bit by look-ups of eight codes, see dequantise.cuh
+static_assert(!OCTETS || (BITS == 1 && KIND <= 1 && !DIGITS && !FDK_X_SUMS), "values of two codes, as they are");
+constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS;  // see dequantise.cuh
+constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS;
 // A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
 constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS;
 constexpr bool SUMS = (ZEROS || SPLIT_BIT || DIGITS) && !X_SUMS;
@@ -79,7 +82,7 @@ constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
 struct Smem {
     static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_ALIGNED = DIGITS || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
+    static constexpr int TABLE_ALIGNED = OCTETS ? OCTET_TABLE_BYTES : DIGITS || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE_BYTES = TABLE_ALIGNED + (SPARSE_TABLE ? KEPT_VALUES_BYTES : 0);
     static constexpr int TABLE = WINDOW && TABLE_ALIGNED > WINDOW ? TABLE_ALIGNED - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
@@ -211,7 +214,7 @@ struct Warp {
             // Planes or rows that are not read lie between the units.
             constexpr int PIECES = NESTED || ROW_SPLIT > 1 ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
             if constexpr (BULK) {
-                if (lane == 0) {
+                if (UNIFORM ? elected() : lane == 0) {
                     const u32 barrier = barriers + stage * 8;
                     barrier_expect(barrier, Smem::STAGE + (first ? Smem::SLICE_BYTES : 0));
 #pragma unroll
