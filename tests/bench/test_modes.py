@@ -33,7 +33,10 @@ def test_the_sizes_of_matgptq(monkeypatch):
     found = settings(["--mode", "matgptq"])
     assert found.ms == (1, 2, 4, 8, 16, 32, 64)
     assert [(s.n, s.k) for s in found.shapes] == [(size, size) for size in (2048, 4096, 8192, 16384)]
-    assert found.selection.formats == ("nest8s2_g128", "nest8s3_g128", "nest8s4_g128", "nest8s6_g128", "nest8_g128")
+    slices = ("nest8s2_g128", "nest8s3_g128", "nest8s4_g128", "nest8s6_g128", "nest8_g128")
+    cut = ("trunc8s2_g128", "trunc8s3_g128", "trunc8s4_g128", "trunc8s6_g128", "trunc8_g128")
+    exported = ("int2_g128", "int3_g128", "int4_g128", "int6_g128", "int8_g128")
+    assert found.selection.formats == (*slices, *cut, *exported)
     assert found.providers == {"fdk", "torch-bf16"}
 
 
@@ -63,11 +66,13 @@ def test_matgptq_prints_its_table_and_draws_its_figure(small, capsys, tmp_path):
     head, *rows = cells(out, "n x k, format")
     assert head == ["n x k, format: x torch bf16", "batch 1", "batch 4"]
     assert [row[0] for row in rows] == [
-        f"{n} x 128 `{name}`" for n in (64, 128) for name in ("nest8s2_g128", "nest8_g128")
+        f"{n} x 128 `{name}_g128`"
+        for n in (64, 128)
+        for name in ("int2", "nest8s2", "trunc8s2", "int8", "nest8", "trunc8")
     ]
     first = next(r for r in found if (r["n"], r["m"], r["format"]) == (64, 4, "nest8s2_g128"))
     assert first["bits"] == 2
-    assert float(rows[0][2]) == pytest.approx(first["x_bf16"], rel=1e-2)
+    assert float(rows[1][2]) == pytest.approx(first["x_bf16"], rel=1e-2)
     assert (tmp_path / "matgptq.svg").read_text().count("batch") == 2
 
 

@@ -51,14 +51,17 @@ class Mode(ABC):
 
 
 class MatGPTQ(Mode):
-    """Slices of one 8-bit master at small batches: speed-up over torch.nn.functional.linear in bf16."""
+    """Slices of one 8-bit master at small batches: speed-up over torch.nn.functional.linear in bf16.
+
+    Rounded slices, cut ones, and the integers that `QuantisedWeight.export` makes of rounded ones.
+    """
 
     batches: ClassVar = dict.fromkeys((True, False), (1, 2, 4, 8, 16, 32, 64))
     shapes: ClassVar = {True: ("2048x2048", "4096x4096", "8192x8192", "16384x16384"), False: ("2048x2048",)}
     widths = (2, 3, 4, 6, 8)
 
     def formats(self, widths: Sequence[int], group: str) -> list[str]:
-        return [f"nest8s{bits}_{group}" for bits in widths]
+        return [f"{kind}{bits}_{group}" for kind in ("nest8s", "trunc8s", "int") for bits in widths]
 
     def summary(self, records: list[Record]) -> str:
         found = speedups(records)

@@ -26,7 +26,7 @@ COLOUR_OF_BITS = dict(
         strict=True,
     )
 )
-MARKER_OF_KIND = {"lut": "o", "int": "s", "uint": "^", "nf": "D", "fp": "v", "nest": "o", "trunc": "s"}
+MARKER_OF_KIND = {"lut": "o", "int": "s", "uint": "^", "nf": "D", "fp": "v", "nest": "o", "trunc": "X"}
 # Others are dotted, black or grey, with hollow markers.
 PEERS = {
     "torch-bf16": ("torch bf16", "#000000", "s"),
