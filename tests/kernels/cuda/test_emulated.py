@@ -148,6 +148,13 @@ OPTIONS = [
     ("lut2_g64", config(8, 1, 4, 2, 2, wide=True, stage_units=2)),
     ("lut8_g64", config(1, 1, 4, 1, 1, wide=True, bulk=False, scales_once=True)),
     ("lut2_g64", config(1, 1, 8, 1, 1, row_split=2, scales_once=True, bulk=False, stage_units=2)),
+    ("nest8s2_g64", config(1, 1, 4, 1, 1, digits=True, stage_units=2)),
+    ("nest8s3_g128", config(1, 1, 8, 2, 2, digits=True, stages=2, scales_once=True)),
+    ("nest8s5_g64", config(2, 2, 4, 1, 1, digits=True, stages=2)),
+    ("nest8_chan", config(1, 1, 4, 1, 2, digits=True, stages=3)),
+    ("trunc8s2_g128", config(1, 1, 4, 2, 2, digits=True, stage_units=4)),
+    ("trunc8s4_g64", config(1, 2, 4, 1, 1, digits=True, bulk=False, stages=2)),
+    ("trunc8s7_g64", config(2, 1, 4, 1, 1, digits=True)),
 ]
 
 

@@ -43,6 +43,8 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
+SIXTEEN = "16384x16384"
+
 COPIES: tuple[Change, ...] = (
     {"bulk": False},
     {"scales_once": True},
@@ -65,6 +67,53 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "nest8s2_g128 nest8s4_g128 int4_g64_sp16of32", "8192x8192", "1"), COPIES[:3]),
             Trial(problems("decode", "lut2_g64 lut4_g64", "14336x4096", "1"), ({"bulk": False},)),
             Trial(problems("decode", "lut4_g64", "28672x8192", "1"), ({"bulk": False},)),
+        ),
+    ),
+    "nested": Named(
+        "Slices at 16384 x 16384, one token: do integer products of the gathered planes, which leave two thirds of the "
+        "instructions, or more bytes on their way, bring 2 to 4 bits to 1.4 x the floor?",
+        40,
+        (
+            Trial(
+                problems("decode", "trunc8s2_g128 nest8s2_g128 trunc8s3_g128 nest8s3_g128 trunc8s4_g128", SIXTEEN, "1"),
+                each(
+                    {"digits": True, "scales_once": False},
+                    {"digits": True},
+                    {"digits": True, "late": True},
+                    {"digits": True, "stages": 2},
+                    {"digits": True, "stage_units": 4},
+                    {"digits": True, "k_warps": 8},
+                    {},
+                    {"stages": 2},
+                    scales_once=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "nest8s4_g128 nest8s6_g128 nest8_g128", SIXTEEN, "1"),
+                each({"digits": True}, {"digits": True, "stage_units": 2, "stages": 1}, {}, scales_once=True),
+            ),
+        ),
+    ),
+    "nested-small": Named(
+        "The same where a CTA has one block of rows or less.",
+        40,
+        (
+            Trial(
+                problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s3_g128 nest8s4_g128 nest8_g128", "8192x8192", "1"),
+                each(
+                    {"digits": True, "k_warps": 16, "stages": 1, "stage_units": 1},
+                    {"digits": True, "k_warps": 16, "stages": 1, "stage_units": 2},
+                    {"digits": True, "k_warps": 16, "stages": 1, "stage_units": 2, "late": True},
+                    {"digits": True, "k_warps": 8, "stages": 2, "stage_units": 2},
+                    {"k_warps": 8, "stages": 1, "stage_units": 1},
+                    {"k_warps": 16, "stages": 1, "stage_units": 1},
+                    scales_once=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s4_g128", "4096x4096", "1"),
+                ({"digits": True}, {"digits": True, "scales_once": True}, {"scales_once": True}),
+            ),
         ),
     ),
     "addresses": Named(

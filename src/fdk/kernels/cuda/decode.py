@@ -113,7 +113,7 @@ class Shape:
     def allows_digits(self) -> bool:
         """Whether integer products can serve it: values affine in the code, codes that a mask turns into bytes."""
         affine = self.kind in (INT, UINT_U8, UINT_FLOAT) or (self.kind == TABLE and self.bits == 1)
-        return self.bits in (1, 2, 4, 8) and affine and self.subs == 1
+        return (self.nested or (self.bits in (1, 2, 4, 8) and affine)) and self.subs == 1
 
     def stage_groups(self, stage_units: int) -> int:
         """Groups that a stage of that many units holds."""
@@ -500,7 +500,7 @@ def choose_config(
         cta_units = -(-shape.units // cluster)
         alone = hopper and (chained or _nested_alone(shape, tokens, per_cluster, cta_units))
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone)
-        if tokens == 1 and shape.allows_digits:
+        if tokens == 1 and shape.allows_digits and not shape.nested:
             large = shape.n * shape.k >= 1 << 25
             # Making digits pays where a CTA has many units for each that it makes them of.
             two = shape.bits == 2 and shape.kind == INT and large and (cluster == 1 or per_cluster >= 4) and not chained

@@ -1,4 +1,4 @@
-// The product in integers, for one or two tokens of formats that are affine in their codes (int, uint, any one bit).
+// The product in integers, for one or two tokens of formats that are affine in their codes (int, uint, nested, any one bit).
 //
 // An mma has eight columns and one token fills one of them; here it fills four, one for each digit of its activations:
 // x * 2^shift is rounded to 32-bit fixed point, the largest |x| of the CTA's slice just below 2^30, and written in
@@ -14,7 +14,10 @@
 namespace fdk {
 
 constexpr int COLUMNS_USED = 4 * M;
-constexpr int MAX_SHIFT = BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
+// Nested weights: bits of the fields that planes become (planes.cuh), a byte of which holds codes of rows g and g + 8.
+using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == 5, BF16>;
+constexpr int FIELD = Planes::FIELD;
+constexpr int MAX_SHIFT = NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
 
 // Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 8(j/2) + 2t + j%2 of
 // the unit, with x scaled by 2^shift.
@@ -22,6 +25,7 @@ struct Element {
     int s, j, shift;
 };
 __device__ constexpr Element element(int step, int half, int byte) {
+    if (NESTED) return {2 * (byte % 2) + step, 2 * half + byte / 2, MAX_SHIFT * (1 - step)};
     if (BITS == 1) return {2 * step + half, byte == 0 ? 2 : byte == 1 ? 0 : byte == 2 ? 3 : 1, 2 * (2 * step + half)};
     if (BITS == 8) return {2 * step + half, byte, 0};
     return {2 * step + byte / 2, 2 * (byte % 2) + half, BITS * (1 - half)};
@@ -29,15 +33,25 @@ __device__ constexpr Element element(int step, int half, int byte) {
 
 // Products of rows 8h + g carry this power of two.
 __device__ constexpr int row_shift(int h) {
+    if (NESTED) return MAX_SHIFT + (FIELD == 2 ? 2 * h : 0);
     return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 0;
 }
 
 // A operands of the two steps of a row tile, codes as bytes.
 __device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[4 * BITS], int tile) {
     constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
+    u32 fields[FIELD];
+    if constexpr (NESTED) slice_fields<BITS, FDK_SLICE>(fields, words, tile);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-        if constexpr (BITS == 1) {
+        if constexpr (NESTED) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int bit = 4 * step + 2 * (i % 2) + i / 2;
+                constexpr u32 MASK = 0x01010101u * ((1u << FDK_SLICE) - 1);
+                a[step][i] = FDK_SLICE == 8 ? fields[bit % FIELD] : fields[bit % FIELD] & MASK << bit / FIELD * FIELD;
+            }
+        } else if constexpr (BITS == 1) {
             const u32 w = words[tile];
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[step][i] = w & (0x01010101u << (7 - i % 2 - 2 * (2 * step + i / 2)));
@@ -246,6 +260,8 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
             const float x = acc.scaled_x[tile][h];
             if constexpr (TABLE)
                 v = fmaf(high, v, low * (x - v));
+            else if constexpr (NESTED)
+                v = float(Planes::STEP) * (v - float(Planes::MIDDLE - (KIND == 5 ? 0.5 : 0)) * x);
             else
                 v -= ZEROS ? x : float(1 << (BITS - 1)) * x;
             if (t % 2 == 0 && t / 2 < M) slot[(tile * 16 + h * 8 + g) * M + token] = v;

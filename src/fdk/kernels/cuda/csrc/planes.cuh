@@ -70,11 +70,10 @@ struct Slice {
     }
 };
 
-// Row tile `tile` of a unit whose first PLANES planes are words[4*p + tile]: a[s] is the A operand of step s.
-template <int PLANES, int SLICE, bool CUT, bool BF16>
-__device__ __forceinline__ void dequantise_planes(u32 (&a)[4][4], const u32 (&words)[4 * PLANES], int tile, const Lookup& lookup) {
-    using S = Slice<SLICE, CUT, BF16>;
-    static_assert(PLANES == (CUT || SLICE == 8 ? SLICE : SLICE + 1));
+// Fields with the codes of row tile `tile` of a unit whose first PLANES planes are words[4*p + tile], those of a rounded slice
+// one more than its bits.
+template <int PLANES, int SLICE, int FIELD>
+__device__ __forceinline__ void slice_fields(u32 (&fields)[FIELD], const u32 (&words)[4 * PLANES], int tile) {
     u32 planes[SLICE];
 #pragma unroll
     for (int p = 0; p < SLICE; ++p) planes[p] = words[4 * p + tile];
@@ -90,10 +89,18 @@ __device__ __forceinline__ void dequantise_planes(u32 (&a)[4][4], const u32 (&wo
             carry &= before;
         }
     }
+    gather_planes<FIELD, SLICE>(fields, planes);
+}
+
+// That row tile as A operands: a[s] is that of step s.
+template <int PLANES, int SLICE, bool CUT, bool BF16>
+__device__ __forceinline__ void dequantise_planes(u32 (&a)[4][4], const u32 (&words)[4 * PLANES], int tile, const Lookup& lookup) {
+    using S = Slice<SLICE, CUT, BF16>;
+    static_assert(PLANES == (CUT || SLICE == 8 ? SLICE : SLICE + 1));
     // Unknown to the compiler, which would split a lop3 of two constants in two.
     const u32 base = S::BASE ^ lookup.zero;
     u32 fields[S::FIELD];
-    gather_planes<S::FIELD, SLICE>(fields, planes);
+    slice_fields<PLANES, SLICE>(fields, words, tile);
 #pragma unroll
     for (int q = 0; q < 16; ++q) {
         const int w = q % S::FIELD, i = q / S::FIELD, in_group = i % S::AT_ONCE;

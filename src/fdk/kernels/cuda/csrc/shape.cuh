@@ -128,7 +128,7 @@ struct Smem {
     }
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
-static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (BITS & (BITS - 1)) == 0 && (!TABLE || BITS == 1)), "see digits.cuh");
+static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (NESTED || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE), "see digits.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 
 constexpr int MAX_RANGES = 16;
