@@ -155,6 +155,14 @@ OPTIONS = [
     ("trunc8s2_g128", config(1, 1, 4, 2, 2, digits=True, stage_units=4)),
     ("trunc8s4_g64", config(1, 2, 4, 1, 1, digits=True, bulk=False, stages=2)),
     ("trunc8s7_g64", config(2, 1, 4, 1, 1, digits=True)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, digits=True, paired=True, stage_units=4)),
+    ("lut1_g64", config(1, 2, 2, 2, 2, digits=True, paired=True, scales_once=True, late=True, stage_units=2)),
+    ("lut1_g128", config(2, 1, 3, 1, 1, digits=True, paired=True)),
+    ("int2_g64", config(1, 1, 4, 2, 2, digits=True, paired=True, bulk=False, stage_units=2, stages=2)),
+    ("uint4_g64", config(1, 1, 4, 1, 1, digits=True, paired=True)),
+    ("uint8_g64", config(2, 2, 4, 1, 1, digits=True, paired=True)),
+    ("int8_chan", config(1, 1, 4, 1, 1, digits=True, paired=True)),
+    ("nest8s4_g64", config(1, 1, 4, 1, 2, digits=True, paired=True, stages=2)),
 ]
 
 

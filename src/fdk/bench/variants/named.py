@@ -191,6 +191,116 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "uint4_g64", "4096x4096 8192x8192", "1 8"), ({"x_sums": True},)),
         ),
     ),
+    "one-bit": Named(
+        "One bit, one token: what do half as many sums in integer products save, and do warps that read their whole "
+        "slice at once, blocks taken one after the other, or two CTAs beside each other save more?",
+        60,
+        (
+            Trial(
+                problems("decode", "lut1_g64", "8192x8192", "1"),
+                each(
+                    {},
+                    {"stages": 2},
+                    {"stage_units": 8},
+                    {"k_warps": 8, "stages": 2},
+                    {"k_warps": 8, "stages": 3},
+                    {"k_warps": 8, "stages": 3, "min_ctas": 2},
+                    {"k_warps": 8, "stages": 3, "min_ctas": 2, "late": False},
+                    {"late": False},
+                    {"scales_once": True},
+                    {"stages": 2, "stage_units": 2},
+                    paired=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "28672x8192", "1"),
+                each({}, {"stages": 1}, paired=True)
+                + each({}, {"stages": 1}, {"stages": 3}, row_warps=1, k_warps=16, batch=7, paired=True)
+                + each({}, {"stages": 1}, {"stages": 3}, row_warps=7, k_warps=2, batch=1, paired=True),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "14336x4096", "1"),
+                each({}, {"k_warps": 8}, {"k_warps": 8, "stage_units": 8}, {"stages": 2}, paired=True),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "4096x14336", "1"),
+                each(
+                    {},
+                    {"stages": 1, "stage_units": 7},
+                    {"k_warps": 16, "stages": 1, "stage_units": 7},
+                    {"k_warps": 14, "stages": 2, "stage_units": 2},
+                    paired=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "4096x4096", "1"),
+                each(
+                    {},
+                    {"stages": 1, "stage_units": 4},
+                    {"stages": 1, "stage_units": 4, "late": True},
+                    digits=True,
+                    paired=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "lut1_g64", "8192x8192", "2"),
+                each({}, {"k_warps": 16, "stage_units": 2}, digits=True, paired=True, late=True),
+            ),
+        ),
+    ),
+    "integers": Named(
+        "One token: do integer products with half as many sums now beat look-ups at 2, 4 and 8 bits, with and without "
+        "zero points?",
+        75,
+        (
+            Trial(
+                problems("decode", "int2_g64", "8192x8192", "1"),
+                each({}, {"stage_units": 4}, {"stages": 2}, paired=True),
+            ),
+            Trial(
+                problems("decode", "int2_g64", "28672x8192", "1"),
+                each(
+                    {},
+                    {"row_warps": 1, "k_warps": 16, "batch": 7},
+                    {"row_warps": 7, "k_warps": 2, "batch": 1},
+                    {"row_warps": 7, "k_warps": 2, "batch": 1, "stages": 2, "stage_units": 4},
+                    paired=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "int2_g64", "14336x4096", "1"),
+                each({}, {"k_warps": 8}, {"k_warps": 8, "stage_units": 2, "stages": 2}, paired=True),
+            ),
+            Trial(
+                problems("decode", "int2_g64 int4_g64 uint4_g64 int8_g64", "4096x4096", "1"),
+                each({}, {"stages": 1}, {"stages": 2, "stage_units": 2}, digits=True, paired=True),
+            ),
+            Trial(
+                problems("decode", "int4_g64 uint4_g64 uint2_g64 int8_g64 uint8_g64", "8192x8192", "1"),
+                each(
+                    {"k_warps": 8, "stages": 1, "stage_units": 2},
+                    {"k_warps": 8, "stages": 2, "stage_units": 1},
+                    {"k_warps": 8, "stages": 2, "stage_units": 2},
+                    {"k_warps": 16, "stages": 1, "stage_units": 2},
+                    {"k_warps": 16, "stages": 2, "stage_units": 1},
+                    digits=True,
+                    paired=True,
+                    late=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "int4_g64 uint4_g64", "28672x8192", "1"),
+                each(
+                    {"row_warps": 7, "k_warps": 2, "stages": 2, "stage_units": 2},
+                    {"row_warps": 4, "k_warps": 4, "batch": 1, "stages": 2, "stage_units": 1},
+                    batch=1,
+                    digits=True,
+                    paired=True,
+                    late=True,
+                ),
+            ),
+        ),
+    ),
     "tokens": Named(
         "Eight and sixteen tokens at 8192 x 8192: more warps of one unit each, and cheaper copies?",
         60,

@@ -178,6 +178,7 @@ class Config:
     x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
     uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     octets       look up one bit eight codes at a time, which needs no sums of activations
+    paired       integer products: two row tiles share an accumulator, and pairs of digits are added up before scaling
     """
 
     tokens: int
@@ -203,6 +204,7 @@ class Config:
     wide: bool = False
     octets: bool = False
     uniform: bool = False
+    paired: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -244,6 +246,7 @@ class Config:
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
+        head += 256 * self.stage_units - 240 if self.paired and self.tokens == 1 else 0
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
             head += (
@@ -294,6 +297,7 @@ class Config:
             "FDK_OCTETS": int(self.octets),
             "FDK_UNIFORM": int(self.uniform),
             "FDK_ROW_SPLIT": self.row_split,
+            "FDK_PAIRED": int(self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_LAG": int(self.lag),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),

@@ -92,6 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             });
     }
 
+    const Activations activations = Activations::of(p, cta_unit, units, warp, lane);
+    if constexpr (Smem::NO_DIGIT_BYTES > 0) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < Smem::NO_DIGIT_BYTES / 16; i += THREADS) *reinterpret_cast<u32x4*>(smem + Smem::NO_DIGITS + i * 16) = {};
+    }
     __syncthreads();  // table and barriers are ready
     wait_for_previous_kernel();
     const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 ? lane % 16 * 8 : lane * 4;
@@ -101,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     Outputs outputs = {p, range, smem, (ROW_SPLIT > 1 ? row_part() : rank) * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase) {
-        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, phase, cta_unit + phase * units, units, warp, lane, lookup);
+        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup);
     };
     for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
 
@@ -177,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                                   i, (cta_unit + phase * units + unit + i) * 64, lane);
                     if constexpr (!FDK_LAG) w.refill(ahead, stage);
 #pragma unroll
-                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, lane, lookup);
+                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, i, lane, lookup);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }

@@ -8,6 +8,9 @@
 //
 // A code thus costs a quarter of an instruction or less, where dequantising to bf16 costs half a lop3 per weight at
 // one bit and a table look-up's share of shared-memory bandwidth above. Zero points enter through sums of x.
+//
+// FDK_PAIRED: one token's digits fill only half of the columns, so two row tiles share an accumulator, each with the
+// digits in its own half of the columns and zeros in the other. A lane then has half as many sums to scale.
 #pragma once
 #include "epilogue.cuh"
 
@@ -18,6 +21,11 @@ constexpr int COLUMNS_USED = 4 * M;
 using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == 5, BF16>;
 constexpr int FIELD = Planes::FIELD;
 constexpr int MAX_SHIFT = NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
+// A lane has the sums of row tiles LANE_TILES * share_of(lane) + 0.. and, of each, of columns 2t and 2t + 1.
+constexpr int LANE_TILES = 4 / TILES_SHARING;
+__device__ __forceinline__ int share_of(int lane) {
+    return TILES_SHARING == 1 ? 0 : lane % 4 / 2;
+}
 
 // Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 8(j/2) + 2t + j%2 of
 // the unit, with x scaled by 2^shift.
@@ -78,16 +86,15 @@ __device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-// Columns `column`, +1, +8 and +9 of x as floats, zeros past K.
-__device__ __forceinline__ void load_columns(float (&v)[4], const u16* row, int column) {
+// Columns `at`, +1, +8 and +9 of x, from which on `from` points, as floats, zeros past K.
+__device__ __forceinline__ void load_columns(float (&v)[4], const u16* from, int at) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int at = column + 8 * i;
+    for (int i = 0; i < 2; ++i, at += 8, from += 8) {
         u32 pair = 0;
         if constexpr (K % 2 == 0) {
-            if (K % 64 == 0 || at < K) pair = load_4(row + at);
+            if (K % 64 == 0 || at < K) pair = load_4(from);
         } else {
-            pair = (at < K ? load_2(row + at) : 0) | (at + 1 < K ? u32(load_2(row + at + 1)) << 16 : 0);
+            pair = (at < K ? load_2(from) : 0) | (at + 1 < K ? u32(load_2(from + 1)) << 16 : 0);
         }
         v[2 * i] = low_half<BF16>(pair), v[2 * i + 1] = high_half<BF16>(pair);
     }
@@ -101,38 +108,61 @@ __device__ __forceinline__ float& back_of(char* smem, int token, int k_warp) {
     return reinterpret_cast<float*>(smem + Smem::MAXIMA)[M * WARPS + token * K_WARPS + k_warp];
 }
 
+// The activations that a thread makes digits of, in items of a token's 16 columns of one t of a unit.
+struct Activations {
+    struct Item {
+        int t, unit, token, column;  // unit counted from the CTA's first
+        const u16* from;
+    };
+    Share share;
+    Item kept[KEPT];
+
+    __device__ __forceinline__ bool has(int n) const { return share.thread + n * SHARE_THREADS < share.units * M * 4; }
+    __device__ __forceinline__ Item item(const Params& p, int first_unit, int n) const {
+        const int i = share.thread + n * SHARE_THREADS, per = EVEN_SHARES ? SHARE_UNITS : max(share.units, 1);
+        const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
+        const int column = (first_unit + unit) * 64 + t * 2;
+        return {t, unit, token, column, p.x + i64(min(token, p.m - 1)) * K + column};
+    }
+    // All but the loads, for which the kernel before has to end.
+    __device__ static __forceinline__ Activations of(const Params& p, int first_unit, int units, int warp, int lane) {
+        Activations a = {Share::of(units, warp, lane), {}};
+#pragma unroll
+        for (int n = 0; n < KEPT; ++n) {
+            a.kept[n] = a.item(p, first_unit, n);
+            if constexpr (PAIRED) keep_ahead(a.kept[n].from);
+        }
+        return a;
+    }
+};
+
 // Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
 // sum(x)[unit][token]; at MAXIMA: the largest |x| of each warp, and 2^-shift.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int, int first_unit, int units, int warp, int lane, const Lookup&) {
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations& x, int, int first_unit, int, int warp, int lane, const Lookup&) {
     float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
     u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
-    const Share share = Share::of(units, warp, lane);
-    const int per = max(share.units, 1);
+    const Share& share = x.share;
     float kept[KEPT][4][4];
-    const auto load = [&](float (&v)[4][4], int i) {
-        const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
-        const u16* row = p.x + i64(min(token, p.m - 1)) * K;
+    const auto load = [&](float (&v)[4][4], const Activations::Item& item) {
 #pragma unroll
-        for (int s = 0; s < 4; ++s) load_columns(v[s], row, (first_unit + unit) * 64 + t * 2 + s * 16);
+        for (int s = 0; s < 4; ++s) load_columns(v[s], item.from + s * 16, item.column + s * 16);
     };
-    const int items = share.units * M * 4;
     u32 largest[M] = {};
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
-        const int i = share.thread + n * SHARE_THREADS;
         float loaded[4][4] = {};
         float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
         if (n < KEPT)
             for (int q = 0; q < 16; ++q) v[q / 4][q % 4] = 0.f;
-        if (i < items) {
-            load(v, i);
+        if (x.has(n)) {
+            const Activations::Item item = n < KEPT ? x.kept[n < KEPT ? n : 0] : x.item(p, first_unit, n);
+            load(v, item);
             u32 most = 0;
 #pragma unroll
             for (int q = 0; q < 16; ++q) most = max(most, __float_as_uint(v[q / 4][q % 4]) & 0x7fffffffu);
-            const int token = i / 4 / per;
 #pragma unroll
             for (int k = 0; k < M; ++k)
-                if (token == k) largest[k] = max(largest[k], most);
+                if (item.token == k) largest[k] = max(largest[k], most);
         }
     }
     read_norms(p, smem, warp, lane);
@@ -152,24 +182,26 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
 #pragma unroll
         for (int i = 0; SHARE_WARPS > 1 && i < SHARE_WARPS; ++i) most = max(most, maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
         const int exponent = int(most >> 23);  // biased; 255 for NaN and infinity
-        const int biased = min(29 - MAX_SHIFT + 2 * 127 - exponent, 253);
+        // Finite also with the shift of an element; a slice below 2^-97 has fewer digits.
+        const int biased = min(29 - MAX_SHIFT + 2 * 127 - exponent, 254 - MAX_SHIFT);
         scale[k] = __uint_as_float(u32(biased) << 23);
         const float back = __uint_as_float(u32(254 - biased) << 23);
         if (share.thread == 0) back_of(smem, k, k_warp) = exponent == 255 ? __uint_as_float(0x7fc00000u) : back;
     }
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
-        const int i = share.thread + n * SHARE_THREADS;
-        const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
+        const Activations::Item item = n < KEPT ? x.kept[n < KEPT ? n : 0] : x.item(p, first_unit, n);
         float loaded[4][4] = {};
         float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
-        if (n >= KEPT && i < items) load(v, i);
+        if (n >= KEPT && x.has(n)) load(v, item);
         float sum = 0;
 #pragma unroll
         for (int q = 0; q < 16; ++q) sum += v[q / 4][q % 4];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const float factor = M == 2 && token == 1 ? scale[M - 1] : scale[0];
+        const float factor = M == 2 && item.token == 1 ? scale[M - 1] : scale[0];
+        // Half a digit added to the lower three lets them carry into the next; what remains is signed.
+        constexpr u32 HALVES = 0x00808080u;
         u32 digits[4][4];  // [digit][2*step + half], four columns each
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -177,19 +209,21 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
 #pragma unroll
             for (int byte = 0; byte < 4; ++byte) {
                 const Element e = element(r / 2, r % 2, byte);
-                // Adding half a digit to the lower three lets them carry into the next; what remains is signed.
-                w[byte] = (u32(__float2int_rn(v[e.s][e.j] * (factor * float(1 << e.shift)))) + 0x00808080u) ^ 0x00808080u;
+                const float value = v[e.s][e.j], power = factor * float(1 << e.shift);
+                // The sum of a 16-bit float and HALVES loses no more than the one rounding to an integer.
+                w[byte] = PAIRED ? u32(__float2int_rn(fmaf(value, power, float(HALVES)))) ^ HALVES
+                                 : (u32(__float2int_rn(value * power)) + HALVES) ^ HALVES;
             }
             const u32 low01 = __byte_perm(w[0], w[1], 0x5140), high01 = __byte_perm(w[0], w[1], 0x7362);
             const u32 low23 = __byte_perm(w[2], w[3], 0x5140), high23 = __byte_perm(w[2], w[3], 0x7362);
             digits[0][r] = __byte_perm(low01, low23, 0x5410), digits[1][r] = __byte_perm(low01, low23, 0x7632);
             digits[2][r] = __byte_perm(high01, high23, 0x5410), digits[3][r] = __byte_perm(high01, high23, 0x7632);
         }
-        if (i < items) {
-            if (t == 0) sums[unit * M + token] = sum;
+        if (x.has(n)) {
+            if (item.t == 0) sums[item.unit * M + item.token] = sum;
 #pragma unroll
             for (int d = 0; d < 4; ++d)
-                *reinterpret_cast<u32x4*>(smem + Smem::X + (unit * COLUMNS_USED + token * 4 + d) * 64 + t * 16) =
+                *reinterpret_cast<u32x4*>(smem + Smem::X + (item.unit * COLUMNS_USED + item.token * 4 + d) * 64 + item.t * 16) =
                     u32x4{digits[d][0], digits[d][1], digits[d][2], digits[d][3]};
         }
     }
@@ -199,10 +233,11 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
 __device__ __forceinline__ void wait_for_activations(const char*, int, int, int) {}
 
 // Sums of one block over a warp's slice, row 16*tile + 8*h + g: of scale * digits for columns 2t and 2t+1, that is
-// digits 2*(t%2) and one more of token t/2 (one token: t < 2 only), and of scale * (zero *) sum(x) of that token.
+// digits 2*(t%2) and one more of token t/2 (one token, not sharing: t < 2 only), and of scale * (zero *) sum(x) of that
+// token. PAIRED: digits are added up before they are scaled.
 struct Accumulator {
-    float sum[4][2][2];
-    float scaled_x[4][2];
+    float sum[LANE_TILES][2][PAIRED ? 1 : 2];
+    float scaled_x[LANE_TILES][2];
 };
 
 struct Unit {
@@ -212,35 +247,51 @@ struct Unit {
 };
 
 __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
-    const int g = lane / 4, group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
+    const int g = lane / 4, share = share_of(lane), group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
 #pragma unroll
     for (int i = 0; i < BITS; ++i) {
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
-    u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g);
-    if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g);
+    u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g, share);
+    if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g, share);
 }
 
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int lane, const Lookup&) {
-    // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22.
-    constexpr u32 MAGIC = 0x4b400000u;
-    const u32 start[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
-    const int t = lane % 4;
-    const u32x4 b = *reinterpret_cast<const u32x4*>(smem + Smem::X + (unit * COLUMNS_USED + lane / 4 % COLUMNS_USED) * 64 + t * 16);
+// Unit `unit` of the CTA, which is unit `index` of its stage.
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup&) {
+    // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22;
+    // a start of 256 times as much makes them count 256 each.
+    constexpr u32 MAGIC = 0x4b400000u, NEXT = PAIRED ? MAGIC + (8u << 23) : MAGIC;
+    const float magic = __uint_as_float(MAGIC), both = __uint_as_float(MAGIC) + __uint_as_float(NEXT);
+    const u32 start[4] = {MAGIC, NEXT, MAGIC, NEXT};
+    const int t = lane % 4, column = lane / 4;
+    u32x4 b[TILES_SHARING];
+#pragma unroll
+    for (int i = 0; i < TILES_SHARING; ++i) {
+        const int digits = Smem::X + ((unit - index) * COLUMNS_USED + column % COLUMNS_USED) * 64 + t * 16;
+        const bool zeros = TILES_SHARING > 1 && column / COLUMNS_USED != i;
+        b[i] = *reinterpret_cast<const u32x4*>(smem + (zeros ? Smem::NO_DIGITS : digits) + index * COLUMNS_USED * 64);
+    }
     const float x = reinterpret_cast<const float*>(smem + Smem::SUM)[unit * M + (M == 2 ? t / 2 : 0)];
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-        u32 a[2][4], d[4];
-        code_bytes(a, u.words, tile);
-        mma_bytes(d, a[0], b.x, b.y, start);
-        mma_bytes(d, a[1], b.z, b.w, d);
+    for (int tile = 0; tile < LANE_TILES; ++tile) {
+        u32 a[2][4], d[4] = {start[0], start[1], start[2], start[3]};
+#pragma unroll
+        for (int i = 0; i < TILES_SHARING; ++i) {
+            code_bytes(a, u.words, tile + i * LANE_TILES);
+            mma_bytes(d, a[0], b[i].x, b[i].y, d);
+            mma_bytes(d, a[1], b[i].z, b[i].w, d);
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float scale = u.scales.at(tile, h);
-#pragma unroll
-            for (int c = 0; c < 2; ++c)
-                acc.sum[tile][h][c] = fmaf(scale, __uint_as_float(d[2 * h + c]) - __uint_as_float(MAGIC), acc.sum[tile][h][c]);
+            const float scale = u.scales.at(tile, h), low = __uint_as_float(d[2 * h]), high = __uint_as_float(d[2 * h + 1]);
+            auto& sum = acc.sum[tile][h];
+            if constexpr (PAIRED) {
+                sum[0] = fmaf(scale, (high - both) + low, sum[0]);
+            } else {
+                sum[0] = fmaf(scale, low - magic, sum[0]);
+                sum[1] = fmaf(scale, high - magic, sum[1]);
+            }
             acc.scaled_x[tile][h] = fmaf(ZEROS ? scale * u.zeros.at(tile, h) : scale, x, acc.scaled_x[tile][h]);
         }
     }
@@ -251,10 +302,11 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
     const int g = lane / 4, t = lane % 4, token = M == 2 ? t / 2 : 0;
     const float back = back_of(smem, token, OWN_X ? threadIdx.x / 32 % K_WARPS : 0);
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile)
+    for (int tile = 0; tile < LANE_TILES; ++tile)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float v = fmaf(256.f, acc.sum[tile][h][1], acc.sum[tile][h][0]) * (t % 2 ? 65536.f : 1.f);
+            const auto& sum = acc.sum[tile][h];
+            float v = (PAIRED ? sum[0] : fmaf(256.f, sum[PAIRED ? 0 : 1], sum[0])) * (t % 2 ? 65536.f : 1.f);
             v += __shfl_xor_sync(0xffffffffu, v, 1);
             v *= back * (1.f / float(1 << row_shift(h)));
             const float x = acc.scaled_x[tile][h];
@@ -264,7 +316,8 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
                 v = float(Planes::STEP) * (v - float(Planes::MIDDLE - (KIND == 5 ? 0.5 : 0)) * x);
             else
                 v -= ZEROS ? x : float(1 << (BITS - 1)) * x;
-            if (t % 2 == 0 && t / 2 < M) slot[(tile * 16 + h * 8 + g) * M + token] = v;
+            const int row = (share_of(lane) * LANE_TILES + tile) * 16 + h * 8 + g;
+            if (t % 2 == 0 && (TILES_SHARING > 1 || t / 2 < M)) slot[row * M + token] = v;
         }
 }
 

@@ -194,7 +194,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char
 }
 
 // `unit` counts from the CTA's first.
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int lane, const Lookup& lookup) {
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int, int lane, const Lookup& lookup) {
     const int t = lane % 4;
     const char* x = smem + Smem::X;
     u32 b[NT > 2 ? 1 : NT][8];
@@ -296,8 +296,13 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
             }
 }
 
+// Copies need nothing that is known before the dependency wait.
+struct Activations {
+    __device__ static __forceinline__ Activations of(const Params&, int, int, int, int) { return {}; }
+};
+
 // Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations&, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
     stage_activations(p, smem, phase, first_unit, units, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     if constexpr (SUMS) {

@@ -276,6 +276,12 @@ __device__ __forceinline__ void sync_some(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Has a value computed here, and not where it is used.
+template <class T>
+__device__ __forceinline__ void keep_ahead(T*& value) {
+    asm volatile("" : "+l"(value));
+}
+
 // --- clusters --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 cluster_rank() {

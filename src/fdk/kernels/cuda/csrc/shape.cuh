@@ -6,7 +6,7 @@
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS FDK_WIDE FDK_OCTETS
-//   FDK_UNIFORM, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_UNIFORM FDK_PAIRED, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -57,6 +57,9 @@ static_assert(!SCALES_ONCE || (SUBS == 1 && !ZEROS && STEPS_PER_CTA == 1 && PHAS
                                (GROUPS == 1 || (SLICE * 64) % GROUP == 0 || GROUP % (SLICE * 64) == 0)),
               "a warp has one slice of k, of whole groups or inside one");
 constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
+constexpr bool PAIRED = FDK_PAIRED;     // their sums are made and scaled two for one
+constexpr int TILES_SHARING = PAIRED && M == 1 ? 2 : 1;  // row tiles that share an accumulator
+static_assert(!PAIRED || DIGITS, "see digits.cuh");
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
 
@@ -105,8 +108,11 @@ struct Smem {
     static constexpr int SUM_TOTAL = PARTIAL_BYTES + RECEIVE_BYTES;
     // Rows of activations are 16 bytes apart in their banks, so that eight tokens' pieces are read without conflicts; for
     // four 32 bytes do, at which the copy engine writes faster.
+    static constexpr int DIGIT_BYTES = CTA_UNITS * M * 256;
+    // Zeros in the place of digits, where the units of a stage are read one after the other.
+    static constexpr int NO_DIGIT_BYTES = TILES_SHARING > 1 ? (STAGE_UNITS - 1) * 256 + 16 : 0;
     static constexpr int X_STRIDE = CTA_UNITS * 128 + (M >= 8 ? 16 : 32);
-    static constexpr int X_BUFFER = M * X_STRIDE, X_ONLY_BYTES = DIGITS ? CTA_UNITS * M * 256 : X_BUFFERS * X_BUFFER;
+    static constexpr int X_BUFFER = M * X_STRIDE, X_ONLY_BYTES = DIGITS ? DIGIT_BYTES + NO_DIGIT_BYTES : X_BUFFERS * X_BUFFER;
     static constexpr int X_BYTES = SINGLE && SUM_TOTAL > X_ONLY_BYTES ? SUM_TOTAL : X_ONLY_BYTES;
     static constexpr int SUMS_BARRIER = WARPS * STAGES * 8, X_BARRIERS = SUMS_BARRIER + 8;  // counted from BARRIERS
     static constexpr int MAXIMA_BYTES = DIGITS ? (M * (WARPS + K_WARPS) * 4 + 15) / 16 * 16 : 0;
@@ -117,6 +123,7 @@ struct Smem {
     static constexpr int FITTING = (TABLE - LOW_HEAD) / RING_BYTES;
     static constexpr int LOW_RINGS = FITTING < WARPS ? FITTING : WARPS;
     static constexpr int X = LOW_HEAD ? 0 : TABLE_END;
+    static constexpr int NO_DIGITS = X + DIGIT_BYTES;
     static constexpr int SUM = X + X_BYTES, BARRIERS = SUM + SUM_BYTES, MAXIMA = BARRIERS + BARRIER_BYTES;
     static constexpr int NORMS = MAXIMA + MAXIMA_BYTES;
     static constexpr int PARTIAL = SINGLE ? X : NORMS + NORM_BYTES, RECEIVE = PARTIAL + PARTIAL_BYTES;
@@ -278,9 +285,10 @@ struct Rows {
     }
 };
 
-__device__ __forceinline__ Rows load_rows(const char* from, int g) {
-    if constexpr (ROW_SPLIT > 1) {
-        const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 16 + row_part() * 8);
+// `share`: of lanes that share accumulators, digits.cuh.
+__device__ __forceinline__ Rows load_rows(const char* from, int g, int share = 0) {
+    if constexpr (ROW_SPLIT > 1 || TILES_SHARING > 1) {
+        const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 16 + (TILES_SHARING > 1 ? share : row_part()) * 8);
         return {{v.x, v.y}};
     }
     const u32x4 v = *reinterpret_cast<const u32x4*>(from + g * 16);
@@ -295,13 +303,14 @@ struct ByteRows {
     }
 };
 
-__device__ __forceinline__ auto load_zeros(const char* from, int g) {
+__device__ __forceinline__ auto load_zeros(const char* from, int g, int share = 0) {
     if constexpr (KIND == 2) {
-        if constexpr (ROW_SPLIT > 1) return ByteRows{{*reinterpret_cast<const u32*>(from + g * 8 + row_part() * 4)}};
+        if constexpr (ROW_SPLIT > 1 || TILES_SHARING > 1)
+            return ByteRows{{*reinterpret_cast<const u32*>(from + g * 8 + (TILES_SHARING > 1 ? share : row_part()) * 4)}};
         const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 8);
         return ByteRows{{v.x, v.y}};
     } else {
-        return load_rows(from, g);
+        return load_rows(from, g, share);
     }
 }
 // Who brings which activations: `units` units from `first` on, counted from the CTA's first, by SHARE_THREADS threads.
@@ -325,6 +334,7 @@ struct Share {
 };
 constexpr int SHARE_UNITS = OWN_X ? (Smem::CTA_UNITS + K_WARPS - 1) / K_WARPS : Smem::CTA_UNITS;
 constexpr int SHARE_THREADS = OWN_X ? ROW_WARPS * 32 : THREADS;
+constexpr bool EVEN_SHARES = UNITS % (CLUSTER * PHASES * (OWN_X ? K_WARPS : 1)) == 0;
 
 using Zeros = decltype(load_zeros(nullptr, 0));
 
