@@ -40,6 +40,9 @@ CONFIGS = [
     Config(128, 1, 4, k_groups=2, rounds=True, unrolled=True),
     Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True, apart=True, band=3),
     Config(192, 3, 4, rounds=True, parts=2, stream=True, unrolled=True),
+    Config(64, 1, 8, k_groups=2, split=2, unrolled=True),
+    Config(64, 2, 4, k_groups=2, ahead=False, turns=True, unrolled=True),
+    Config(64, 2, 4, unrolled=True, keep=True),
 ]
 
 
@@ -120,7 +123,8 @@ def check_code(compiled, problems: list[tuple[Shape, Config]]) -> None:
 
 
 def fits(shape: Shape, config: Config) -> bool:
-    if config.unrolled and (config.stages % (2 * config.k_groups) or shape.units % (config.stages * config.split)):
+    alternating = (2 if config.ahead else 1) * config.k_groups
+    if config.unrolled and (config.stages % alternating or shape.units % (config.stages * config.split)):
         return False
     with contextlib.suppress(ValueError):
         return config.shared_bytes(shape) <= decode.MAX_SHARED

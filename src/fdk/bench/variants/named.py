@@ -360,6 +360,64 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "prefill-few": Named(
+        "16 to 64 rows, as models multiply for so many sequences: does an unrolled loop gain here too, and what would "
+        "scales on weights instead of sums?",
+        55,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 4096x14336 28672x8192", "16 32 64")
+                + problems("prefill", "lut4_g64", "8192x8192", "48")
+                + problems("prefill", "lut1_g64", "4096x4096 8192x8192 14336x4096", "64"),
+                each(
+                    {},
+                    {"unrolled": True},
+                    {"unrolled": True, "rounds": True, "ahead": True, "turns": False},
+                    {"rounds": True, "ahead": True, "turns": False},
+                    stages=8,
+                ),
+            ),
+        ),
+    ),
+    "prefill-waves": Named(
+        "Where waves are not whole or products short: do whole tiles, weights that stay in the second-level cache, or "
+        "tiles of another shape beat what is chosen?",
+        60,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "14336x4096", "512 768 1024 4096"),
+                each({"stream": False}, {"keep": True}, {"keep": True, "stream": False}, unrolled=True, pair=1)
+                + ({"keep": True, "unrolled": True},),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "14336x4096", "384"),
+                ({"keep": True},)
+                + each({"stream": True}, {"stream": False}, blocks=2, parts=1, keep=True, unrolled=True),
+            ),
+            Trial(problems("prefill", "lut4_g64", "14336x4096", "256"), ({"stream": True, "unrolled": True},)),
+            Trial(
+                problems("prefill", "lut4_g64", "4096x4096", "512")
+                + problems("prefill", "lut4_g64", "8192x8192", "256"),
+                (
+                    {"tokens": 128, "split": 1, "wide": True, "unrolled": True},
+                    {"tokens": 128, "split": 1, "wide": True, "unrolled": True, "keep": True},
+                    {"split": 1, "stream": True, "unrolled": True},
+                ),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "4096x4096", "512"),
+                ({"blocks": 3, "tokens": 176, "parts": 2, "unrolled": True},),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "4096x4096", "384"),
+                (
+                    {"unrolled": True},
+                    {"blocks": 3, "tokens": 128, "unrolled": True},
+                    {"tokens": 96, "split": 1, "stages": 8, "wide": False, "unrolled": True},
+                ),
+            ),
+        ),
+    ),
     "prefill-eight": Named(
         "The same for 8 bits, where shared memory is the bound of tables and arithmetic that of integers.",
         50,

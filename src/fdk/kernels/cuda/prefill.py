@@ -86,10 +86,11 @@ class Config:
     parts       parts of a unit that are dequantised one after the other: two need half the registers
     wide        rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
-    unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups and divide the units of
-                a slice of k
+    unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
+                k_groups) and divide the units of a slice of k
     apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
     prepared    weights are dequantised once, to memory, as operands; the product then only loads them
+    keep        copies of weights do not ask for an early eviction from the second-level cache
     band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
     """
 
@@ -108,6 +109,7 @@ class Config:
     unrolled: bool = False
     apart: bool = False
     prepared: bool = False
+    keep: bool = False
     band: int = 8
 
     @property
@@ -182,6 +184,7 @@ class Config:
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
             "FDK_APART": int(self.apart),
+            "FDK_KEEP": int(self.keep),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
         }
 

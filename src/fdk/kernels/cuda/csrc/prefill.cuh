@@ -18,7 +18,7 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served; kind
 //       8, of 16 bits: `codes` are operands that dequantise_weights.cuh has left)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_KEEP
 #pragma once
 #include "operand.cuh"
 #include "wgmma.cuh"
@@ -45,6 +45,7 @@ constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
+constexpr bool KEEP = FDK_KEEP;  // weights stay in the second-level cache, for the tiles of other tokens
 constexpr bool APART = FDK_APART;  // x and codes of a stage lie apart, on both sides of a large table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
@@ -65,7 +66,7 @@ constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that
 constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
 static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
 static_assert(!UNROLLED || UNITS % (STAGES * SPLIT) == 0, "runs of units take whole rounds of the ring");
-static_assert(!UNROLLED || (STAGES % (2 * K_GROUPS) == 0 && AHEAD && !LATE && !TURNS), "units or their halves alternate between two operands");
+static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or their halves alternate between two operands");
 static_assert(!APART || UNROLLED, "places are constants");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
@@ -326,7 +327,7 @@ struct Producer {
                     const i64 block = min(tile.block + w, last);
                     const u32 to = smem + turn.codes() + Smem::CODES + w * Smem::BLOCK_BYTES;
                     const char* const from = p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE;
-                    if constexpr (PREPARED)
+                    if constexpr (PREPARED || KEEP)
                         copy_bulk_shared(to, from, Smem::CODE_BYTES, barrier);
                     else
                         copy_bulk(to, from, Smem::CODE_BYTES, barrier, policy);
@@ -633,27 +634,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     at.parity = turn.parity;
                     return at;
                 };
-                load(units[0], place(0), begin);
+                if constexpr (AHEAD) load(units[0], place(0), begin);
                 for (int unit = begin; unit < end_unit; unit += STAGES) {
 #pragma unroll
                     for (int i = 0; i < PLACES; ++i) {
-                        Operand &now = units[PARTS == 1 && i % 2], &other = units[PARTS == 2 || i % 2 == 0];
-                        issue(now, place(i), 0, false);
-                        wgmma_wait<1>();
-                        if (i > 0 || unit > begin) release(place((i + PLACES - 1) % PLACES).stage);
-                        if constexpr (PARTS == 2) {
-                            expand(other, codes, 1, lookup);
-                            issue(other, place(i), 1, false);
-                            wgmma_wait<1>();
+                        const int current = unit + i * K_GROUPS, next = (i + 1) % PLACES;
+                        Operand &now = units[AHEAD && PARTS == 1 && i % 2], &other = units[AHEAD && (PARTS == 2 || i % 2 == 0)];
+                        if constexpr (!AHEAD) load(now, place(i), current);
+#pragma unroll
+                        for (int run = 0; run < ISSUES; ++run) {
+                            issue(now, place(i), run, fresh_at(current));
+                            if (AHEAD && run == 0) {
+                                // Without sums to scale, the next unit is queued behind this one.
+                                if constexpr (!LATE) {
+                                    wgmma_wait<1>();
+                                    if (i > 0 || unit > begin) release(place((i + PLACES - 1) % PLACES).stage);
+                                }
+                                if constexpr (PARTS == 2) {
+                                    expand(other, codes, 1, lookup);
+                                    issue(other, place(i), 1, false);
+                                    wgmma_wait<1>();
+                                }
+                                if (i == PLACES - 1) turn.parity ^= 1;
+                                if (next > 0 || unit + STAGES < end_unit) load(PARTS == 1 ? other : now, place(next), current + K_GROUPS);
+                            }
+                            if constexpr (LATE || !AHEAD) {
+                                finish();
+                                if (scaled_at(current)) add_scaled(now, run);
+                            }
                         }
-                        if (i == PLACES - 1) turn.parity ^= 1;
-                        const int next = (i + 1) % PLACES;
-                        if (next > 0 || unit + STAGES < end_unit) load(PARTS == 1 ? other : now, place(next), unit + (i + 1) * K_GROUPS);
+                        if constexpr (LATE || !AHEAD) release(place(i).stage);
+                        if (!AHEAD && i == PLACES - 1) turn.parity ^= 1;
                     }
                     if (unit > begin) announce();
                 }
-                finish();
-                release(place(PLACES - 1).stage);
+                if constexpr (AHEAD && !LATE) {
+                    finish();
+                    release(place(PLACES - 1).stage);
+                }
             } else if constexpr (PARTS == 2) {
                 if (begin < end_unit) load(units[0], turn, begin);
                 int last_stage = -1;  // of the unit before this one, not yet given back
