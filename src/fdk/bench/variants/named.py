@@ -386,13 +386,17 @@ SETS: dict[str, Named] = {
         (
             Trial(
                 problems("prefill", "lut4_g64", "14336x4096", "512 768 1024 4096"),
-                each({"stream": False}, {"keep": True}, {"keep": True, "stream": False}, unrolled=True, pair=1)
-                + ({"keep": True, "unrolled": True},),
+                (
+                    *each({"stream": False}, {"keep": True}, {"keep": True, "stream": False}, unrolled=True, pair=1),
+                    {"keep": True, "unrolled": True},
+                ),
             ),
             Trial(
                 problems("prefill", "lut4_g64", "14336x4096", "384"),
-                ({"keep": True},)
-                + each({"stream": True}, {"stream": False}, blocks=2, parts=1, keep=True, unrolled=True),
+                (
+                    {"keep": True},
+                    *each({"stream": True}, {"stream": False}, blocks=2, parts=1, keep=True, unrolled=True),
+                ),
             ),
             Trial(problems("prefill", "lut4_g64", "14336x4096", "256"), ({"stream": True, "unrolled": True},)),
             Trial(
@@ -415,6 +419,25 @@ SETS: dict[str, Named] = {
                     {"blocks": 3, "tokens": 128, "unrolled": True},
                     {"tokens": 96, "split": 1, "stages": 8, "wide": False, "unrolled": True},
                 ),
+            ),
+        ),
+    ),
+    "prefill-widths": Named(
+        "Do unrolled loops gain with other widths and groups what they gain with 4 and 8 bits in groups of 64?",
+        50,
+        (
+            Trial(
+                problems(
+                    "prefill", "lut1_g64 lut2_g64 lut3_g64 lut6_g64 uint4_g64 lut4_g32 nest8s4_g128", "8192x8192", "128"
+                ),
+                ({"stages": 8, "wide": False, "unrolled": True},),
+            ),
+            Trial(
+                problems(
+                    "prefill", "lut1_g64 lut2_g64 lut3_g64 lut6_g64 uint4_g64 lut4_g32 nest8s4_g128", "8192x8192", "384"
+                )
+                + problems("prefill", "lut6_g64 int6_g64 nest8s4_g128", "8192x8192", "1024"),
+                ({"stages": 4, "unrolled": True},),
             ),
         ),
     ),
