@@ -1,6 +1,8 @@
 """vLLM's engine on fdk's layers: the same tokens as the transformers path, the same logits up to rounding.
 
 Needs vLLM: `make test-vllm` sets up an environment with its CPU build. Every engine runs in a process of its own.
+FDK_TEST_VLLM holds options of LLM, as JSON, that a machine needs for all engines; FDK_TEST_RECORDS names a file to
+which every comparison of an engine with the transformers path is appended.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import transformers
 from safetensors.torch import save_file
 
 import fdk
+from fdk.bench import records
 from fdk.importers.matgptq import load_packed, to_matgptq
 from fdk.models import QuantisationConfig
 from fdk.models.folder import quantise_folder
@@ -41,6 +44,15 @@ VOCABULARY = 300
 TOKENS = 24
 EAGER = {"enforce_eager": True}
 TWO = {"enforce_eager": True, "tensor_parallel_size": 2}
+# Calls of the plugin, captured as they are: without torch.compile, and with every token of decoding in one graph.
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+on_gpus = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+WAYS = [
+    pytest.param(EAGER, id="eager"),
+    pytest.param(GRAPHS, id="graphs", marks=on_gpus),
+    pytest.param({}, id="compiled"),
+    pytest.param(TWO, id="two"),
+]
 PROMPTS = [[5, 17, 200, 33, 42, 7], [299, 1], [11] * 20]
 FORCED = [(37 * i * i + 11 * i + 5) % VOCABULARY for i in range(40)]
 
@@ -130,13 +142,29 @@ class Expected:
 
     def check(self, got: dict) -> None:
         """Tokens equal, except in 16 bits; log probabilities within the bound of docs/numerics.md, "Two ways"."""
+        assert len(got["logprobs"]) == len(self.wide)
+        assert all(len(row) >= 20 for row in got["logprobs"])
+        wrong = {
+            (position, token): abs(value - self.wide[position, int(token)].item())
+            for position, row in enumerate(got["logprobs"])
+            for token, value in row.items()
+        }
+        worst, bound = max(wrong, key=wrong.get), 4 * self.rounding
+        keep(got, {"tokens_equal": got["tokens"] == self.tokens, "error": wrong[worst], "bound": bound})
         if self.exact:
             assert got["tokens"] == self.tokens
-        assert len(got["logprobs"]) == len(self.wide)
-        for position, row in enumerate(got["logprobs"]):
-            assert len(row) >= 20
-            for token, value in row.items():
-                assert abs(value - self.wide[position, int(token)].item()) <= 4 * self.rounding, (position, token)
+        assert wrong[worst] <= bound, worst
+
+
+def keep(got: dict, outcome: dict) -> None:
+    """Append how an engine compared to the file that FDK_TEST_RECORDS names."""
+    path = os.environ.get("FDK_TEST_RECORDS")
+    if path and "engine" in got:
+        case = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].split()[0]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        entry = {"test": "vllm", "case": case, **got["engine"], **outcome, **records.environment(device)}
+        with Path(path).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True, **environment: str) -> dict | str:
@@ -148,11 +176,14 @@ def serve(tmp_path: Path, folder: Path, options: dict, succeeds: bool = True, **
     job.write_text(
         json.dumps({"folder": str(folder), "options": options, "prompts": PROMPTS, "tokens": TOKENS, "forced": FORCED})
     )
-    run = subprocess.run(
-        [sys.executable, str(WORKER), str(job), str(result)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
-    output = run.stdout + run.stderr
+    # In a file, so that an engine which is stopped leaves what it said.
+    log = tmp_path / "engine.log"
+    with log.open("w") as file:
+        run = subprocess.run(
+            [sys.executable, str(WORKER), str(job), str(result)],
+            stdout=file, stderr=subprocess.STDOUT, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )  # fmt: skip
+    output = log.read_text(errors="replace")
     assert (run.returncode == 0) == succeeds, output[-6000:]
     return json.loads(result.read_text()) | {"output": output} if succeeds else output
 
@@ -182,7 +213,7 @@ def make_mixed(folder: Path) -> Expected:
     return Expected(fdk.load(folder, model=skeleton(folder)))
 
 
-@pytest.mark.parametrize("options", [EAGER, {}, TWO], ids=["eager", "compiled", "two"])
+@pytest.mark.parametrize("options", WAYS)
 def test_mixed_formats(workshop, tmp_path, options) -> None:
     folder, expected = workshop("mixed", make_mixed)
     expected.check(serve(tmp_path, folder, options))
@@ -208,7 +239,11 @@ def scored(model: torch.nn.Module, tokens: list) -> dict:
     return {"tokens": tokens, "logprobs": [dict(zip(map(str, row), values, strict=True)) for row, values in rows]}
 
 
-@pytest.mark.parametrize(("dtype", "options"), [("bfloat16", {}), ("float16", EAGER)], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("bfloat16", {}), ("float16", EAGER), pytest.param("bfloat16", GRAPHS, marks=on_gpus)],
+    ids=["bfloat16", "float16", "graphs"],
+)
 def test_half_precision(workshop, tmp_path, dtype, options) -> None:
     def make(folder: Path) -> Expected:
         config = QuantisationConfig(**{**MIXED.to_dict(), "dtype": dtype})
@@ -323,7 +358,7 @@ def make_trained(folder: Path) -> Expected:
     return Expected(fdk.load(folder, model=skeleton(folder)))
 
 
-@pytest.mark.parametrize("options", [EAGER, {}, TWO], ids=["eager", "compiled", "two"])
+@pytest.mark.parametrize("options", WAYS)
 def test_the_trained_model(workshop, tmp_path, monkeypatch, options) -> None:
     for name, tokens in (
         ("PROMPTS", [[100, 101, 102], [10], list(b"import os\n")]),
