@@ -163,6 +163,11 @@ OPTIONS = [
     ("uint8_g64", config(2, 2, 4, 1, 1, digits=True, paired=True)),
     ("int8_chan", config(1, 1, 4, 1, 1, digits=True, paired=True)),
     ("nest8s4_g64", config(1, 1, 4, 1, 2, digits=True, paired=True, stages=2)),
+    ("lut4_g64", config(1, 2, 4, 1, 2, early=1, stages=3, batch=2)),
+    ("lut3_g128", config(8, 2, 4, 1, 1, early=1, stages=2)),
+    ("lut2_g64", config(8, 1, 4, 1, 1, early=2, stages=3, phases=2)),
+    ("lut4_g64", config(2, 1, 4, 1, 1, early=1, stages=2, bulk=False)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, early=1, stages=2, digits=True)),
 ]
 
 

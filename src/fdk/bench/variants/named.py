@@ -53,6 +53,13 @@ COPIES: tuple[Change, ...] = (
     {"lag": True, "stages": 2, "scales_once": True},
 )
 
+DEEPER: tuple[Change, ...] = (
+    {"stages": 2},
+    {"stages": 3},
+    *each({"stages": 2}, {"stages": 3}, {"stages": 4}, early=1),
+    {"stages": 3, "early": 2},
+)
+
 SETS: dict[str, Named] = {
     "copies": Named(
         "One token: what do filling the ring by cp.async, which needs no fence, refilling a stage later, for which the "
@@ -114,6 +121,29 @@ SETS: dict[str, Named] = {
                 problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s4_g128", "4096x4096", "1"),
                 ({"digits": True}, {"digits": True, "scales_once": True}, {"scales_once": True}),
             ),
+        ),
+    ),
+    "early": Named(
+        "One token: do activations arrive sooner if most of the ring is asked for behind them, so that a deeper ring "
+        "keeps memory busy while they come?",
+        150,
+        (
+            Trial(
+                problems("decode", "lut4_g64 lut3_g64 lut2_g64", "8192x8192", "1")
+                + problems("decode", "lut4_g64 lut2_g64", "4096x14336", "1"),
+                (*DEEPER, {"stages": 3, "early": 1, "scales_once": True}),
+            ),
+            Trial(
+                problems("decode", "lut4_g64 lut2_g64", "14336x4096", "1")
+                + problems("decode", "lut4_g64", "28672x8192", "1"),
+                DEEPER,
+            ),
+            Trial(
+                problems("decode", "lut8_g64 lut1_g64", "8192x8192", "1")
+                + problems("decode", "lut4_g64 lut2_g64", "8192x8192", "8"),
+                ({"stages": 2}, {"stages": 2, "early": 1}),
+            ),
+            Trial(problems("decode", "lut4_g64 lut2_g64", "4096x4096", "1"), ({"early": 1}, {"early": 2})),
         ),
     ),
     "addresses": Named(
@@ -306,7 +336,7 @@ SETS: dict[str, Named] = {
         60,
         (
             Trial(
-                problems("decode", "lut4_g64 lut2_g64", "8192x8192", "8 16"),
+                problems("decode", "lut4_g64 lut2_g64", "8192x8192", "8"),
                 each({}, {"bulk": False}, {"bulk": False, "scales_once": True}, stage_units=1)
                 + each({"bulk": False}, {"bulk": False, "scales_once": True}),
             ),

@@ -174,6 +174,7 @@ class Config:
     lag          refill a stage one stage later, when nothing has to wait for the loads from it
     scales_once  fetch the scales of a warp's slice of k in one piece, not with each stage
     row_split    CTAs that share a block of rows, instead of clusters that split k
+    early        stages asked for before the wait for the kernel in front, 0 for all: the others follow the activations
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
     uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
@@ -205,6 +206,7 @@ class Config:
     octets: bool = False
     uniform: bool = False
     paired: bool = False
+    early: int = 0
 
     @property
     def squares_per_block(self) -> int:
@@ -279,6 +281,7 @@ class Config:
             "FDK_K_WARPS": self.k_warps,
             "FDK_ROW_WARPS": self.row_warps,
             "FDK_STAGES": self.stages,
+            "FDK_EARLY": self.early or self.stages,
             "FDK_STAGE_UNITS": self.stage_units,
             "FDK_STEPS": self.steps,
             "FDK_BATCH": self.batch,

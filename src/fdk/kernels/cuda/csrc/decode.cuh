@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     // Everything up to the dependency wait reads weights only.
     Cursor ahead = w.start();
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage, stage == 0);
+    for (int stage = 0; stage < EARLY; ++stage) w.prefetch(ahead, stage, stage == 0);
     if constexpr (!FDK_LATE) let_next_kernel_start();
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
@@ -105,10 +105,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero};
     Outputs outputs = {p, range, smem, (ROW_SPLIT > 1 ? row_part() : rank) * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
-    const auto prepare_phase = [&](int phase) {
-        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup);
+    const auto prepare_phase = [&](int phase, auto meanwhile) {
+        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup, meanwhile);
     };
-    for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
+    const auto nothing = [] {};
+    prepare_phase(0, [&] {
+#pragma unroll
+        for (int stage = EARLY; stage < STAGES; ++stage) w.prefetch(ahead, stage);
+    });
+    for (int phase = 1; phase < X_BUFFERS; ++phase) prepare_phase(phase, nothing);
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
@@ -163,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             if (phase > 0) {
                 order_before_bulk_copies();
                 __syncthreads();
-                prepare_phase(phase + X_BUFFERS - 1);
+                prepare_phase(phase + X_BUFFERS - 1, nothing);
             }
             const char* buffer = smem + phase % X_BUFFERS * Smem::X_BUFFER;
             if (STEPS_PER_CTA == 1 || step < w.steps) {
