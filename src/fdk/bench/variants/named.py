@@ -222,35 +222,45 @@ SETS: dict[str, Named] = {
         ),
     ),
     "one-bit": Named(
-        "One bit, one token: what do half as many sums in integer products save, and do warps that read their whole "
-        "slice at once, blocks taken one after the other, or two CTAs beside each other save more?",
+        "One bit, one token: what do half as many sums in integer products save, and do uniform copies, warps that "
+        "read their whole slice at once, blocks taken one after the other, or two CTAs beside each other save more?",
         60,
         (
             Trial(
                 problems("decode", "lut1_g64", "8192x8192", "1"),
-                each(
+                each({}, {"stage_units": 8}, {"late": False}, paired=True)
+                + each(
                     {},
-                    {"stages": 2},
                     {"stage_units": 8},
-                    {"k_warps": 8, "stages": 2},
+                    {"scales_once": True},
+                    {"scales_once": True, "stage_units": 8},
+                    {"stages": 2},
                     {"k_warps": 8, "stages": 3},
                     {"k_warps": 8, "stages": 3, "min_ctas": 2},
                     {"k_warps": 8, "stages": 3, "min_ctas": 2, "late": False},
-                    {"late": False},
-                    {"scales_once": True},
-                    {"stages": 2, "stage_units": 2},
+                    {"stages": 3, "stage_units": 2, "min_ctas": 2},
+                    {"stages": 3, "stage_units": 2, "min_ctas": 2, "late": False},
                     paired=True,
+                    uniform=True,
                 ),
             ),
             Trial(
                 problems("decode", "lut1_g64", "28672x8192", "1"),
-                each({}, {"stages": 1}, paired=True)
-                + each({}, {"stages": 1}, {"stages": 3}, row_warps=1, k_warps=16, batch=7, paired=True)
-                + each({}, {"stages": 1}, {"stages": 3}, row_warps=7, k_warps=2, batch=1, paired=True),
+                each({}, {"uniform": True}, paired=True)
+                + each({"stages": 1}, {}, {"stages": 3}, row_warps=1, k_warps=16, batch=7, paired=True, uniform=True)
+                + each({"stages": 1}, {}, {"stages": 3}, row_warps=7, k_warps=2, batch=1, paired=True, uniform=True),
             ),
             Trial(
                 problems("decode", "lut1_g64", "14336x4096", "1"),
-                each({}, {"k_warps": 8}, {"k_warps": 8, "stage_units": 8}, {"stages": 2}, paired=True),
+                each(
+                    {},
+                    {"k_warps": 8},
+                    {"k_warps": 8, "stage_units": 8},
+                    {"stages": 2},
+                    {"row_warps": 1, "k_warps": 16, "batch": 2},
+                    paired=True,
+                    uniform=True,
+                ),
             ),
             Trial(
                 problems("decode", "lut1_g64", "4096x14336", "1"),
@@ -260,21 +270,17 @@ SETS: dict[str, Named] = {
                     {"k_warps": 16, "stages": 1, "stage_units": 7},
                     {"k_warps": 14, "stages": 2, "stage_units": 2},
                     paired=True,
+                    uniform=True,
                 ),
             ),
             Trial(
                 problems("decode", "lut1_g64", "4096x4096", "1"),
-                each(
-                    {},
-                    {"stages": 1, "stage_units": 4},
-                    {"stages": 1, "stage_units": 4, "late": True},
-                    digits=True,
-                    paired=True,
-                ),
+                each({}, {"stages": 1, "stage_units": 4}, digits=True, paired=True, uniform=True)
+                + each({"x_sums": True}, uniform=True),
             ),
             Trial(
                 problems("decode", "lut1_g64", "8192x8192", "2"),
-                each({}, {"k_warps": 16, "stage_units": 2}, digits=True, paired=True, late=True),
+                each({}, {"k_warps": 16, "stage_units": 2}, digits=True, paired=True, late=True, uniform=True),
             ),
         ),
     ),
@@ -285,7 +291,7 @@ SETS: dict[str, Named] = {
         (
             Trial(
                 problems("decode", "int2_g64", "8192x8192", "1"),
-                each({}, {"stage_units": 4}, {"stages": 2}, paired=True),
+                each({}, {"stage_units": 4}, {"stages": 2}, paired=True, uniform=True),
             ),
             Trial(
                 problems("decode", "int2_g64", "28672x8192", "1"),
@@ -295,15 +301,16 @@ SETS: dict[str, Named] = {
                     {"row_warps": 7, "k_warps": 2, "batch": 1},
                     {"row_warps": 7, "k_warps": 2, "batch": 1, "stages": 2, "stage_units": 4},
                     paired=True,
+                    uniform=True,
                 ),
             ),
             Trial(
                 problems("decode", "int2_g64", "14336x4096", "1"),
-                each({}, {"k_warps": 8}, {"k_warps": 8, "stage_units": 2, "stages": 2}, paired=True),
+                each({}, {"k_warps": 8}, {"k_warps": 8, "stage_units": 2, "stages": 2}, paired=True, uniform=True),
             ),
             Trial(
                 problems("decode", "int2_g64 int4_g64 uint4_g64 int8_g64", "4096x4096", "1"),
-                each({}, {"stages": 1}, {"stages": 2, "stage_units": 2}, digits=True, paired=True),
+                each({}, {"stages": 1}, {"stages": 2, "stage_units": 2}, digits=True, paired=True, uniform=True),
             ),
             Trial(
                 problems("decode", "int4_g64 uint4_g64 uint2_g64 int8_g64 uint8_g64", "8192x8192", "1"),
@@ -315,6 +322,7 @@ SETS: dict[str, Named] = {
                     {"k_warps": 16, "stages": 2, "stage_units": 1},
                     digits=True,
                     paired=True,
+                    uniform=True,
                     late=True,
                 ),
             ),
@@ -326,6 +334,7 @@ SETS: dict[str, Named] = {
                     batch=1,
                     digits=True,
                     paired=True,
+                    uniform=True,
                     late=True,
                 ),
             ),
