@@ -111,7 +111,7 @@ CONFIGS = [
     ("int8_g64", config(1, 2, 4, 2, 2, digits=True)),
 ]
 
-# Options that nothing chooses yet (fdk.bench.variants has sets of them), by themselves and together.
+# How codes, scales and sums of activations come to a warp, by themselves and together.
 OPTIONS = [
     ("lut4_g64", config(1, 2, 4, 1, 2, bulk=False, stages=2, batch=2)),
     ("lut3_g64", config(8, 2, 4, 2, 2, bulk=False, stages=2)),

@@ -46,6 +46,29 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
             assert config.phases == 1 or config.steps == 1
             assert config.batch in (1, config.steps)
             assert hopper or config.cluster == 1
+            assert hopper or (config.bulk and not config.scales_once and not config.x_sums)
+            assert not config.scales_once or config.allows_scales_once(shape)
+
+
+@pytest.mark.parametrize(
+    "kind,bits,n,k,m,sums,once",
+    [
+        (decode.TABLE, 1, 4096, 4096, 1, True, False),
+        (decode.TABLE, 1, 8192, 8192, 1, False, False),
+        (decode.TABLE, 1, 8192, 8192, 8, True, False),
+        (decode.UINT_U8, 4, 4096, 4096, 8, True, False),
+        (decode.UINT_U8, 4, 8192, 8192, 8, False, False),
+        (decode.TABLE, 4, 8192, 8192, 1, False, True),
+        (decode.TABLE, 4, 4096, 4096, 1, False, False),
+        (decode.TABLE, 8, 4096, 4096, 1, False, True),
+        (decode.TABLE, 2, 8192, 8192, 1, False, False),
+        (decode.SPARSE_INT, 3, 8192, 8192, 1, False, True),
+    ],
+)
+def test_sums_and_scales_come_as_measured_to_win(kind, bits, n, k, m, sums, once) -> None:
+    config = decode.choose_config(Shape(n, k, bits, 64, True, kind), m, n // 64, 132)
+    assert (config.x_sums, config.scales_once) == (sums, once)
+    assert config.bulk == (kind != decode.SPARSE_INT)
 
 
 @pytest.mark.parametrize("tables", [1, 3])

@@ -45,14 +45,6 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 SIXTEEN = "16384x16384"
 
-COPIES: tuple[Change, ...] = (
-    {"bulk": False},
-    {"scales_once": True},
-    {"bulk": False, "scales_once": True},
-    {"lag": True, "stages": 2},
-    {"lag": True, "stages": 2, "scales_once": True},
-)
-
 DEEPER: tuple[Change, ...] = (
     {"stages": 2},
     {"stages": 3},
@@ -61,19 +53,85 @@ DEEPER: tuple[Change, ...] = (
 )
 
 SETS: dict[str, Named] = {
-    "copies": Named(
-        "One token: what do filling the ring by cp.async, which needs no fence, refilling a stage later, for which the "
-        "fence waits for nothing, and scales in one piece save at 8192 x 8192?",
-        150,
+    "alone": Named(
+        "Where two CTAs of a launch fit on a multiprocessor though each has more work than is read ahead: does one "
+        "alone, by asking for half the shared memory, spread launches evenly?",
+        45,
         (
-            Trial(problems("decode", "lut4_g64 lut3_g64 lut8_g64 lut1_g64", "8192x8192", "1"), COPIES),
             Trial(
-                problems("decode", "lut2_g64", "8192x8192", "1"),
-                COPIES + each({}, *COPIES[:3], k_warps=16) + each(*COPIES[:3], k_warps=16, stage_units=1),
+                problems("decode", "lut2_g64", "8192x8192 14336x4096 4096x14336", "1"),
+                each({}, {"scales_once": True}, alone=True),
             ),
-            Trial(problems("decode", "nest8s2_g128 nest8s4_g128 int4_g64_sp16of32", "8192x8192", "1"), COPIES[:3]),
-            Trial(problems("decode", "lut2_g64 lut4_g64", "14336x4096", "1"), ({"bulk": False},)),
-            Trial(problems("decode", "lut4_g64", "28672x8192", "1"), ({"bulk": False},)),
+            Trial(problems("decode", "int2_g64 lut1_g64", "4096x14336", "1"), ({"alone": True},)),
+            Trial(problems("decode", "int4_g64_sp16of32", "8192x8192", "2"), ({"alone": True},)),
+            Trial(problems("decode", "int4_g64_sp16of32", "14336x4096", "8"), ({"alone": True},)),
+        ),
+    ),
+    "zeros": Named(
+        "Zero points at one to eight tokens: CTAs alone, warps and stages as without zeros, sums of activations in the "
+        "loop, integer products?",
+        120,
+        (
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64 uint8_g64", "8192x8192", "1")
+                + problems("decode", "uint4_g64", "4096x14336", "1"),
+                each({}, {"x_sums": True}, alone=True)
+                + each({"stages": 1}, {"stages": 1, "x_sums": True}, {"stages": 2, "x_sums": True}, k_warps=16),
+            ),
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "1"),
+                each({"stages": 1, "stage_units": 2}, {"stages": 3}, k_warps=16, digits=True),
+            ),
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "2 4"), each({}, {"x_sums": True}, alone=True)
+            ),
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "8"),
+                ({"x_sums": True}, *each({}, {"x_sums": True}, k_warps=8, stages=1)),
+            ),
+            Trial(
+                problems("decode", "uint4_g64", "14336x4096", "1"),
+                each({}, {"x_sums": True}, alone=True)
+                + each({}, {"x_sums": True}, k_warps=16, row_warps=1, stages=1, batch=2)
+                + each({}, {"x_sums": True}, k_warps=8, stages=1),
+            ),
+            Trial(
+                problems("decode", "uint4_g64", "14336x4096", "8"),
+                each({}, {"x_sums": True}, alone=True) + each({}, {"x_sums": True}, k_warps=4, stages=1),
+            ),
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64 uint8_g64", "4096x4096", "1"),
+                ({"stages": 4}, {"k_warps": 16, "stages": 2, "min_ctas": 1}),
+            ),
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64 uint8_g64", "4096x4096", "8"),
+                ({"x_sums": False}, {"alone": True}),
+            ),
+        ),
+    ),
+    "loads": Named(
+        "How far the rules reach by which codes, scales and sums of activations come to warps: cp.async where a CTA "
+        "has several blocks one after the other, scales in one piece at more tokens, sums in the loop for more units?",
+        90,
+        (
+            Trial(problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"), ({"bulk": False},)),
+            Trial(problems("decode", "lut3_g64 lut8_g64", "14336x4096", "1"), ({"bulk": False},)),
+            Trial(problems("decode", "lut4_g64 lut8_g64", "8192x8192", "2 4 8"), ({"scales_once": True},)),
+            Trial(problems("decode", "lut1_g64", "8192x8192", "2 4"), ({"x_sums": True},)),
+            Trial(problems("decode", "lut1_g64", "4096x14336 28672x8192", "8"), ({"x_sums": True},)),
+            Trial(problems("decode", "lut1_g64", "4096x4096", "2 4"), ({"x_sums": False},)),
+            Trial(problems("decode", "lut1_g64", "14336x4096", "8"), ({"x_sums": False},)),
+        ),
+    ),
+    "wide": Named(
+        "Rows of the table 256 bytes apart won 3 % for 4 bits and eight tokens at 8192 x 8192 and lost at one: where "
+        "does it turn?",
+        60,
+        (
+            Trial(problems("decode", "lut4_g64", "8192x8192", "2 4"), ({"wide": True},)),
+            Trial(problems("decode", "lut4_g64", "4096x4096 14336x4096", "8"), ({"wide": True},)),
+            Trial(problems("decode", "lut2_g64 lut8_g64", "8192x8192", "8"), ({"wide": True},)),
+            Trial(problems("decode", "lut2_g64", "28672x8192", "8"), ({"wide": True},)),
         ),
     ),
     "nested": Named(
@@ -144,81 +202,6 @@ SETS: dict[str, Named] = {
                 ({"stages": 2}, {"stages": 2, "early": 1}),
             ),
             Trial(problems("decode", "lut4_g64 lut2_g64", "4096x4096", "1"), ({"early": 1}, {"early": 2})),
-        ),
-    ),
-    "addresses": Named(
-        "Look-ups whose address is one byte permute, in a table of 64 KB: do fewer instructions make up for permutes "
-        "at half the rate, alone and with cheaper copies?",
-        90,
-        (
-            Trial(
-                problems("decode", "lut4_g64 lut2_g64 lut8_g64", "8192x8192", "1"),
-                each({}, {"bulk": False}, {"bulk": False, "scales_once": True}, {"scales_once": True}, wide=True),
-            ),
-            Trial(
-                problems("decode", "lut4_g64 lut2_g64", "14336x4096", "1")
-                + problems("decode", "lut4_g64", "28672x8192", "1")
-                + problems("decode", "lut4_g64", "8192x8192", "8"),
-                ({"wide": True}, {"wide": True, "bulk": False}),
-            ),
-        ),
-    ),
-    "rows": Named(
-        "One token where blocks of rows are half as many as multiprocessors: do two CTAs that share a block's rows, "
-        "and exchange no sums, beat clusters of two that split k?",
-        90,
-        (
-            Trial(
-                problems("decode", "lut2_g64 lut4_g64 lut8_g64", "4096x4096", "1"),
-                each(
-                    {"k_warps": 8, "stages": 4},
-                    {"k_warps": 16, "stages": 4},
-                    {"k_warps": 8, "stages": 4, "scales_once": True},
-                    {"k_warps": 16, "stages": 4, "scales_once": True},
-                    {"k_warps": 8, "stages": 2, "stage_units": 2, "scales_once": True},
-                    {"k_warps": 8, "stages": 4, "scales_once": True, "bulk": False},
-                    row_split=2,
-                    cluster=1,
-                    blocks=1,
-                )
-                + each({"scales_once": True}, {"bulk": False, "scales_once": True}),
-            ),
-            Trial(
-                problems("decode", "lut2_g64 lut4_g64", "4096x14336", "1"),
-                each(
-                    {"k_warps": 8, "stages": 2},
-                    {"k_warps": 16, "stages": 1},
-                    {"k_warps": 16, "stages": 2},
-                    {"k_warps": 16, "stages": 2, "scales_once": True},
-                    row_split=2,
-                    cluster=1,
-                    blocks=1,
-                    stage_units=1,
-                    batch=1,
-                    min_ctas=1,
-                ),
-            ),
-        ),
-    ),
-    "sums": Named(
-        "One bit and zero points: is it cheaper to add up a unit's activations by four more products in the loop than "
-        "to have their sums in shared memory first?",
-        75,
-        (
-            Trial(
-                problems("decode", "lut1_g64", "4096x4096", "1"),
-                each({}, {"scales_once": True}, {"scales_once": True, "bulk": False}, x_sums=True),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "8192x8192", "1"),
-                each({"k_warps": 8}, {"k_warps": 16}, x_sums=True, digits=False, late=False, stage_units=2, stages=2),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "4096x14336", "1"),
-                each({"k_warps": 8}, {"k_warps": 14}, x_sums=True, digits=False, late=False, stage_units=2, stages=2),
-            ),
-            Trial(problems("decode", "lut1_g64", "4096x4096 8192x8192", "8"), ({"x_sums": True},)),
-            Trial(problems("decode", "uint4_g64", "4096x4096 8192x8192", "1 8"), ({"x_sums": True},)),
         ),
     ),
     "one-bit": Named(
@@ -336,27 +319,6 @@ SETS: dict[str, Named] = {
                     paired=True,
                     uniform=True,
                     late=True,
-                ),
-            ),
-        ),
-    ),
-    "tokens": Named(
-        "Eight and sixteen tokens at 8192 x 8192: more warps of one unit each, and cheaper copies?",
-        60,
-        (
-            Trial(
-                problems("decode", "lut4_g64 lut2_g64", "8192x8192", "8"),
-                each({}, {"bulk": False}, {"bulk": False, "scales_once": True}, stage_units=1)
-                + each({"bulk": False}, {"bulk": False, "scales_once": True}),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "8192x8192", "8") + problems("decode", "lut2_g64", "8192x8192", "8 16"),
-                each(
-                    {"stages": 1},
-                    {"stages": 2},
-                    {"stages": 2, "bulk": False, "scales_once": True},
-                    k_warps=8,
-                    stage_units=1,
                 ),
             ),
         ),

@@ -167,16 +167,16 @@ class Config:
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
     epilogue   what becomes of the sums
+    bulk         fill rings by bulk copies, else by cp.async as before Hopper
+    scales_once  fetch the scales of a warp's slice of k in one piece, not with each stage
+    x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
 
     Not chosen so far (docs/findings.md, `python -m fdk.bench.variants --list`):
 
-    bulk         fill rings by bulk copies, else by cp.async as before Hopper
     lag          refill a stage one stage later, when nothing has to wait for the loads from it
-    scales_once  fetch the scales of a warp's slice of k in one piece, not with each stage
     row_split    CTAs that share a block of rows, instead of clusters that split k
     early        stages asked for before the wait for the kernel in front, 0 for all: the others follow the activations
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
-    x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
     uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     octets       look up one bit eight codes at a time, which needs no sums of activations
     paired       integer products: two row tiles share an accumulator, and pairs of digits are added up before scaling
@@ -225,6 +225,14 @@ class Config:
     def steps(self) -> int:
         """Blocks that a row warp works through."""
         return -(-self.blocks // self.row_warps)
+
+    def allows_scales_once(self, shape: Shape) -> bool:
+        """Whether each warp has one slice of k, of whole groups or inside one, and no zeros beside its scales."""
+        slices = self.cluster * self.k_warps
+        columns = 64 * (shape.units // slices)
+        aligned = shape.groups == 1 or columns % shape.group == 0 or shape.group % columns == 0
+        single = self.steps == 1 and self.phases == 1 and shape.units % slices == 0
+        return single and aligned and shape.subs == 1 and shape.kind not in (UINT_U8, UINT_FLOAT)
 
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
@@ -454,6 +462,23 @@ def _x_chunks(shape: Shape, config: Config) -> int:
     return next((n for n in (4, 3, 2) if mine % (n * config.stage_units) == 0 and mine >= 4 * n), 1)
 
 
+def _with_loads(shape: Shape, config: Config) -> Config:
+    """`config` with how its scales, codes and sums of activations come to its warps; on an H200: docs/findings.md."""
+    if config.epilogue != PLAIN or config.digits or config.tokens > 8:
+        return config
+    slices = config.cluster * config.phases * config.k_warps
+    units_per_warp = config.steps * -(-shape.units // slices)
+    # Four more products a unit cost less than a barrier of the CTA while a warp has few units.
+    own_sums = shape.kind in (UINT_U8, UINT_FLOAT) or (shape.bits == 1 and shape.kind in (TABLE, INT))
+    config = replace(config, x_sums=own_sums and shape.subs == 1 and units_per_warp <= 8)
+    # Scales in one piece halve the copies of a warp that refills single units, which pays from the second refill on.
+    refills = units_per_warp - config.stages if config.stage_units == 1 else 0
+    if config.tokens == 1 and refills >= 2 and config.allows_scales_once(shape):
+        # Without small copies, sparse weights come faster by cp.async, whose refills no fence holds up.
+        return replace(config, scales_once=True, bulk=not shape.sparse)
+    return config
+
+
 def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config | None:
     """`config` with the ring, phases and batch that shared memory allows, or None."""
     hopper, most_shared = capability >= (9, 0), max_shared(capability)
@@ -470,6 +495,8 @@ def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config |
             for batch in batches:
                 filled = replace(config, phases=phases, stage_units=stage_units, stages=stages, batch=batch)
                 filled = replace(filled, x_chunks=_x_chunks(shape, filled))
+                if hopper:
+                    filled = _with_loads(shape, filled)
                 shared = filled.shared_bytes(shape, hopper)
                 if shared <= most_shared:
                     per_warp = config.steps * -(-shape.units // slices)
