@@ -71,6 +71,24 @@ def test_logits_are_those_of_the_plain_path(changes, plan, length, dtype) -> Non
         step()
 
 
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "output_bias": False}])
+def test_a_row_by_dense_weights_in_the_chain(monkeypatch, changes) -> None:
+    monkeypatch.setattr("fdk.models.step._DENSE_ROW", (8, 64, 4))
+    model = random_llama(config(**changes), None, dtype=torch.float32, seed=1)
+    sharpen(model)
+    step, cache = Step(model, 1, 12), model.new_cache(1, 12)
+    tokens = torch.tensor([[5, 17, 3]])
+    monkeypatch.setattr("torch.nn.Linear.forward", None)
+    with torch.inference_mode():
+        for token in tokens[0]:
+            step.tokens.fill_(token)
+            step()
+    monkeypatch.undo()
+    with torch.inference_mode():
+        expected = model(tokens, cache, last_only=True)[:, -1]
+    assert (step.logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("fmt", [None, "lut4_g64"])
 def test_models_of_transformers_give_the_tokens_of_their_own_forward(family, fmt) -> None:

@@ -88,6 +88,49 @@ def gate(
 
 
 @triton.jit
+def multiply_row(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    n,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """out [n] = weight [n, K] x + bias [n] (if BIAS) for one dense row x [K]; a program for ROWS outputs.
+
+    Weights are no other kernel's, so that their first block is asked for before the wait for x.
+    """
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < n)[:, None]
+    at = weight_ptr + row.to(tl.int64)[:, None] * K + column[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    weight = tl.load(at, mask=inside & (column < K)[None, :], other=0, eviction_policy="evict_first")
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, K, BLOCK):
+        behind = start + BLOCK
+        ahead = tl.load(
+            at + behind, mask=inside & (behind + column < K)[None, :], other=0, eviction_policy="evict_first"
+        )
+        x = tl.load(x_ptr + start + column, mask=start + column < K, other=0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+        weight = ahead
+    total = tl.sum(acc, 1)
+    if BIAS:
+        total += tl.load(bias_ptr + row, mask=row < n, other=0).to(tl.float32)
+    tl.store(out_ptr + row, rounded(total, kind, INTERPRETED), mask=row < n)
+
+
+@triton.jit
 def rotated(
     pointer,
     cos,

@@ -19,8 +19,10 @@ from fdk.models.merge import merge_
 _PROGRAMS = 264
 # Programs wait for their loads one block after the other, so chunks are short; many chunks take long to add up.
 _CHUNKS, _MOST_SPLITS = (64, 512), 64
-_BLOCK, _WARPS = 64, 8
+_BLOCK, _WARPS, _STAGES = 64, 8, 3
 _LOGITS = 2048
+# Outputs, columns at once and warps of a program that multiplies one row of x by dense weights; None: torch does.
+_DENSE_ROW: tuple[int, int, int] | None = None
 PADDED = "they are padded, and the kernels of the attention read every position up to the last"
 
 
@@ -98,6 +100,7 @@ class Step:
             self.fused = fuse(self.products, batch, config.rms_norm_eps)
         self.common = {"PDL": False, "INTERPRETED": interpreted()}
         self.attention = self._cuda_attention(heads, length) if self.on_gpu else None
+        self.workspace = self.attention and self.attention.workspace(heads, model.device)
         self.graph = None
         if self.on_gpu:
             pdl = torch.cuda.get_device_capability(model.device) >= (9, 0)
@@ -169,20 +172,43 @@ class Step:
             products, fused = self.products[index], self.fused[index]
             last = next_norm is body.norm
             if fused is None:
-                attended = self._attend(products.qkv(normed.values), index)
-                normed = self._norm(x, products.o(attended), layer.post_attention_layernorm)
-                inner = self._gate(products.gate_up(normed.values))
+                attended = self._attend(self._multiply(products.qkv, normed.values), index)
+                normed = self._norm(x, self._multiply(products.o, attended), layer.post_attention_layernorm)
+                inner = self._gate(self._multiply(products.gate_up, normed.values))
             else:
-                qkv = products.qkv(normed.values) if fused.qkv is None else fused.qkv(normed)
+                qkv = self._multiply(products.qkv, normed.values) if fused.qkv is None else fused.qkv(normed)
                 normed = fused.o.add_to(x, self._attend(qkv, index), layer.post_attention_layernorm.weight)
                 inner = fused.gate_up(normed)
             if fused is None or fused.down is None:
-                normed = self._norm(x, products.down(inner), next_norm, count=last)
+                normed = self._norm(x, self._multiply(products.down, inner), next_norm, count=last)
             else:
                 normed = fused.down.add_to(x, inner, next_norm.weight)
-        logits = self.model.lm_head(normed.values)
+        logits = self._multiply(self.model.lm_head, normed.values)
         self._choose(logits)
         return logits
+
+    def _multiply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x); one row by dense weights in this chain of launches: weights are on their way before x is."""
+        if _DENSE_ROW is None or self.batch > 1 or type(layer) is not nn.Linear or not layer.weight.is_contiguous():
+            return layer(x)
+        from fdk.models.fused import multiply_row
+
+        (n, k), (rows, block, warps) = layer.weight.shape, _DENSE_ROW
+        out, bias = x.new_empty(1, n), layer.bias
+        multiply_row[(-(-n // rows),)](
+            x,
+            layer.weight,
+            x if bias is None else bias,
+            out,
+            n,
+            K=k,
+            BIAS=bias is not None,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+            **self.common,
+        )
+        return out
 
     def _norm(self, x: Tensor, y: Tensor, norm: RMSNorm, count: bool = False, embed: bool = False) -> Normed:
         """The norm of x + y, which x becomes; embed: of the rows of y [vocab, size] for `tokens`."""
@@ -225,7 +251,18 @@ class Step:
         if self.attention is not None:
             eps = config.rms_norm_eps
             attend.attend(
-                self.attention, qkv, keys, values, cache.cos, cache.sin, self.position, out, scale, norms, eps
+                self.attention,
+                qkv,
+                keys,
+                values,
+                cache.cos,
+                cache.sin,
+                self.position,
+                out,
+                scale,
+                norms,
+                eps,
+                self.workspace,
             )
             return out
         from fdk.models import fused
@@ -253,6 +290,7 @@ class Step:
             SPLITS=self.splits,
             BLOCK=_BLOCK,
             num_warps=_WARPS,
+            num_stages=_STAGES,
             **self.common,
         )
         return out

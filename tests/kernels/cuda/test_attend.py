@@ -45,8 +45,32 @@ def test_compiles_without_spills(compiled, arch: str) -> None:
 def test_attention_of_a_new_token(where: str, dtype, head_dim: int, heads: int, norm: bool, length: int) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs clusters, of compute capability 9.0")
+    config = attend.choose_config(head_dim, heads, 6, length, dtype == torch.bfloat16, norm)
+    # Seconds each on an emulated device, where the order of a run's warps is always the same.
+    few, repeats = (length > 1000, 1) if where == "cpu" else (False, 2)
+    check(config, where, length, (length // 2,) if few else (0, 1, 15, length // 2, length - 1), repeats)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "cluster", "warps", "splits"),
+    [(128, 3, 2, 8, 8), (128, 3, 8, 4, 2), (128, 3, 1, 4, 16), (64, 4, 4, 4, 4), (256, 6, 1, 4, 3), (32, 1, 2, 4, 2)],
+)
+def test_attention_split_over_clusters(
+    where: str, head_dim: int, heads: int, cluster: int, warps: int, splits: int
+) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters, of compute capability 9.0")
+    config = attend.Config(head_dim, heads, True, -(-heads // 4), warps, cluster, 2, splits=splits)
+    # Positions of one cluster's turn; of several; of each that there is, and a second turn of some.
+    span = cluster * warps * 1024 // head_dim
+    check(config, where, 3 * splits * span // 2, (0, span, span + 1, splits * span - 1, splits * span + 5), 1)
+
+
+def check(config: attend.Config, where: str, length: int, positions: tuple[int, ...], repeats: int) -> None:
+    """What `config` makes of random caches of `length`, filled up to `positions`: right and equal `repeats` times."""
     batch, groups = 2, 3
-    config = attend.choose_config(head_dim, heads, batch * groups, length, dtype == torch.bfloat16, norm)
+    head_dim, heads, norm = config.head_dim, config.heads, config.norm
+    dtype = torch.bfloat16 if config.bf16 else torch.float16
     generator = torch.Generator().manual_seed(length)
 
     def random(*shape: int) -> torch.Tensor:
@@ -59,17 +83,17 @@ def test_attention_of_a_new_token(where: str, dtype, head_dim: int, heads: int, 
     scale = math.log2(math.e) / math.sqrt(head_dim)
     u, eps = UNIT_ROUNDOFF[dtype], 1e-5
     norms = (random(head_dim), random(head_dim)) if norm else None
-    # Seconds each on an emulated device, where the order of a run's warps is always the same.
-    few, repeats = (length > 1000, 1) if where == "cpu" else (False, 2)
-    for filled in (length // 2,) if few else (0, 1, 15, length // 2, length - 1):
+    workspace = config.workspace(batch * groups, torch.device(where))
+    for filled in positions:
         keys, values = past[0].clone(), past[1].clone()
         position = torch.tensor([filled], dtype=torch.int32, device=where)
         runs = []
         for _ in range(repeats):
             out = torch.full((batch, groups * heads * head_dim), torch.nan, dtype=dtype, device=where)
-            attend.attend(config, qkv, keys, values, cos, sin, position, out, scale, norms, eps)
+            attend.attend(config, qkv, keys, values, cos, sin, position, out, scale, norms, eps, workspace)
             runs.append(out)
         assert all(torch.equal(out, run) for run in runs)
+        assert workspace is None or not workspace[1].any()
         q, k, v = qkv.double().view(batch, -1, head_dim).split([groups * heads, groups, groups], 1)
         if norm:
             q, k = (

@@ -38,13 +38,19 @@ CASES = [
     ("uint3_g32", replace(PREPARED, pair=2, stream=True)),
     ("nest8s5_g128", replace(PREPARED, tokens=192, split=2, stages=2)),
     ("lut8_chan", replace(PREPARED, unrolled=False)),
+    ("lut4_g64", Config(64, 2, 11, split=5, k_groups=2, ahead=False, turns=True)),
+    ("lut4_g64", Config(64, 2, 8, split=3, k_groups=2, ahead=False, turns=True)),
+    ("lut1_g64", Config(64, 2, 12, split=4, k_groups=2, ahead=False, turns=True)),
+    ("lut4_g64", Config(64, 3, 10, split=7)),
+    ("lut4_g64", Config(64, 1, 12, split=2, k_groups=3)),
+    ("uint4_g32", Config(48, 4, 8, split=8, ahead=False)),
 ]
 
 
 @pytest.mark.parametrize("i", range(len(CASES)))
 def test_products(i: int) -> None:
     name, config = CASES[i]
-    with emulated(sms=5, schedule=SCHEDULES[i % len(SCHEDULES)]):
+    with emulated(sms=max(5, config.cluster), schedule=SCHEDULES[i % len(SCHEDULES)]):
         weight = testing.random_weight(parse(name), 448, 1024, tables=2 if "lut" in name else 1).to_layout("fragments")
         plan = Plan(weight, config)
         x, bias = (torch.randn(*size, generator=torch.Generator().manual_seed(1)) for size in ((300, 1024), (448,)))

@@ -23,6 +23,7 @@ class Config:
     warps       warps of a CTA that share the positions
     cluster     CTAs that share them
     stages      turns of positions that are in flight, 4 KB of each warp
+    splits      clusters of a key/value head, whose sums meet in global memory
     norm        queries and keys are normed before they are turned
     """
 
@@ -34,6 +35,7 @@ class Config:
     cluster: int
     stages: int
     norm: bool = False
+    splits: int = 1
 
     @property
     def threads(self) -> int:
@@ -45,6 +47,16 @@ class Config:
         sums = self.cluster * self.warps * (self.heads * self.head_dim // 4 // self.cluster + self.heads) * 16
         return self.threads // 32 * self.stages * (4096 + 8) + sums + 16
 
+    def workspace(self, key_heads: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """What launches for so many key/value heads, one after the other, share between splits; None for one split.
+
+        Sums [key_heads, splits, heads * head_dim / 4, 2, 4] float32, and counts [key_heads, cluster] int32 of zeros.
+        """
+        if self.splits == 1:
+            return None
+        sums = torch.empty(key_heads, self.splits, self.heads * self.head_dim // 4, 2, 4, device=device)
+        return sums, torch.zeros(key_heads, self.cluster, dtype=torch.int32, device=device)
+
     def defines(self) -> dict[str, int]:
         """Macros that the kernel is compiled with."""
         return {
@@ -55,6 +67,7 @@ class Config:
             "FDK_WARPS": self.warps,
             "FDK_CLUSTER": self.cluster,
             "FDK_STAGES": self.stages,
+            "FDK_SPLITS": self.splits,
             "FDK_NORM": int(self.norm),
             "FDK_SHARED_BYTES": self.shared_bytes,
         }
@@ -100,6 +113,8 @@ class Params(ctypes.Structure):
         ("groups", ctypes.c_int),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("partial", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
     )
 
 
@@ -127,17 +142,19 @@ def attend(
     scale: float,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    workspace: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Rotary embedding of a token's queries and key, its key and value into the cache, attention to all up to it.
 
     qkv [b, (g * h + 2 * g) * d]: queries, keys, values; keys, values [b, g, length, d]; cos, sin [length, d];
     position [1] int32: tokens in the cache before this one; out [b, g * h * d]; scale: 1/sqrt(d) times log2(e);
-    norms: weights [d] of the norms of queries and keys, with `eps`, if config.norm.
+    norms: weights [d] of the norms of queries and keys, with `eps`, if config.norm; workspace: of the configuration.
     """
     batch, groups, length, _ = keys.shape
     tensors = (qkv, keys, values, cos, sin, position, out, *(norms or (qkv, qkv)))
-    assert config.norm == (norms is not None)
+    assert config.norm == (norms is not None) and (config.splits > 1) == (workspace is not None)
     assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale)
+    shared = (tensor.data_ptr() for tensor in workspace or ())
+    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale, *shared)
     function = load(config, qkv.device.index)
-    function(batch * groups * config.cluster, torch.cuda.current_stream(qkv.device).cuda_stream, params)
+    function(batch * groups * config.cluster * config.splits, torch.cuda.current_stream(qkv.device).cuda_stream, params)

@@ -6,19 +6,23 @@
 // warp's own; the first are on their way before the wait for the previous kernel, which leaves the queries behind it. Sums of warps go to the CTAs that own their share of
 // the outputs, counted by a barrier, and are added in the order of warps and CTAs, so that results do not depend on timing.
 //
+// With SPLITS a head has so many clusters, which leave their sums in global memory; the last of them to arrive adds up what
+// lies there, in the order of clusters. Clusters without a position of their own leave at once.
+//
 // The host passes (see fdk/kernels/cuda/attend.py): FDK_BF16 FDK_HEAD_DIM FDK_HEADS FDK_HEAD_WARPS FDK_WARPS FDK_CLUSTER
-// FDK_STAGES, and FDK_NORM where queries and keys are normed over their channels before they are turned.
+// FDK_STAGES FDK_SPLITS, and FDK_NORM where queries and keys are normed over their channels before they are turned.
 #pragma once
 #include "ptx.cuh"
 
 namespace fdk {
 
 constexpr bool BF16 = FDK_BF16, NORM = FDK_NORM;
-constexpr int D = FDK_HEAD_DIM, HEADS = FDK_HEADS, CLUSTER = FDK_CLUSTER;
+constexpr int D = FDK_HEAD_DIM, HEADS = FDK_HEADS, CLUSTER = FDK_CLUSTER, SPLITS = FDK_SPLITS;
 constexpr int HEAD_WARPS = FDK_HEAD_WARPS, WARPS = FDK_WARPS;  // warps that share the heads, and the positions
 constexpr int OWN = (HEADS + HEAD_WARPS - 1) / HEAD_WARPS;     // heads of a warp
 constexpr int LANES = D / 16, ROWS = 32 / LANES, THREADS = HEAD_WARPS * WARPS * 32;
 constexpr int PASSES = 2, TILE = PASSES * ROWS;  // of ROWS positions; positions of a warp's turn
+constexpr int SPAN = CLUSTER * WARPS * TILE;     // positions of a cluster's turn
 constexpr int STAGES = FDK_STAGES, HALF = TILE * D * 2, STAGE = 2 * HALF;  // of a ring: keys, then values
 constexpr int SOURCES = CLUSTER * WARPS;       // warps whose sums make an output
 constexpr int SHARE = HEADS * D / 4 / CLUSTER;  // quadruples of channels that a CTA owns
@@ -38,12 +42,15 @@ struct Params {
     int groups;
     float eps;
     float scale;  // 1 / sqrt(D) times log2(e)
+    f32x4* partial;  // [b, groups, SPLITS, HEADS * D / 4, 2]: sums of a split; their largest score and sum of weights
+    u32* arrived;    // [b, groups, CLUSTER]: splits that have left theirs; 0 before and after a launch
 };
 
 struct Shared {
     f32x4 sums[SOURCES][SHARE];
     f32x4 tops[SOURCES][HEADS];  // largest score and sum of weights of a warp's positions
     u64 barrier, full[THREADS / 32][STAGES];
+    u32 arrived;
 };
 static_assert(THREADS / 32 * STAGES * STAGE + sizeof(Shared) <= FDK_SHARED_BYTES, "host and device disagree on the shared memory");
 
@@ -116,12 +123,32 @@ __device__ __forceinline__ void send(f32x4& to, u32 barrier, int rank, f32x4 v) 
         to = v;
 }
 
+// One more arrival: how many there were before. What this CTA stored is seen by whoever reads a later count, and the
+// other way round.
+__device__ __forceinline__ u32 count_arrival(u32* arrived) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    return before;
+}
+
+__device__ __forceinline__ f32x4 load_latest_16(const f32x4* from) {
+    f32x4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void write_output(const Params& p, int head, int quadruple, f32x4 v, float sum) {
+    const float scale = 1.f / sum;
+    *reinterpret_cast<u32x2*>(p.out + i64(head) * HEADS * D + quadruple * 4) = {round_pair<BF16>(v.x * scale, v.y * scale),
+                                                                                  round_pair<BF16>(v.z * scale, v.w * scale)};
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char smem[];
     Shared& shared = *reinterpret_cast<Shared*>(smem + THREADS / 32 * STAGES * STAGE);
     const int warp = threadIdx.x / 32 % WARPS, first_head = threadIdx.x / 32 / WARPS * OWN;
     const int lane = threadIdx.x % LANES, row = threadIdx.x % 32 / LANES;
-    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), head = blockIdx.x / CLUSTER;
+    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), head = blockIdx.x / (CLUSTER * SPLITS);
     const i64 sequence = head / p.groups, group = head % p.groups;
     const u32 barrier = shared_address(&shared.barrier), full = shared_address(&shared.full[threadIdx.x / 32]);
     char* ring = smem + threadIdx.x / 32 * (STAGES * STAGE);
@@ -142,10 +169,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
     let_next_kernel_start();
 
     // Position and cache come from earlier steps, before a kernel that waited for all others.
-    const int position = *p.position;
+    const int position = *p.position, split = SPLITS == 1 ? 0 : int(blockIdx.x) / CLUSTER % SPLITS;
+    const int active = SPLITS == 1 ? 1 : max(1, min(SPLITS, (position + SPAN - 1) / SPAN));
+    if (SPLITS > 1 && split >= active) return;
     u16* keys = p.keys + i64(head) * p.length * D;
     u16* values = p.values + i64(head) * p.length * D;
-    const int first = (rank * WARPS + warp) * TILE, stride = CLUSTER * WARPS * TILE;
+    const int first = split * SPAN + (rank * WARPS + warp) * TILE, stride = SPLITS * SPAN;
     const int turns = first < position ? (position - first + stride - 1) / stride : 0;
     const auto fetch = [&](int turn, int stage) {
         if (turn >= turns || threadIdx.x % 32 != 0) return;
@@ -170,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
     for (int h = 0; h < OWN; ++h)
         query[h] = load_channels(token + (group * HEADS + min(first_head + h, HEADS - 1)) * D, lane);
     // The new token comes first, at the warp that has least to do; all others start from a weight of zero.
-    const bool newest = rank == CLUSTER - 1 && warp == WARPS - 1;
+    const bool newest = split == active - 1 && rank == CLUSTER - 1 && warp == WARPS - 1;
     float q[OWN][16], top[OWN], total[OWN], acc[OWN][16] = {};
     Channels key = {}, value = {};
     if (newest) {
@@ -320,11 +349,47 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
             v.z += __shfl_xor_sync(0xffffffffu, v.z, other), v.w += __shfl_xor_sync(0xffffffffu, v.w, other);
         }
         if (i % TOGETHER == 0 && i < SHARE * TOGETHER) {
-            const float scale = 1.f / sum;
-            *reinterpret_cast<u32x2*>(p.out + i64(head) * HEADS * D + (rank * SHARE + at) * 4) = {round_pair<BF16>(v.x * scale, v.y * scale),
-                                                                                                   round_pair<BF16>(v.z * scale, v.w * scale)};
+            if (SPLITS == 1 || active == 1) {
+                write_output(p, head, rank * SHARE + at, v, sum);
+            } else {
+                f32x4* const to = p.partial + ((i64(head) * SPLITS + split) * (HEADS * D / 4) + rank * SHARE + at) * 2;
+                to[0] = v, to[1] = {highest, sum, 0.f, 0.f};
+            }
         }
     }
+    if (SPLITS == 1 || active == 1) return;
+
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.arrived = count_arrival(p.arrived + i64(head) * CLUSTER + rank);
+    __syncthreads();
+    if (int(shared.arrived) != active - 1) return;
+    __threadfence();
+    for (int at = threadIdx.x; at < SHARE; at += THREADS) {
+        const f32x4* const from = p.partial + (i64(head) * SPLITS * (HEADS * D / 4) + rank * SHARE + at) * 2;
+        // The sums of so many splits are fetched at once.
+        constexpr int BATCH = SPLITS < 8 ? SPLITS : 8;
+        float highest = -1e30f, sum = 0;
+        f32x4 v = {};
+        for (int base = 0; base < active; base += BATCH) {
+            f32x4 parts[BATCH], sums[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const f32x4* const part = from + i64(min(base + i, active - 1)) * (HEADS * D / 2);
+                sums[i] = load_latest_16(part), parts[i] = load_latest_16(part + 1);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                if (base + i >= active) continue;
+                const float higher = fmaxf(highest, parts[i].x), shrink = exp2f(highest - higher), weight = exp2f(parts[i].x - higher);
+                highest = higher, sum = fmaf(weight, parts[i].y, sum * shrink);
+                v = {fmaf(weight, sums[i].x, v.x * shrink), fmaf(weight, sums[i].y, v.y * shrink),
+                     fmaf(weight, sums[i].z, v.z * shrink), fmaf(weight, sums[i].w, v.w * shrink)};
+            }
+        }
+        write_output(p, head, rank * SHARE + at, v, sum);
+    }
+    if (threadIdx.x == 0) p.arrived[i64(head) * CLUSTER + rank] = 0;
 }
 
 }  // namespace fdk
