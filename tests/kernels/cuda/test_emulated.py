@@ -170,6 +170,14 @@ OPTIONS = [
     ("lut2_g64", config(8, 1, 4, 1, 1, early=2, stages=3, phases=2)),
     ("lut4_g64", config(2, 1, 4, 1, 1, early=1, stages=2, bulk=False)),
     ("lut1_g64", config(1, 1, 4, 1, 1, early=1, stages=2, digits=True)),
+    ("lut2_g64", config(1, 1, 4, 1, 1, indices=True, stage_units=4)),
+    ("lut2_g128", config(2, 2, 4, 2, 4, indices=True, stage_units=2, stages=2)),
+    ("int2_chan", config(1, 2, 2, 2, 3, indices=True, stages=3, batch=2, late=True)),
+    ("lut2_g64", config(1, 1, 4, 1, 1, indices=True, row_split=2, stage_units=2, scales_once=True, bulk=False)),
+    ("lut1_g64", config(1, 1, 4, 1, 1, indices=True, stage_units=4, lag=True)),
+    ("lut1_g64", config(2, 2, 4, 1, 2, indices=True, stages=4)),
+    ("int1_g128", config(1, 1, 2, 4, 4, indices=True, stages=2, stage_units=2, phases=1)),
+    ("lut1_g64", config(2, 1, 4, 1, 1, indices=True, stages=2, phases=2, stage_units=2)),
 ]
 
 
@@ -183,6 +191,27 @@ def test_decode_configurations(case, schedule: Schedule) -> None:
         check(decode.Plan(weight, chosen), m, weight, False, bias=chosen.tokens == 8)
 
 
+# Two and four values: of one size, far apart, one of them zero, all equal, and normal quantiles.
+VALUES = {
+    2: [[-1, -0.33, 0.33, 1], [1e-6, 1e3, -2e-6, -1e3], [0, 1e-20, 1e20, -1], [0.5, 0.5, 0.5, 0.5]],
+    1: [[-1, 1], [1e-6, 1e3], [0, -1e20], [0.5, 0.5]],
+}
+
+
+@pytest.mark.parametrize("bits,m,stage_units", [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 4)])
+def test_tables_of_any_range_are_what_indices_select(bits: int, m: int, stage_units: int) -> None:
+    with emulated(sms=2, schedule=SCHEDULES[bits]):
+        weight = testing.random_weight(parse(f"lut{bits}_g64"), 250, 512, tables=4)
+        weight.parts["table"].copy_(torch.tensor(VALUES[bits]))
+        weight = weight.to_layout(KERNEL.layout)
+        plan = decode.Plan(weight, config(m, 1, 2, 1, 2, indices=True, stage_units=stage_units))
+        check(plan, m, weight, False)
+        run = lambda x, _, bias, out: plan(x, bias, out)  # noqa: E731
+        for seed in range(5):
+            x = inputs(m, 512, seed=seed) * torch.logspace(-8, 8, 512).to(torch.bfloat16)
+            assert testing.check_product(run, x, weight, None, False) is None
+
+
 @pytest.mark.parametrize("name", ["lut4_g64", "uint3_g48", "nest8s4_g128"])
 def test_dense_weights(name: str) -> None:
     with emulated(schedule=SCHEDULES[len(name) % 3]):
@@ -191,6 +220,7 @@ def test_dense_weights(name: str) -> None:
 
 
 # Configuration, file, text and what takes its place: each must be noticed under at least one schedule.
+SELECTED = config(1, 1, 4, 1, 1, indices=True, stage_units=2)
 ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
 TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
 CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
@@ -229,6 +259,10 @@ FAULTS = {
     ),
     "refill of the stage being read": (replace(ALONE, lag=True), "decode.cuh", "read = stage;", "read = stage ^ 1;"),
     "the other rows' scales": (replace(ALONE, row_split=2), "shape.cuh", "g * 16 + row_part() * 8", "g * 16"),
+    "two indices of a nibble": (SELECTED, "indices.cuh", "0xccccccccu", "0xffffffffu"),
+    "the neighbour's index": (SELECTED, "indices.cuh", "odd ? w : w << 2, odd", "w, odd"),
+    "the scales of another unit": (SELECTED, "indices.cuh", "lane % SLOTS * 64", "(lane + 1) % SLOTS * 64"),
+    "another lane's table values": (SELECTED, "indices.cuh", "t / 2 != g % 2 ? 0", "t / 2 == g % 2 ? 0"),
     "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
     "no barrier of a warp before a refill": (
         ALONE,
@@ -271,7 +305,9 @@ def noticed(chosen: decode.Config | prefill.Config, schedule: Schedule) -> bool:
     """Whether a product by a configuration is wrong, or an error."""
     m, plan_of = (8, decode.Plan) if isinstance(chosen, decode.Config) else (64, prefill.Plan)
     with emulated(sms=4, schedule=schedule):
-        weight = testing.random_weight(parse("lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
+        indices = isinstance(chosen, decode.Config) and chosen.indices
+        m = 1 if indices else m
+        weight = testing.random_weight(parse("lut2_g64" if indices else "lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
         try:
             plan = plan_of(weight, chosen)
             run = lambda x, _, bias, out: plan(x, bias, out)  # noqa: E731
@@ -280,7 +316,7 @@ def noticed(chosen: decode.Config | prefill.Config, schedule: Schedule) -> bool:
             return True
 
 
-@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT])
+@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT, SELECTED])
 def test_without_a_fault_nothing_is_noticed(chosen) -> None:
     assert not any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
 

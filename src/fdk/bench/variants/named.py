@@ -52,7 +52,124 @@ DEEPER: tuple[Change, ...] = (
     {"stages": 3, "early": 2},
 )
 
+# Up to a warp's whole slice of k is on its way from the start; or two CTAs share a multiprocessor.
+INDICES_8192 = each(
+    {"k_warps": 8, "stages": 1, "stage_units": 4},
+    {"k_warps": 8, "stages": 2, "stage_units": 4},
+    {"k_warps": 8, "stages": 4, "stage_units": 4},
+    {"k_warps": 8, "stages": 4, "stage_units": 2},
+    {"k_warps": 8, "stages": 2, "stage_units": 4, "min_ctas": 2, "alone": False},
+    {"k_warps": 16, "stages": 1, "stage_units": 4},
+    {"k_warps": 16, "stages": 2, "stage_units": 4},
+    {"k_warps": 16, "stages": 2, "stage_units": 4, "late": True},
+    {"k_warps": 16, "stages": 2, "stage_units": 2},
+    {"k_warps": 16, "stages": 2, "stage_units": 4, "uniform": True},
+    {"k_warps": 16, "stages": 2, "stage_units": 4, "uniform": True, "scales_once": True},
+    {"k_warps": 16, "stages": 2, "stage_units": 4, "uniform": True, "early": 1},
+    digits=False,
+    indices=True,
+    late=False,
+    scales_once=False,
+    x_sums=False,
+    alone=True,
+)
+INDICES_14336X4096 = each(
+    {"k_warps": 4, "row_warps": 2, "stages": 1, "stage_units": 4},
+    {"k_warps": 4, "row_warps": 2, "stages": 2, "stage_units": 4},
+    {"k_warps": 4, "row_warps": 2, "stages": 4, "stage_units": 4},
+    {"k_warps": 8, "row_warps": 2, "stages": 1, "stage_units": 4},
+    {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 4},
+    {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 4, "late": True},
+    {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 4, "uniform": True},
+    {"k_warps": 16, "row_warps": 1, "stages": 2, "stage_units": 4, "batch": 2},
+    digits=False,
+    indices=True,
+    late=False,
+    scales_once=False,
+    x_sums=False,
+    alone=True,
+)
+INDICES_4096X14336 = each(
+    {"k_warps": 7, "stages": 2, "stage_units": 4},
+    {"k_warps": 8, "stages": 2, "stage_units": 2},
+    {"k_warps": 14, "stages": 1, "stage_units": 4},
+    {"k_warps": 14, "stages": 2, "stage_units": 4},
+    {"k_warps": 14, "stages": 2, "stage_units": 4, "late": True},
+    {"k_warps": 14, "stages": 2, "stage_units": 4, "uniform": True},
+    {"k_warps": 14, "stages": 2, "stage_units": 2},
+    {"k_warps": 16, "stages": 2, "stage_units": 1},
+    digits=False,
+    indices=True,
+    late=False,
+    scales_once=False,
+    x_sums=False,
+    alone=True,
+)
+INDICES_28672X8192 = each(
+    {"k_warps": 4, "row_warps": 4, "stages": 1, "stage_units": 4},
+    {"k_warps": 4, "row_warps": 4, "stages": 2, "stage_units": 2},
+    {"k_warps": 4, "row_warps": 4, "stages": 2, "stage_units": 4},
+    {"k_warps": 4, "row_warps": 4, "stages": 2, "stage_units": 4, "late": True},
+    {"k_warps": 2, "row_warps": 7, "stages": 2, "stage_units": 4, "batch": 1},
+    {"k_warps": 2, "row_warps": 7, "stages": 2, "stage_units": 4, "batch": 1, "uniform": True},
+    {"k_warps": 16, "row_warps": 1, "stages": 2, "stage_units": 4, "batch": 7},
+    digits=False,
+    indices=True,
+    late=False,
+    scales_once=False,
+    x_sums=False,
+    alone=True,
+)
+INDICES_4096 = each(
+    {"k_warps": 8, "stages": 1, "stage_units": 4},
+    {"k_warps": 8, "stages": 2, "stage_units": 2},
+    {"k_warps": 8, "stages": 4, "stage_units": 1},
+    {"k_warps": 4, "stages": 2, "stage_units": 4},
+    digits=False,
+    indices=True,
+    scales_once=False,
+    x_sums=False,
+)
+
+
+def indices(bits: int) -> tuple[Trial, ...]:
+    """What sparse products gain at one token, and at two."""
+    sizes = {
+        "8192x8192": INDICES_8192,
+        "14336x4096": INDICES_14336X4096,
+        "4096x14336": INDICES_4096X14336,
+        "28672x8192": INDICES_28672X8192,
+        "4096x4096": INDICES_4096,
+    }
+    one = tuple(Trial(problems("decode", f"lut{bits}_g64", size, "1"), changes) for size, changes in sizes.items())
+    two = (
+        each({"k_warps": 8, "stages": 2, "stage_units": 4}, {"k_warps": 16, "stages": 2, "stage_units": 2}),
+        each(
+            {"k_warps": 4, "row_warps": 2, "stages": 2, "stage_units": 4},
+            {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 2},
+        ),
+    )
+    return one + tuple(
+        Trial(
+            problems("decode", f"lut{bits}_g64", size, "2"),
+            each(*changes, indices=True, scales_once=False, x_sums=False),
+        )
+        for size, changes in zip(("8192x8192", "14336x4096"), two, strict=True)
+    )
+
+
 SETS: dict[str, Named] = {
+    "two-bit": Named(
+        "Two bits, one and two tokens: do sparse products, whose indices are the codes, do without the look-ups that "
+        "bound them, and at which rings?",
+        60,
+        indices(2),
+    ),
+    "one-bit-indices": Named(
+        "The same for one bit, where they take the place of integer products and the digits those are made of.",
+        60,
+        indices(1),
+    ),
     "alone": Named(
         "Where two CTAs of a launch fit on a multiprocessor though each has more work than is read ahead: does one "
         "alone, by asking for half the shared memory, spread launches evenly?",
@@ -219,9 +336,9 @@ SETS: dict[str, Named] = {
                     {"scales_once": True, "stage_units": 8},
                     {"stages": 2},
                     {"k_warps": 8, "stages": 3},
-                    {"k_warps": 8, "stages": 3, "min_ctas": 2},
+                    {"k_warps": 8, "stages": 3, "min_ctas": 2, "alone": False},
                     {"k_warps": 8, "stages": 3, "min_ctas": 2, "late": False},
-                    {"stages": 3, "stage_units": 2, "min_ctas": 2},
+                    {"stages": 3, "stage_units": 2, "min_ctas": 2, "alone": False},
                     {"stages": 3, "stage_units": 2, "min_ctas": 2, "late": False},
                     paired=True,
                     uniform=True,
@@ -251,6 +368,7 @@ SETS: dict[str, Named] = {
                     {},
                     {"stages": 1, "stage_units": 7},
                     {"k_warps": 16, "stages": 1, "stage_units": 7},
+                    {"k_warps": 14, "stages": 2, "stage_units": 4, "uniform": True},
                     {"k_warps": 14, "stages": 2, "stage_units": 2},
                     paired=True,
                     uniform=True,

@@ -115,6 +115,11 @@ class Shape:
         affine = self.kind in (INT, UINT_U8, UINT_FLOAT) or (self.kind == TABLE and self.bits == 1)
         return (self.nested or (self.bits in (1, 2, 4, 8) and affine)) and self.subs == 1
 
+    @property
+    def allows_indices(self) -> bool:
+        """Whether sparse products can serve it: codes of one or two bits that a table of values takes."""
+        return self.bits <= 2 and self.kind in (TABLE, INT) and self.subs == 1
+
     def stage_groups(self, stage_units: int) -> int:
         """Groups that a stage of that many units holds."""
         return self.unit_groups if stage_units == 1 else max(1, stage_units * 64 // self.group)
@@ -180,6 +185,7 @@ class Config:
     uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     octets       look up one bit eight codes at a time, which needs no sums of activations
     paired       integer products: two row tiles share an accumulator, and pairs of digits are added up before scaling
+    indices      codes as the indices of sparse products (csrc/indices.cuh): one and two tokens of one and two bits
     """
 
     tokens: int
@@ -207,6 +213,7 @@ class Config:
     uniform: bool = False
     paired: bool = False
     early: int = 0
+    indices: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -238,9 +245,10 @@ class Config:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // (self.cluster * self.phases))
         octets = OCTET_TABLE_BYTES * self.octets
-        table = 0 if self.digits else octets or shape.table_bytes << self.wide
+        no_table = self.digits or self.indices
+        table = 0 if no_table else octets or shape.table_bytes << self.wide
         aligned = octets or table_aligned(shape.bits, shape.kind) << self.wide
-        before = 0 if self.digits or not hopper else max(0, aligned - 1024)
+        before = 0 if no_table or not hopper else max(0, aligned - 1024)
         table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
         slot = BLOCK // self.row_split * self.tokens * 4
@@ -251,7 +259,7 @@ class Config:
             ring += 128 * (max(1, columns // shape.group) - self.stages * shape.stage_groups(self.stage_units))
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
-        one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
+        one_bit_sums = shape.bits == 1 and self.tokens < 16 and not (self.octets or self.indices)
         summed = self.digits or (not self.x_sums and (shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums))
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
@@ -307,6 +315,7 @@ class Config:
             "FDK_WIDE": int(self.wide),
             "FDK_OCTETS": int(self.octets),
             "FDK_UNIFORM": int(self.uniform),
+            "FDK_INDICES": int(self.indices),
             "FDK_ROW_SPLIT": self.row_split,
             "FDK_PAIRED": int(self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),

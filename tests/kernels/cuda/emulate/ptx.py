@@ -433,6 +433,11 @@ class _Translator:
         self.op_ldmatrix(opcode, operands, store=True)
 
     def op_mma(self, opcode: str, operands: list[str]) -> None:
+        if form := re.fullmatch(r"mma\.sp\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32", opcode):
+            *vectors, indices, pair = operands
+            registers = [at for text in vectors for at in self.vector(text, 32)]
+            self.emit(f"mma.sp.m16n8k32.{form[1]}", *registers, self.operand(indices, 32), self.number(pair))
+            return
         forms = {
             "m16n8k16.row.col.f32.bf16.bf16.f32": "mma.m16n8k16.bf16",
             "m16n8k16.row.col.f32.f16.f16.f32": "mma.m16n8k16.f16",

@@ -10,6 +10,8 @@
 #include "epilogue.cuh"
 #if FDK_DIGITS
 #include "digits.cuh"
+#elif FDK_INDICES
+#include "indices.cuh"
 #else
 #include "halves.cuh"
 #endif
@@ -72,6 +74,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const u16* table = p.table + (which << (SPARSE ? 4 : BITS));
     const int own_table = TABLES > 1 ? row_warp % 2 : 0;
     float low = -1.f, high = 0.f;
+    u32 pair = 0;
+#if FDK_INDICES
+    pair = pair_of_lane(table + (own_table << BITS), lane);
+#endif
     if constexpr (BITS == 1 || DIGITS) {
         if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
         if constexpr (OCTETS) {
@@ -84,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         fill_selectors<WARPS>(smem + Smem::TABLE, warp, lane);
         if constexpr (SPARSE_TABLE)
             fill_kept_values<WARPS>(smem + Smem::TABLE + SELECTOR_BYTES, warp, lane, [&](int code) { return u32(table[code]); });
-    } else if constexpr (!NESTED) {
+    } else if constexpr (!NESTED && !INDICES) {
         for (int i = 0; i < TABLES; ++i)
             fill_table<BITS, WARPS, WIDE>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, [&](int code) -> u16 {
                 if constexpr (TABLE) return table[(i << BITS) + code];
@@ -102,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
-                           round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero};
+                           round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
     Outputs outputs = {p, range, smem, (ROW_SPLIT > 1 ? row_part() : rank) * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase, auto meanwhile) {

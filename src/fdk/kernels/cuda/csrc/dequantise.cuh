@@ -73,6 +73,7 @@ struct Lookup {
     u32 table, one, base7, base6;
     u32 low, differ;  // SELECT: the value of code 0, and its exclusive or with that of code 1, as pairs
     u32 zero;         // 0, which the compiler does not know
+    u32 pair;         // table values of the lane, see indices.cuh
 };
 
 // Row tile `tile` of a unit: a[s] is the A operand of step s.

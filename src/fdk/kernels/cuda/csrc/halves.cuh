@@ -1,82 +1,8 @@
 // The product in bf16 or fp16: codes become A operands of mma.m16n8k16, exact table entries or small integers.
 #pragma once
-#include "epilogue.cuh"
+#include "activations.cuh"
 
 namespace fdk {
-
-constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0 && !OWN_X;
-static_assert(X_BUFFERS == 1 || BULK_X, "only bulk copies arrive meanwhile");
-
-__device__ __forceinline__ u32 x_barrier(const char* smem, int phase, int k_warp, int chunk) {
-    return shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + ((phase % X_BUFFERS * K_WARPS + k_warp) * X_CHUNKS + chunk) * 8;
-}
-
-// Before a warp multiplies unit `at` of its slice. Pieces are counted at compile time: a division here costs each unit more
-// than the wait.
-__device__ __forceinline__ void wait_for_activations(const char* smem, int phase, int at, int k_warp) {
-    if constexpr (!BULK_X || SUMS) return;
-    constexpr int CHUNK = UNITS / (CLUSTER * PHASES * K_WARPS * X_CHUNKS);
-    const int chunk = X_CHUNKS == 1 ? 0 : at / CHUNK;
-    if (at == chunk * CHUNK) barrier_wait(x_barrier(smem, phase, k_warp, chunk), phase / X_BUFFERS % 2);
-}
-
-// Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
-// token, or by hand with zeros past K. Tokens past m repeat the last one. Runs `meanwhile` once while they are on their way.
-template <class Meanwhile>
-__device__ __forceinline__ void stage_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane, Meanwhile meanwhile) {
-    char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
-    if constexpr (BULK_X) {
-        // The warps of a slice of k bring its chunks in turn; whoever multiplies waits for those that he needs.
-        const int k_warp = warp % K_WARPS, first = units * k_warp / K_WARPS, count = (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS;
-        for (int chunk = warp / K_WARPS; chunk < X_CHUNKS; chunk += ROW_WARPS) {
-            const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
-            const int at = first + chunk * count;
-            if (lane == 0) barrier_expect(barrier, M * count * 128);
-            __syncwarp();
-            for (int token = lane; token < M; token += 32)
-                copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
-                                 count * 128, barrier);
-        }
-        meanwhile();
-        if (phase == 0) read_norms(p, smem, warp, lane);
-        if constexpr (SUMS)
-            for (int i = 0; i < K_WARPS * X_CHUNKS; ++i) barrier_wait(x_barrier(smem, phase, 0, i), phase % 2);
-    } else {
-        if (phase == 0) read_norms(p, smem, warp, lane);
-        // Pieces of four columns per thread in flight.
-        constexpr int MOST = (SHARE_UNITS * M * 16 + SHARE_THREADS - 1) / SHARE_THREADS, AHEAD = MOST < 8 ? MOST : 8;
-        const Share share = Share::of(units, warp, lane);
-        const int pieces = share.units * M * 16, row_pieces = max(16 * share.units, 1);
-        if (share.thread >= pieces) meanwhile();
-        for (int base = share.thread; base < pieces; base += AHEAD * SHARE_THREADS) {
-            u32x2 piece[AHEAD];
-#pragma unroll
-            for (int a = 0; a < AHEAD; ++a) {
-                const int i = base + a * SHARE_THREADS, token = i / row_pieces;
-                const int column = (first_unit + share.first) * 64 + i % row_pieces * 4;
-                const u16* row = p.x + i64(min(token, p.m - 1)) * K;
-                piece[a] = {};
-                if (i >= pieces) continue;
-                if constexpr (K % 4 == 0) {
-                    if (K % 64 == 0 || column < K) piece[a] = load_8(row + column);
-                } else {
-                    u32 e[4];
-#pragma unroll
-                    for (int q = 0; q < 4; ++q) e[q] = column + q < K ? load_2(row + column + q) : 0;
-                    piece[a] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
-                }
-            }
-            if (base == share.thread) meanwhile();
-#pragma unroll
-            for (int a = 0; a < AHEAD; ++a) {
-                const int i = base + a * SHARE_THREADS, token = i / row_pieces;
-                if (i < pieces)
-                    *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + share.first * 128 + i % row_pieces * 8) = piece[a];
-            }
-        }
-        share.sync(warp);
-    }
-}
 
 // B operands of a unit for tokens 8*nt..8*nt+7: b[2s + i] of step s are columns 16s + 8i + 2t, +1. Lane i names the unit of
 // column i % 8 of the operands, the same for all but a single token's sums.
@@ -299,11 +225,6 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
                 }
             }
 }
-
-// Copies need nothing that is known before the dependency wait.
-struct Activations {
-    __device__ static __forceinline__ Activations of(const Params&, int, int, int, int) { return {}; }
-};
 
 // Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
 template <class Meanwhile>

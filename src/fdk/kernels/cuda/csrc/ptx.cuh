@@ -39,6 +39,7 @@ __device__ __forceinline__ u32 combine(u32 a, u32 b, u32 c) {
     return d;
 }
 constexpr int CHOOSE = 0xe4;        // (a & c) | (b & ~c)
+constexpr int CHOOSE_OR_NOT = 0xb1;  // (a & c) | (~b & ~c)
 constexpr int MASK_OR = 0xea;       // (a & b) | c
 constexpr int NOT_MASK_OR = 0xae;   // (~a & b) | c
 constexpr int MASK_XOR = 0x6a;      // (a & b) ^ c
@@ -106,6 +107,22 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with k = 32 and half of a's columns left out: of each four, two are kept, in the registers that a dense a[16 x 16] has.
+// Where they belong say 2 bits each of `indices`, in a nibble of which they must differ: rows g in the low half of the word,
+// rows g + 8 in the high one, columns 0 to 15 in lanes 4g + 2 PAIR, columns 16 to 31 in lanes 4g + 2 PAIR + 1. b as in four
+// registers of a lane, here all the same: rows 2t, 2t+1 of each eight.
+template <bool BF16, int PAIR>
+__device__ __forceinline__ void mma_sparse(float (&d)[4], const u32 (&a)[4], u32 b, u32 indices) {
+    if constexpr (BF16)
+        asm("mma.sp.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8,%8,%8}, {%0,%1,%2,%3}, %9, %10;"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(indices), "n"(PAIR));
+    else
+        asm("mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8,%8,%8}, {%0,%1,%2,%3}, %9, %10;"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(indices), "n"(PAIR));
 }
 
 // Four 8 x 8 matrices of halves; lane i names row i % 8 of matrix i / 8, and gets columns 2t, 2t+1 of row g of each.

@@ -6,7 +6,7 @@
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_EARLY FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS FDK_WIDE FDK_OCTETS
-//   FDK_UNIFORM FDK_PAIRED, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_UNIFORM FDK_PAIRED FDK_INDICES, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -63,6 +63,7 @@ constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
 constexpr bool PAIRED = FDK_PAIRED;     // their sums are made and scaled two for one
 constexpr int TILES_SHARING = PAIRED && M == 1 ? 2 : 1;  // row tiles that share an accumulator
 static_assert(!PAIRED || DIGITS, "see digits.cuh");
+constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse products, see indices.cuh
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
 
@@ -70,7 +71,7 @@ constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a
 constexpr bool OCTETS = FDK_OCTETS;  // one bit by look-ups of eight codes, see dequantise.cuh
 static_assert(!OCTETS || (BITS == 1 && KIND <= 1 && !DIGITS && !FDK_X_SUMS), "values of two codes, as they are");
 constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS;  // see dequantise.cuh
-constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS;
+constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS && !INDICES;
 // A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
 constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS;
 constexpr bool SUMS = (ZEROS || SPLIT_BIT || DIGITS) && !X_SUMS;
@@ -88,7 +89,7 @@ constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
 struct Smem {
     static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_ALIGNED = OCTETS ? OCTET_TABLE_BYTES : DIGITS || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
+    static constexpr int TABLE_ALIGNED = OCTETS ? OCTET_TABLE_BYTES : DIGITS || INDICES || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE_BYTES = TABLE_ALIGNED + (SPARSE_TABLE ? KEPT_VALUES_BYTES : 0);
     static constexpr int TABLE = WINDOW && TABLE_ALIGNED > WINDOW ? TABLE_ALIGNED - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
@@ -139,6 +140,7 @@ struct Smem {
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
 static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (NESTED || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE), "see digits.cuh");
+static_assert(!INDICES || (BITS <= 2 && KIND <= 1 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 
 constexpr int MAX_RANGES = 16;

@@ -47,6 +47,33 @@ Outcome mma(Warp& w, const Instruction& I, u32) {
     return Outcome::NEXT;
 }
 
+// The same with k = 32 and two of each four columns of a, whose places are given.
+// at: 4 of d, 4 of a, 4 of b, 4 of c, the places and the pair of lanes in each four that has them
+template <class Half>
+Outcome mma_sparse(Warp& w, const Instruction& I, u32) {
+    const i32* at = I.at;
+    const Tile kept = operand_a<Half>(w, at + 4);
+    float b[32][8], sum[16][8];
+    for (int l = 0; l < 32; ++l)
+        for (int i = 0; i < 4; ++i) {
+            const u32 pair = w.r[at[8 + i] + l];
+            b[l % 4 * 2 + i * 8][l / 4] = Half::widen(pair & 0xffff), b[l % 4 * 2 + i * 8 + 1][l / 4] = Half::widen(pair >> 16);
+            sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2] = get<float>(w.r, at[12 + i], l);
+        }
+    for (int row = 0; row < 16; ++row)
+        for (int four = 0; four < 8; ++four) {
+            const u32 word = w.r[at[16] + row % 8 * 4 + 2 * at[17] + four / 4];
+            const u32 places = word >> (row / 8 * 16 + four % 4 * 4) & 15;
+            if (places % 4 == places / 4) throw Fault("a sparse mma keeps the same of four columns twice");
+            for (int i = 0; i < 2; ++i)
+                for (int column = 0; column < 8; ++column)
+                    sum[row][column] += kept.v[row][four * 2 + i] * b[four * 4 + (places >> 2 * i) % 4][column];
+        }
+    for (int l = 0; l < 32; ++l)
+        for (int i = 0; i < 4; ++i) set<float>(w.r, at[i], l, sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+    return Outcome::NEXT;
+}
+
 // The same with 8-bit integers: m16n8k32.
 template <class A, class B>
 Outcome mma_integers(Warp& w, const Instruction& I, u32) {
@@ -176,6 +203,8 @@ Outcome wgmma_wait(Warp& w, const Instruction& I, u32) {
 void add_matrices(Table& table) {
     table["mma.m16n8k16.bf16"] = {mma<Bf16>, Kind::TOGETHER};
     table["mma.m16n8k16.f16"] = {mma<F16>, Kind::TOGETHER};
+    table["mma.sp.m16n8k32.bf16"] = {mma_sparse<Bf16>, Kind::TOGETHER};
+    table["mma.sp.m16n8k32.f16"] = {mma_sparse<F16>, Kind::TOGETHER};
     table["mma.m16n8k32.u8.s8"] = {mma_integers<u8, i8>, Kind::TOGETHER};
     table["mma.m16n8k32.s8.s8"] = {mma_integers<i8, i8>, Kind::TOGETHER};
     table["mma.m16n8k32.u8.u8"] = {mma_integers<u8, u8>, Kind::TOGETHER};

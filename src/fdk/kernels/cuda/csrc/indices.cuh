@@ -1,0 +1,153 @@
+// The product by sparse mma, for one or two tokens and tables of two or four values.
+//
+// A sparse mma multiplies each kept element of A by the row of B, one of four, that two bits of an index name. Here the
+// elements are activations, the indices are codes, and the four rows of B are the table: what selects a value for each
+// weight is the tensor core, and words of codes are its operand all but as they lie. There are no look-ups.
+//
+// Its eight columns of B would all say the same; each is zero but for some of the rows of weights and one of the units,
+// so that sums of four units, which have scales of their own, lie in different lanes and are scaled all at once.
+//
+//   2 bits   A nibble holds two neighbours of a row, whose indices may be equal, which an operand's may not. So each is
+//            multiplied apart: with it in the upper half of a nibble, its complement in the lower half and zero there in
+//            A. Nibbles belong to rows 8h + g in turn, columns 2 slot + h of B to one of them.
+//   1 bit    Bits 0 and 2 of a nibble (1 and 3, shifted) are those of two steps in the same row: with bit 1 cleared and
+//            bit 3 set they are indices into T[0], T[1], T[0], T[1].
+#pragma once
+#include "activations.cuh"
+
+namespace fdk {
+
+constexpr int SLOTS = STAGE_UNITS;  // units whose sums lie side by side
+
+// Table values that a lane has of B's rows 2t and 2t+1 of eight: in its column of 2 bits, of every other four rows.
+__device__ __forceinline__ u32 pair_of_lane(const u16* table, int lane) {
+    const int g = lane / 4, t = lane % 4, first = BITS == 1 ? 0 : 2 * (t % 2);
+    const auto value = [&](int code) { return u32(TABLE ? table[code] : round_half<BF16>(float(code - (1 << (BITS - 1))))); };
+    return BITS == 2 && t / 2 != g % 2 ? 0 : value(first) | value(first + 1) << 16;
+}
+
+// Sums of one block over a warp's slice: row 16*tile + 8*h + g, of units t, t + SLOTS, .. of each stage.
+// d: sums of the stage that are not scaled yet, in two parts.
+struct Accumulator {
+    float sum[M][ROW_TILES][2];
+    float d[M][ROW_TILES][4];
+};
+
+// A unit in registers; the last of a stage brings the scales of the unit that the lane has sums of.
+struct Unit {
+    u32 words[4 * BITS];
+    Rows scales;
+};
+
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
+    constexpr int PIECES = ROW_SPLIT > BITS ? 1 : BITS / ROW_SPLIT, PIECE = Smem::CODE_BYTES / PIECES;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane * 16);
+        u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
+    }
+    if (index == STAGE_UNITS - 1) {
+        const int group = STAGE_GROUPS == 1 ? 0 : lane % SLOTS * 64 / GROUP;
+        u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, lane / 4);
+    }
+}
+
+// The unit's activations of one token. 2 bits: a[i][pair] are those of word i; 1 bit: a[0][pair].
+template <int WORDS>
+__device__ __forceinline__ void load_activations(u32 (&a)[WORDS][2][4], const char* from, int lane) {
+    const int t = lane % 4;
+    const auto eight = [&](int step, int half) { return *reinterpret_cast<const u32x4*>(from + step * 32 + half * 16); };
+    if constexpr (BITS == 1) {
+        const int step = 3 - 2 * (t % 2), half = 1 - t / 2;
+        const u32x4 odd = eight(step, half), even = eight(step - 1, half);
+        const u32 o[4] = {odd.x, odd.y, odd.z, odd.w}, e[4] = {even.x, even.y, even.z, even.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) a[0][i / 4][i % 4] = __byte_perm(o[i / 4 * 2 + i % 4 / 2], e[i / 4 * 2 + i % 4 / 2], i % 2 ? 0x7632 : 0x5410);
+    } else {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const u32x4 v = eight(2 * i, t / 2), w = eight(2 * i + 1, t / 2);
+            a[i][0][0] = v.x, a[i][0][1] = w.x, a[i][0][2] = v.y, a[i][0][3] = w.y;
+            a[i][1][0] = v.z, a[i][1][1] = w.z, a[i][1][2] = v.w, a[i][1][3] = w.w;
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup) {
+    const int g = lane / 4;
+#pragma unroll
+    for (int token = 0; token < M; ++token) {
+        const char* x = smem + Smem::X + token * Smem::X_STRIDE + unit * 128;
+        float (&d)[ROW_TILES][4] = acc.d[token];
+        u32 a[BITS][2][4];
+        load_activations(a, x, lane);
+        if constexpr (BITS == 1) {
+            // The compiler splits a lop3 whose constants it both knows.
+            const u32 upper = 0x88888888u ^ lookup.zero;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const u32 b = g == 2 * index + h ? lookup.pair : 0;
+                u32 indices[ROW_TILES];
+#pragma unroll
+                for (int tile = 0; tile < ROW_TILES; ++tile) indices[tile] = combine<MASK_OR>(u.words[tile] >> (1 - h), 0x55555555u, upper);
+#pragma unroll
+                for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 0>(d[tile], a[0][0], b, indices[tile]);
+#pragma unroll
+                for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 1>(d[tile], a[0][1], b, indices[tile]);
+            }
+        } else {
+            const u32 b = g / 2 == index ? lookup.pair : 0;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    u32 indices[ROW_TILES], upper[2][4];
+#pragma unroll
+                    for (int tile = 0; tile < ROW_TILES; ++tile) {
+                        const u32 w = rotate_left(u.words[tile * 2 + i], 32 - 7);  // they are packed rotated left by 7
+                        indices[tile] = combine<CHOOSE_OR_NOT>(odd ? w : w << 2, odd ? w >> 2 : w, 0xccccccccu);
+                    }
+#pragma unroll
+                    for (int r = 0; r < 8; ++r) upper[r / 4][r % 4] = odd ? a[i][r / 4][r % 4] & 0xffff0000u : a[i][r / 4][r % 4] << 16;
+#pragma unroll
+                    for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 0>(d[tile], upper[0], b, indices[tile]);
+#pragma unroll
+                    for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 1>(d[tile], upper[1], b, indices[tile]);
+                }
+        }
+        if (index == STAGE_UNITS - 1) {
+#pragma unroll
+            for (int tile = 0; tile < ROW_TILES; ++tile) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    acc.sum[token][tile][h] = fmaf(u.scales.at(tile, h), d[tile][h] + d[tile][2 + h], acc.sum[token][tile][h]);
+                d[tile][0] = d[tile][1] = d[tile][2] = d[tile][3] = 0;
+            }
+        }
+    }
+}
+
+// A warp's sums of a block to its slot [64 rows][M tokens].
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float, float) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int token = 0; token < M; ++token)
+#pragma unroll
+        for (int tile = 0; tile < ROW_TILES; ++tile)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float v = acc.sum[token][tile][h];
+#pragma unroll
+                for (int other = SLOTS / 2; other; other /= 2) v += __shfl_xor_sync(0xffffffffu, v, other);
+                if (t == 0) slot[(tile * 16 + h * 8 + g) * M + token] = v;
+            }
+}
+
+// Brings the activations of the CTA's slice into shared memory.
+template <class Meanwhile>
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations&, int phase, int first_unit, int units, int warp, int lane, const Lookup&, Meanwhile meanwhile) {
+    stage_activations(p, smem, phase, first_unit, units, warp, lane, meanwhile);
+    if constexpr (FDK_LATE) let_next_kernel_start();
+}
+
+}  // namespace fdk
