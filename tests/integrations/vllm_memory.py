@@ -1,4 +1,4 @@
-"""Host memory while vLLM loads a random Llama in bfloat16, in a process of its own; appends one record to a file.
+"""Memory while vLLM loads a random Llama in bfloat16, in a process of its own; appends one record to a file.
 
     MALLOC_MMAP_THRESHOLD_=65536 python vllm_memory.py RECORDS.jsonl stored|quantised HIDDEN INTERMEDIATE LAYERS
 
@@ -10,6 +10,11 @@ packed     the low-bit layers' tensors
 other      all other parameters
 largest    the largest dense weight of a linear layer
 dense      how many parameters as large as that are left in low-bit layers
+
+and of a GPU, where there is one, above what the process held before:
+
+device_held  what torch's allocator has given out when the model is loaded
+device_peak  the most that it had given out on the way
 """
 
 from __future__ import annotations
@@ -68,13 +73,13 @@ def make(folder: Path, stored: bool, hidden: int, middle: int, layers: int) -> P
 
 
 def load(folder: Path, stored: bool):
-    """The model as vLLM's loader makes it, on the CPU."""
+    """The model as vLLM's loader makes it."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
-    options = {} if stored else ONLINE
+    options = json.loads(os.environ.get("FDK_TEST_VLLM", "{}")) | ({} if stored else ONLINE)
     args = EngineArgs(model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True, **options)
     config = args.create_engine_config()
     with set_current_vllm_config(config):
@@ -93,15 +98,21 @@ def main() -> None:
     from fdk.bench.records import environment
     from fdk.integrations.vllm.linear import FdkLinearMethod
 
+    on_gpu = torch.cuda.is_available()
     if not torch.accelerator.is_available():
         # As vLLM's worker for CPUs has it.
         torch.accelerator.empty_cache = lambda: None
     with tempfile.TemporaryDirectory() as folder:
-        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "nccl" if on_gpu else "gloo")
         small = make(Path(folder) / "small", stored, 128, 256, 1)
         large = make(Path(folder) / "large", stored, hidden, middle, layers)
         load(small, stored)
         gc.collect()
+        device_before = 0
+        if on_gpu:
+            torch.cuda.synchronize()
+            device_before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         before, peak = anonymous(), Peak()
         peak.start()
         model = load(large, stored)
@@ -125,8 +136,13 @@ def main() -> None:
         "largest": largest,
         "dense": sum(p.numel() * p.element_size() >= largest for p in packed if p.is_floating_point()),
     }
+    if on_gpu:
+        gc.collect()
+        torch.cuda.synchronize()
+        entry["device_held"] = torch.cuda.memory_allocated() - device_before
+        entry["device_peak"] = torch.cuda.max_memory_allocated() - device_before
     with records.open("a") as file:
-        file.write(json.dumps(entry | environment(torch.device("cpu"))) + "\n")
+        file.write(json.dumps(entry | environment(torch.device("cuda" if on_gpu else "cpu"))) + "\n")
 
 
 if __name__ == "__main__":
