@@ -178,6 +178,9 @@ OPTIONS = [
     ("lut1_g64", config(2, 2, 4, 1, 2, indices=True, stages=4)),
     ("int1_g128", config(1, 1, 2, 4, 4, indices=True, stages=2, stage_units=2, phases=1)),
     ("lut1_g64", config(2, 1, 4, 1, 1, indices=True, stages=2, phases=2, stage_units=2)),
+    ("int4_g64_sp16of32", config(1, 1, 4, 1, 1, digits=True, stages=2)),
+    ("int4_g128_sp16of32", config(2, 2, 4, 1, 2, digits=True, bulk=False)),
+    ("int4_g64_sp16of32", config(1, 1, 8, 1, 1, digits=True, paired=True, scales_once=True, stage_units=2)),
 ]
 
 

@@ -44,6 +44,7 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 
 SIXTEEN = "16384x16384"
+PAIRED: Change = {"digits": True, "paired": True, "scales_once": True}
 
 DEEPER: tuple[Change, ...] = (
     {"stages": 2},
@@ -252,27 +253,21 @@ SETS: dict[str, Named] = {
         ),
     ),
     "nested": Named(
-        "Slices at 16384 x 16384, one token: do integer products of the gathered planes, which leave two thirds of the "
-        "instructions, or more bytes on their way, bring 2 to 4 bits to 1.4 x the floor?",
-        40,
+        "Slices at 16384 x 16384, one token: do integer products of the gathered planes, which leave half of the "
+        "instructions, bring 2 to 4 bits to 1.4 x the floor, and how many bytes need to be on their way?",
+        45,
         (
             Trial(
                 problems("decode", "trunc8s2_g128 nest8s2_g128 trunc8s3_g128 nest8s3_g128 trunc8s4_g128", SIXTEEN, "1"),
-                each(
-                    {"digits": True, "scales_once": False},
-                    {"digits": True},
-                    {"digits": True, "late": True},
-                    {"digits": True, "stages": 2},
-                    {"digits": True, "stage_units": 4},
-                    {"digits": True, "k_warps": 8},
-                    {},
-                    {"stages": 2},
-                    scales_once=True,
-                ),
+                each({}, scales_once=True)
+                + each({"paired": False}, {}, {"late": True}, {"stages": 2}, **PAIRED)
+                + each({"stage_units": 4}, {"k_warps": 8}, **PAIRED)
+                + each({"scales_once": False, "row_warps": 1, "k_warps": 16, "batch": 2}, **PAIRED),
             ),
             Trial(
                 problems("decode", "nest8s4_g128 nest8s6_g128 nest8_g128", SIXTEEN, "1"),
-                each({"digits": True}, {"digits": True, "stage_units": 2, "stages": 1}, {}, scales_once=True),
+                each({}, scales_once=True)
+                + each({}, {"stages": 1, "stage_units": 2}, {"k_warps": 8, "stages": 1}, **PAIRED),
             ),
         ),
     ),
@@ -282,20 +277,33 @@ SETS: dict[str, Named] = {
         (
             Trial(
                 problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s3_g128 nest8s4_g128 nest8_g128", "8192x8192", "1"),
-                each(
-                    {"digits": True, "k_warps": 16, "stages": 1, "stage_units": 1},
-                    {"digits": True, "k_warps": 16, "stages": 1, "stage_units": 2},
-                    {"digits": True, "k_warps": 16, "stages": 1, "stage_units": 2, "late": True},
-                    {"digits": True, "k_warps": 8, "stages": 2, "stage_units": 2},
-                    {"k_warps": 8, "stages": 1, "stage_units": 1},
-                    {"k_warps": 16, "stages": 1, "stage_units": 1},
-                    scales_once=True,
-                ),
+                each({"k_warps": 8}, {"k_warps": 16}, stages=1, stage_units=1, scales_once=True)
+                + each({}, {"stage_units": 2}, {"stage_units": 2, "late": True}, **PAIRED, k_warps=16, stages=1)
+                + each({"stages": 1}, {"stages": 2}, **PAIRED, k_warps=8, stage_units=2),
             ),
             Trial(
                 problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s4_g128", "4096x4096", "1"),
-                ({"digits": True}, {"digits": True, "scales_once": True}, {"scales_once": True}),
+                each({}, scales_once=True) + each({}, {"late": True}, **PAIRED),
             ),
+        ),
+    ),
+    "sparse": Named(
+        "16:32 sparse integers, one token: do integer products, of half as many instructions, beat dense int4?",
+        25,
+        (
+            Trial(problems("decode", "int4_g64", "8192x8192 20480x5120", "1"), ({"bulk": False},)),
+            Trial(
+                problems("decode", "int4_g64_sp16of32", "8192x8192", "1"),
+                each({"paired": False}, {}, {"late": True}, {"stage_units": 2}, **PAIRED, bulk=False)
+                + each({"stage_units": 2}, {"k_warps": 8, "stage_units": 2}, **PAIRED)
+                + each({"stages": 3}, {"stage_units": 2}, **PAIRED, bulk=False, k_warps=8),
+            ),
+            Trial(
+                problems("decode", "int4_g64_sp16of32", "20480x5120", "1"),
+                each({}, bulk=False)
+                + each({}, {"bulk": False}, {"late": True}, {"stage_units": 1, "stages": 2}, digits=True, paired=True),
+            ),
+            Trial(problems("decode", "int4_g64_sp16of32", "4096x4096", "1"), each({}, {"bulk": False}, **PAIRED)),
         ),
     ),
     "early": Named(

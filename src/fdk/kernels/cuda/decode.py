@@ -113,7 +113,8 @@ class Shape:
     def allows_digits(self) -> bool:
         """Whether integer products can serve it: values affine in the code, codes that a mask turns into bytes."""
         affine = self.kind in (INT, UINT_U8, UINT_FLOAT) or (self.kind == TABLE and self.bits == 1)
-        return (self.nested or (self.bits in (1, 2, 4, 8) and affine)) and self.subs == 1
+        bytes_of_codes = self.nested or self.kind == SPARSE_INT or (self.bits in (1, 2, 4, 8) and affine)
+        return bytes_of_codes and self.subs == 1
 
     @property
     def allows_indices(self) -> bool:
@@ -245,7 +246,7 @@ class Config:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // (self.cluster * self.phases))
         octets = OCTET_TABLE_BYTES * self.octets
-        no_table = self.digits or self.indices
+        no_table = (self.digits and not shape.sparse) or self.indices
         table = 0 if no_table else octets or shape.table_bytes << self.wide
         aligned = octets or table_aligned(shape.bits, shape.kind) << self.wide
         before = 0 if no_table or not hopper else max(0, aligned - 1024)
@@ -543,7 +544,7 @@ def choose_config(
         cta_units = -(-shape.units // cluster)
         alone = hopper and (chained or _nested_alone(shape, tokens, per_cluster, cta_units))
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone)
-        if tokens == 1 and shape.allows_digits and not shape.nested:
+        if tokens == 1 and shape.allows_digits and not (shape.nested or shape.sparse):
             large = shape.n * shape.k >= 1 << 25
             # Making digits pays where a CTA has many units for each that it makes them of.
             two = shape.bits == 2 and shape.kind == INT and large and (cluster == 1 or per_cluster >= 4) and not chained

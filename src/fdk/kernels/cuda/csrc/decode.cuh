@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #if FDK_INDICES
     pair = pair_of_lane(table + (own_table << BITS), lane);
 #endif
-    if constexpr (BITS == 1 || DIGITS) {
+    if constexpr (BITS == 1 || (DIGITS && !SPARSE)) {
         if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
         if constexpr (OCTETS) {
             for (int i = 0; i < TABLES; ++i) {
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             }
         }
     } else if constexpr (SPARSE) {
-        fill_selectors<WARPS>(smem + Smem::TABLE, warp, lane);
+        fill_selectors<WARPS, DIGITS>(smem + Smem::TABLE, warp, lane);
         if constexpr (SPARSE_TABLE)
             fill_kept_values<WARPS>(smem + Smem::TABLE + SELECTOR_BYTES, warp, lane, [&](int code) { return u32(table[code]); });
     } else if constexpr (!NESTED && !INDICES) {
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     }
     __syncthreads();  // table and barriers are ready
     wait_for_previous_kernel();
-    const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 ? lane % 16 * 8 : lane * 4;
+    const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 || (SPARSE && DIGITS) ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};

@@ -1,4 +1,4 @@
-// The product in integers, for one or two tokens of formats that are affine in their codes (int, uint, nested, any one bit).
+// The product in integers, for one or two tokens of formats that are affine in their codes (int, uint, nested, sparse int, any one bit).
 //
 // An mma has eight columns and one token fills one of them; here it fills four, one for each digit of its activations:
 // x * 2^shift is rounded to 32-bit fixed point, the largest |x| of the CTA's slice just below 2^30, and written in
@@ -20,7 +20,7 @@ constexpr int COLUMNS_USED = 4 * M;
 // Nested weights: bits of the fields that planes become (planes.cuh), a byte of which holds codes of rows g and g + 8.
 using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == 5, BF16>;
 constexpr int FIELD = Planes::FIELD;
-constexpr int MAX_SHIFT = NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
+constexpr int MAX_SHIFT = SPARSE ? 0 : NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
 // A lane has the sums of row tiles LANE_TILES * share_of(lane) + 0.. and, of each, of columns 2t and 2t + 1.
 constexpr int LANE_TILES = 4 / TILES_SHARING;
 __device__ __forceinline__ int share_of(int lane) {
@@ -28,11 +28,12 @@ __device__ __forceinline__ int share_of(int lane) {
 }
 
 // Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 8(j/2) + 2t + j%2 of
-// the unit, with x scaled by 2^shift.
+// the unit, sparse: 16t + 4s + j with the two halves exchanged for odd t (sparse.cuh), with x scaled by 2^shift.
 struct Element {
     int s, j, shift;
 };
 __device__ constexpr Element element(int step, int half, int byte) {
+    if (SPARSE) return {2 * step + half, byte % 3 ? 3 - byte : byte, 0};
     if (NESTED) return {2 * (byte % 2) + step, 2 * half + byte / 2, MAX_SHIFT * (1 - step)};
     if (BITS == 1) return {2 * step + half, byte == 0 ? 2 : byte == 1 ? 0 : byte == 2 ? 3 : 1, 2 * (2 * step + half)};
     if (BITS == 8) return {2 * step + half, byte, 0};
@@ -41,17 +42,23 @@ __device__ constexpr Element element(int step, int half, int byte) {
 
 // Products of rows 8h + g carry this power of two.
 __device__ constexpr int row_shift(int h) {
+    if (SPARSE) return 4;
     if (NESTED) return MAX_SHIFT + (FIELD == 2 ? 2 * h : 0);
     return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 0;
 }
 
 // A operands of the two steps of a row tile, codes as bytes.
-__device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[4 * BITS], int tile) {
+template <int WORDS>
+__device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[WORDS], int tile, const Lookup& lookup) {
     constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
     u32 fields[FIELD];
     if constexpr (NESTED) slice_fields<BITS, FDK_SLICE>(fields, words, tile);
+    if constexpr (SPARSE) {
+        const ByteExpansion expand(lookup);
+        expand(a, words, tile);
+    }
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    for (int step = 0; step < (SPARSE ? 0 : 2); ++step) {
         if constexpr (NESTED) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -79,15 +86,26 @@ __device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[4 
     }
 }
 
-// d = a b + c for unsigned bytes a[16 x 32] and signed bytes b[32 x 8].
+// d = a b + c for unsigned bytes a[16 x 32], signed ones of sparse weights, and signed bytes b[32 x 8].
 __device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    if constexpr (SPARSE)
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    else
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-// Columns `at`, +1, +8 and +9 of x, from which on `from` points, as floats, zeros past K.
+// Columns `at`, +1, +8 and +9 of x, from which on `from` points, as floats, zeros past K; sparse: `at` to at + 3.
 __device__ __forceinline__ void load_columns(float (&v)[4], const u16* from, int at) {
+    if constexpr (SPARSE) {
+        u32x2 four = {};
+        if (K % 64 == 0 || at < K) four = load_8(from);
+        v[0] = low_half<BF16>(four.x), v[1] = high_half<BF16>(four.x), v[2] = low_half<BF16>(four.y), v[3] = high_half<BF16>(four.y);
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i, at += 8, from += 8) {
         u32 pair = 0;
@@ -121,7 +139,7 @@ struct Activations {
     __device__ __forceinline__ Item item(const Params& p, int first_unit, int n) const {
         const int i = share.thread + n * SHARE_THREADS, per = EVEN_SHARES ? SHARE_UNITS : max(share.units, 1);
         const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
-        const int column = (first_unit + unit) * 64 + t * 2;
+        const int column = (first_unit + unit) * 64 + t * (SPARSE ? 16 : 2);
         return {t, unit, token, column, p.x + i64(min(token, p.m - 1)) * K + column};
     }
     // All but the loads, for which the kernel before has to end.
@@ -146,7 +164,10 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     float kept[KEPT][4][4];
     const auto load = [&](float (&v)[4][4], const Activations::Item& item) {
 #pragma unroll
-        for (int s = 0; s < 4; ++s) load_columns(v[s], item.from + s * 16, item.column + s * 16);
+        for (int s = 0; s < 4; ++s) {
+            const int to = SPARSE ? (s ^ item.t % 2 * 2) * 4 : s * 16;
+            load_columns(v[s], item.from + to, item.column + to);
+        }
     };
     u32 largest[M] = {};
 #pragma unroll
@@ -243,16 +264,17 @@ struct Accumulator {
 };
 
 struct Unit {
-    u32 words[4 * BITS];
+    u32 words[SPARSE ? 24 : 4 * BITS];
     Rows scales;
     Zeros zeros;
 };
 
 __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
     const int g = lane / 4, share = share_of(lane), group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
+    constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
-    for (int i = 0; i < BITS; ++i) {
-        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
+    for (int i = 0; i < PIECES; ++i) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane / (512 / PIECE) * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
     u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g, share);
@@ -260,7 +282,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char
 }
 
 // Unit `unit` of the CTA, which is unit `index` of its stage.
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup&) {
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup) {
     // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22;
     // a start of 256 times as much makes them count 256 each.
     constexpr u32 MAGIC = 0x4b400000u, NEXT = PAIRED ? MAGIC + (8u << 23) : MAGIC;
@@ -280,7 +302,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
         u32 a[2][4], d[4] = {start[0], start[1], start[2], start[3]};
 #pragma unroll
         for (int i = 0; i < TILES_SHARING; ++i) {
-            code_bytes(a, u.words, tile + i * LANE_TILES);
+            code_bytes(a, u.words, tile + i * LANE_TILES, lookup);
             mma_bytes(d, a[0], b[i].x, b[i].y, d);
             mma_bytes(d, a[1], b[i].z, b[i].w, d);
         }
@@ -294,7 +316,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
                 sum[0] = fmaf(scale, low - magic, sum[0]);
                 sum[1] = fmaf(scale, high - magic, sum[1]);
             }
-            acc.scaled_x[tile][h] = fmaf(ZEROS ? scale * u.zeros.at(tile, h) : scale, x, acc.scaled_x[tile][h]);
+            if constexpr (!SPARSE) acc.scaled_x[tile][h] = fmaf(ZEROS ? scale * u.zeros.at(tile, h) : scale, x, acc.scaled_x[tile][h]);
         }
     }
 }
@@ -316,7 +338,7 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
                 v = fmaf(high, v, low * (x - v));
             else if constexpr (NESTED)
                 v = float(Planes::STEP) * (v - float(Planes::MIDDLE - (KIND == 5 ? 0.5 : 0)) * x);
-            else
+            else if constexpr (!SPARSE)
                 v -= ZEROS ? x : float(1 << (BITS - 1)) * x;
             const int row = (share_of(lane) * LANE_TILES + tile) * 16 + h * 8 + g;
             if (t % 2 == 0 && (TILES_SHARING > 1 || t / 2 < M)) slot[row * M + token] = v;

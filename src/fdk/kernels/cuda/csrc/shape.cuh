@@ -89,7 +89,7 @@ constexpr int BUFFERS = BATCH == 1 && STEPS_PER_CTA > 1 ? 2 : 1;
 struct Smem {
     static constexpr int CTA_UNITS = (UNITS + CLUSTER * PHASES - 1) / (CLUSTER * PHASES);  // of one phase
     static constexpr int WINDOW = FDK_HOPPER ? 1024 : 0;
-    static constexpr int TABLE_ALIGNED = OCTETS ? OCTET_TABLE_BYTES : DIGITS || INDICES || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
+    static constexpr int TABLE_ALIGNED = OCTETS ? OCTET_TABLE_BYTES : (DIGITS && !SPARSE) || INDICES || NESTED ? 0 : SPARSE ? SELECTOR_BYTES : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE_BYTES = TABLE_ALIGNED + (SPARSE_TABLE ? KEPT_VALUES_BYTES : 0);
     static constexpr int TABLE = WINDOW && TABLE_ALIGNED > WINDOW ? TABLE_ALIGNED - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
@@ -139,7 +139,8 @@ struct Smem {
     }
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
-static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (NESTED || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE), "see digits.cuh");
+static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (NESTED || SPARSE || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE_TABLE),
+              "see digits.cuh");
 static_assert(!INDICES || (BITS <= 2 && KIND <= 1 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 

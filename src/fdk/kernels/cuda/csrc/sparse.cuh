@@ -27,14 +27,21 @@ __device__ __forceinline__ u32 selectors(u32 mask, bool from_top) {
 }
 
 // Fill the table of selectors, a row of 128 bytes for a byte of mask: lanes of lower halves have even columns. All warps take part.
-template <int WARPS>
+// PAIRS: entries of 8 bytes, a selector in each word, and above the first one by how much the codes of the next byte of mask
+// are shifted down.
+template <int WARPS, bool PAIRS = false>
 __device__ __forceinline__ void fill_selectors(char* table, int warp, int lane) {
     for (int first = warp * 32; first < 256; first += WARPS * 32) {
         const u32 bottom = selectors(first + lane, false), top = selectors(first + lane, true);
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
             const u32 b = __shfl_sync(0xffffffffu, bottom, i + lane / 8), t = __shfl_sync(0xffffffffu, top, i + lane / 8);
-            *reinterpret_cast<u32x4*>(table + (first + i + lane / 8) * 128 + lane % 8 * 16) = u32x4{b, t, b, t};
+            u32x4 entries = {b, t, b, t};
+            if constexpr (PAIRS) {
+                const u32 used = 4 * __popc(first + i + lane / 8);
+                entries = {(b & 0xffffu) | used << 16, b >> 16, (t & 0xffffu) | (32 - used) << 16, t >> 16};
+            }
+            *reinterpret_cast<u32x4*>(table + (first + i + lane / 8) * 128 + lane % 8 * 16) = entries;
         }
     }
 }
@@ -104,6 +111,48 @@ struct Expansion {
             const int used = 4 * __popc(mask & 0xffu);
             eight(a, 0, h, from_top ? high : low, outer);
             eight(a, 2, h, __funnelshift_rc(low, high, from_top ? 32 - used : used), inner);
+        }
+    }
+};
+
+// Integers as A operands of mma.m16n8k32, signed bytes of 16 times their value, so that a dropped one is a zero: a[step][h] and
+// a[step][h + 2] have four columns each of row g + 8h, with the middle two exchanged, from the eight at the outer end of the block first.
+struct ByteExpansion {
+    u32 selectors;     // shared address of the lane's columns of the table, which has PAIRS
+    u32 outer, inner;  // bits by which a byte of mask is turned to where it is an offset into it
+    u32 first;         // bits below the codes of the outer end
+    u32 turned;        // 8 in each byte
+
+    __device__ __forceinline__ explicit ByteExpansion(const Lookup& lookup)
+        : selectors(lookup.table),
+          outer(threadIdx.x % 2 ? 17 : 25),
+          inner(threadIdx.x % 2 ? 9 : 1),
+          first(threadIdx.x % 2 ? 32 : 0),
+          turned(0x08080808u ^ lookup.zero) {}
+
+    __device__ __forceinline__ void eight(u32 (&a)[4], int h, u32 codes, u32x2 selector) const {
+        // Two's complement of four bits, below 128 as a byte, so that a selector can make zeros; times 16 it is one of eight.
+        const u32 even = combine<MASK_XOR>(codes, 0x0f0f0f0fu, turned), odd = combine<MASK_XOR>(codes >> 4, 0x0f0f0f0fu, turned);
+        asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a[h]) : "r"(even), "r"(odd), "r"(selector.x));
+        asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a[h + 2]) : "r"(even), "r"(odd), "r"(selector.y));
+        a[h] *= 16, a[h + 2] *= 16;
+    }
+
+    // Row tile `tile` of a unit, whose words are mask and codes of rows g and g + 8 of each row tile.
+    __device__ __forceinline__ void operator()(u32 (&a)[2][4], const u32 (&words)[24], int tile) const {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const u32 mask = words[6 * tile + 3 * h], low = words[6 * tile + 3 * h + 1], high = words[6 * tile + 3 * h + 2];
+            const auto entry = [&](u32 turn) {
+                u32x2 found;
+                asm("ld.shared.v2.u32 {%0, %1}, [%2];"
+                    : "=r"(found.x), "=r"(found.y)
+                    : "r"(combine<MASK_OR>(__funnelshift_r(mask, mask, turn), 0x7f80u, selectors)));
+                return found;
+            };
+            const u32x2 end = entry(outer);
+            eight(a[0], h, __funnelshift_rc(low, high, first), end);
+            eight(a[1], h, __funnelshift_rc(low, high, end.x >> 16), entry(inner));
         }
     }
 };
