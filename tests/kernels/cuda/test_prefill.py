@@ -65,6 +65,20 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
                 assert config.tokens % (8 * config.pair) == 0 and (config.pair == 1 or config.split == 1)
                 assert shape.units >= 2 * config.split * config.k_groups or config.split * config.k_groups == 1
                 assert config.rounds == (m > prefill.EXACT_TOKENS and shape.groups > 1)
+                assert fits(shape, config)
+
+
+def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
+    table = Shape(8192, 8192, 4, 64, True, decode.TABLE)
+    assert chosen(table, 384) == Config(192, 2, 4, rounds=True, wide=True, unrolled=True)
+    # Eight stages of two k groups leave no room for a wide table, and four are too few.
+    assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
+    for bits, kind in ((8, decode.TABLE), (8, decode.INT)):
+        assert chosen(replace(table, bits=bits, kind=kind), 1024) == Config(256, 2, 4, rounds=True, unrolled=True)
+    for shape, m in ((table, 1024), (table, 64), (replace(table, bits=3), 384), (replace(table, k=8128), 384)):
+        assert not chosen(shape, m).unrolled
+    three = chosen(replace(table, n=14336, k=4096), 384)
+    assert three.blocks == 3 and not three.unrolled
 
 
 def test_what_is_not_served() -> None:

@@ -1,4 +1,4 @@
-"""Configurations of the prefill kernel that nothing chooses yet, on the emulated GPU under several schedules."""
+"""Unrolled loops of the prefill kernel, and what nothing chooses, on the emulated GPU under several schedules."""
 
 from dataclasses import replace
 
@@ -28,6 +28,10 @@ CASES = [
     ("lut4_g64", Config(128, 1, 8, k_groups=2, rounds=True, wide=True, unrolled=True, apart=True)),
     ("lut4_g64", Config(256, 2, 4, split=2, rounds=True, wide=True, unrolled=True, apart=True)),
     ("int8_g64", LARGE),
+    ("lut4_g64", Config(192, 2, 4, rounds=True, wide=True, unrolled=True)),
+    ("int4_g128", Config(160, 2, 4, rounds=True, wide=True, stream=True, unrolled=True)),
+    ("int8_g64", replace(LARGE, pair=2, stream=True)),
+    ("lut4_chan", Config(96, 1, 8, k_groups=2, split=2, unrolled=True)),
     ("lut4_g64", Config(64, 1, 8, k_groups=2, unrolled=True)),
     ("uint4_g32", Config(48, 2, 4, k_groups=2, ahead=False, unrolled=True)),
     ("lut1_g128", Config(64, 2, 8, unrolled=True, keep=True)),

@@ -449,44 +449,6 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
-    "prefill-unrolled": Named(
-        "Does a third fewer instructions beside wgmma bring 512 rows and more to 1.00 of cuBLAS?",
-        90,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192 4096x4096 14336x4096", "1024 4096 512")
-                + problems("prefill", "lut2_g64", "8192x8192", "1024"),
-                ({"unrolled": True}, {"unrolled": True, "apart": True, "wide": True}),
-            ),
-        ),
-    ),
-    "prefill-middle": Named(
-        "The same for 96 to 768 rows, whose tiles are smaller or cut along k, or whose k is two warpgroups'.",
-        100,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192 4096x4096", "128")
-                + problems("prefill", "lut4_g64", "4096x4096", "256"),
-                (
-                    {"stages": 6},
-                    {"stages": 8, "wide": False},
-                    {"stages": 8, "wide": False, "unrolled": True},
-                    {"stages": 4, "unrolled": True},
-                    {"stages": 8, "unrolled": True, "apart": True},
-                ),
-            ),
-            Trial(problems("prefill", "lut4_g64", "14336x4096", "96 128"), ({"stages": 4, "unrolled": True},)),
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192 14336x4096", "384 768")
-                + problems("prefill", "lut4_g64", "4096x4096", "384 768"),
-                ({"stages": 4, "unrolled": True},),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192 14336x4096", "256"),
-                ({"unrolled": True}, {"unrolled": True, "apart": True, "wide": True}),
-            ),
-        ),
-    ),
     "prefill-few": Named(
         "16 to 64 rows, as models multiply for so many sequences: does an unrolled loop gain here too, and what would "
         "scales on weights instead of sums?",
@@ -549,6 +511,22 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "prefill-tiles": Named(
+        "Are two blocks x 192 tokens, whose loop is unrolled, as much ahead of larger tiles as predicted?",
+        20,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192 14336x4096 4096x14336 28672x8192", "768")
+                + problems("prefill", "lut4_g64", "5120x5120", "512"),
+                ({"tokens": 256, "wide": False, "stream": True},),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "28672x8192", "192 384")
+                + problems("prefill", "lut8_g64", "14336x4096", "384"),
+                ({"blocks": 3, "parts": 2, "unrolled": False},),
+            ),
+        ),
+    ),
     "prefill-widths": Named(
         "Do unrolled loops gain with other widths and groups what they gain with 4 and 8 bits in groups of 64?",
         50,
@@ -566,40 +544,9 @@ SETS: dict[str, Named] = {
                 + problems("prefill", "lut6_g64 int6_g64 nest8s4_g128", "8192x8192", "1024"),
                 ({"stages": 4, "unrolled": True},),
             ),
-        ),
-    ),
-    "prefill-eight": Named(
-        "The same for 8 bits, where shared memory is the bound of tables and arithmetic that of integers.",
-        50,
-        (
             Trial(
-                problems("prefill", "int8_g64 lut8_g64", "8192x8192 14336x4096", "1024 4096"),
-                ({"stages": 4}, {"stages": 4, "unrolled": True}),
-            ),
-        ),
-    ),
-    "prefill-prepared": Named(
-        "Is a product of weights dequantised once, to memory, no slower than cuBLAS, so that hiding that pays?",
-        70,
-        (
-            Trial(
-                problems("prefill", "lut4_g64 lut8_g64", "8192x8192", "2048 4096 8192")
-                + problems("prefill", "lut8_g64", "14336x4096", "4096"),
-                tuple(
-                    {"prepared": True, "unrolled": True, "wide": False, "stages": 4, "pair": pair, "stream": stream}
-                    for pair, stream in ((1, False), (1, True), (2, True))
-                ),
-            ),
-        ),
-    ),
-    "prefill-raster": Named(
-        "Where x is larger than the second-level cache, do fewer tokens a band save power?",
-        40,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "4096x14336", "2048 4096 8192")
-                + problems("prefill", "lut4_g64", "8192x8192", "8192"),
-                ({"band": 4}, {"band": 16}, {"pair": 1}, {"pair": 2}, {"pair": 2, "band": 4}),
+                problems("prefill", "int8_g64 lut8_g64 lut4_g128 int4_chan", "8192x8192", "384"),
+                each({"unrolled": False}, {"unrolled": True}, stages=4),
             ),
         ),
     ),

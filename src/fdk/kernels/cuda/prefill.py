@@ -48,6 +48,8 @@ _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
 # What a unit of bit planes takes more for each of them beyond 2.5.
 _PLANE = 0.012
+# What an unrolled loop saves of a round: by most tokens of a tile, at 4 bits; at 8 bits.
+_UNROLLED, _UNROLLED_EIGHT = {128: 0.02, 192: 0.04, 256: 0.0}, 0.03
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
 # Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
@@ -244,6 +246,9 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups
+    if config.unrolled:
+        saved = next(saved for most, saved in _UNROLLED.items() if config.tokens <= most)
+        a_round -= _UNROLLED_EIGHT if shape.bits == 8 else saved
     if config.stream:
         tiles = row_tiles(blocks, config) * -(-m // config.tokens)
         clusters, streamed = clusters_and_streamed(shape, config, tiles, sms)
@@ -269,6 +274,26 @@ def _least_us(shape: Shape, m: int, sms: int) -> float:
 def _wide(shape: Shape, config: Config) -> bool:
     """Whether the table has rows 256 bytes apart: measured with 4 bits; 2 and 8 could have them too."""
     return config.rounds and shape.bits == 4 and not shape.nested
+
+
+def _unrolled(shape: Shape, config: Config) -> Config:
+    """`config` with its loop over units unrolled if that was measured to win (docs/findings.md), else as it is.
+
+    Shorter than the tensor cores' own time are then the loops of tiles of fewer tokens, where a warpgroup waits for its
+    look-ups, and of 8 bits; a ring of less than four stages a k group costs more than all that.
+    """
+    late = shape.groups > 1 and not config.rounds
+    gains = shape.bits == 8 or (shape.bits == 4 and (config.tokens < 256 or config.stream))
+    measured = shape.kind in (TABLE, INT) and shape.subs == 1 and not late
+    if not measured or not gains or config.warpgroups != 2 or config.tokens < 96:
+        return config
+    for wide in (True, False) if config.wide else (False,):
+        filled = _fill(shape, replace(config, wide=wide))
+        for stages in (8, 6, 4):
+            fits = filled is not None and 4 * config.k_groups <= stages <= filled.stages
+            if fits and stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0:
+                return replace(config, wide=wide, stages=stages, unrolled=True)
+    return config
 
 
 @lru_cache(maxsize=4096)
@@ -309,6 +334,7 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         config = wide if wide and (plain is None or wide.stages >= min(plain.stages, 4)) else plain
         if config is None:
             continue
+        config = _unrolled(shape, config)
         us = _us(shape, m, blocks, sms, config)
         if found is None or us < found[0]:
             found = (us, config)
