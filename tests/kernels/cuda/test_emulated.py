@@ -215,6 +215,22 @@ def test_tables_of_any_range_are_what_indices_select(bits: int, m: int, stage_un
             assert testing.check_product(run, x, weight, None, False) is None
 
 
+@pytest.mark.parametrize("largest", [1e-32, math.nan, math.inf])
+def test_integer_products_at_the_ends_of_the_range(largest: float) -> None:
+    with emulated():
+        weight = testing.random_weight(parse("lut1_g64"), 64, 512).to_layout(KERNEL.layout)
+        call = decode.Plan(weight, config(1, 1, 2, 1, 1, digits=True))
+        x = inputs(1, 512)
+        if math.isfinite(largest):
+            run = lambda x, _, bias, out: call(x, bias, out)  # noqa: E731
+            assert testing.check_product(run, x * largest, weight, None, False) is None
+        else:
+            x[0, 77] = largest
+            out = torch.zeros(1, 64, dtype=weight.dtype)
+            call(x, None, out)
+            assert not out.isfinite().any()
+
+
 @pytest.mark.parametrize("name", ["lut4_g64", "uint3_g48", "nest8s4_g128"])
 def test_dense_weights(name: str) -> None:
     with emulated(schedule=SCHEDULES[len(name) % 3]):

@@ -98,23 +98,29 @@ __device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-// Columns `at`, +1, +8 and +9 of x, from which on `from` points, as floats, zeros past K; sparse: `at` to at + 3.
-__device__ __forceinline__ void load_columns(float (&v)[4], const u16* from, int at) {
+// Columns `at`, +1, +8 and +9 of x (sparse: `at` to at + 3), from which on `from` points, as floats, zeros past K. `most`
+// becomes at least their magnitudes, as the bits of 16-bit floats: in either half of its own.
+__device__ __forceinline__ void load_columns(float (&v)[4], u32& most, const u16* from, int at) {
+    u32 pairs[2] = {};
     if constexpr (SPARSE) {
-        u32x2 four = {};
-        if (K % 64 == 0 || at < K) four = load_8(from);
-        v[0] = low_half<BF16>(four.x), v[1] = high_half<BF16>(four.x), v[2] = low_half<BF16>(four.y), v[3] = high_half<BF16>(four.y);
-        return;
+        if (K % 64 == 0 || at < K) {
+            const u32x2 four = load_8(from);
+            pairs[0] = four.x, pairs[1] = four.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i, at += 8, from += 8) {
+            if constexpr (K % 2 == 0) {
+                if (K % 64 == 0 || at < K) pairs[i] = load_4(from);
+            } else {
+                pairs[i] = (at < K ? load_2(from) : 0) | (at + 1 < K ? u32(load_2(from + 1)) << 16 : 0);
+            }
+        }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i, at += 8, from += 8) {
-        u32 pair = 0;
-        if constexpr (K % 2 == 0) {
-            if (K % 64 == 0 || at < K) pair = load_4(from);
-        } else {
-            pair = (at < K ? load_2(from) : 0) | (at + 1 < K ? u32(load_2(from + 1)) << 16 : 0);
-        }
-        v[2 * i] = low_half<BF16>(pair), v[2 * i + 1] = high_half<BF16>(pair);
+    for (int i = 0; i < 2; ++i) {
+        v[2 * i] = low_half<BF16>(pairs[i]), v[2 * i + 1] = high_half<BF16>(pairs[i]);
+        most = larger_halves(most, pairs[i] & 0x7fff7fffu);
     }
 }
 
@@ -163,11 +169,13 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     const Share& share = x.share;
     float kept[KEPT][4][4];
     const auto load = [&](float (&v)[4][4], const Activations::Item& item) {
+        u32 most = 0;
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             const int to = SPARSE ? (s ^ item.t % 2 * 2) * 4 : s * 16;
-            load_columns(v[s], item.from + to, item.column + to);
+            load_columns(v[s], most, item.from + to, item.column + to);
         }
+        return most;
     };
     u32 largest[M] = {};
 #pragma unroll
@@ -178,13 +186,10 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
             for (int q = 0; q < 16; ++q) v[q / 4][q % 4] = 0.f;
         if (x.has(n)) {
             const Activations::Item item = n < KEPT ? x.kept[n < KEPT ? n : 0] : x.item(p, first_unit, n);
-            load(v, item);
-            u32 most = 0;
-#pragma unroll
-            for (int q = 0; q < 16; ++q) most = max(most, __float_as_uint(v[q / 4][q % 4]) & 0x7fffffffu);
+            const u32 most = load(v, item);
 #pragma unroll
             for (int k = 0; k < M; ++k)
-                if (item.token == k) largest[k] = max(largest[k], most);
+                if (item.token == k) largest[k] = larger_halves(largest[k], most);
         }
     }
     meanwhile();
@@ -194,7 +199,8 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     const int k_warp = OWN_X ? warp % K_WARPS : 0;
 #pragma unroll
     for (int k = 0; k < M; ++k) {
-        largest[k] = __reduce_max_sync(0xffffffffu, largest[k]);
+        largest[k] = __reduce_max_sync(0xffffffffu, max(largest[k] & 0xffffu, largest[k] >> 16));
+        largest[k] = __float_as_uint(low_half<BF16>(largest[k]));
         if (SHARE_WARPS > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + share.thread / 32] = largest[k];
     }
     if constexpr (SHARE_WARPS > 1) share.sync(warp);
@@ -234,13 +240,12 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
                 const Element e = element(r / 2, r % 2, byte);
                 const float value = v[e.s][e.j], power = factor * float(1 << e.shift);
                 // The sum of a 16-bit float and HALVES loses no more than the one rounding to an integer.
-                w[byte] = PAIRED ? u32(__float2int_rn(fmaf(value, power, float(HALVES)))) ^ HALVES
-                                 : (u32(__float2int_rn(value * power)) + HALVES) ^ HALVES;
+                w[byte] = PAIRED ? u32(__float2int_rn(fmaf(value, power, float(HALVES)))) : u32(__float2int_rn(value * power)) + HALVES;
             }
             const u32 low01 = __byte_perm(w[0], w[1], 0x5140), high01 = __byte_perm(w[0], w[1], 0x7362);
             const u32 low23 = __byte_perm(w[2], w[3], 0x5140), high23 = __byte_perm(w[2], w[3], 0x7362);
-            digits[0][r] = __byte_perm(low01, low23, 0x5410), digits[1][r] = __byte_perm(low01, low23, 0x7632);
-            digits[2][r] = __byte_perm(high01, high23, 0x5410), digits[3][r] = __byte_perm(high01, high23, 0x7632);
+            digits[0][r] = __byte_perm(low01, low23, 0x5410) ^ 0x80808080u, digits[1][r] = __byte_perm(low01, low23, 0x7632) ^ 0x80808080u;
+            digits[2][r] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u, digits[3][r] = __byte_perm(high01, high23, 0x7632);
         }
         if (x.has(n)) {
             if (item.t == 0) sums[item.unit * M + item.token] = sum;

@@ -44,6 +44,18 @@ constexpr int MASK_OR = 0xea;       // (a & b) | c
 constexpr int NOT_MASK_OR = 0xae;   // (~a & b) | c
 constexpr int MASK_XOR = 0x6a;      // (a & b) ^ c
 
+// The larger of two halves each, as unsigned integers.
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+#if FDK_HOPPER
+    u32 d;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+#else
+    const u32 low = max(a & 0xffffu, b & 0xffffu);
+    return low | max(a & 0xffff0000u, b & 0xffff0000u);
+#endif
+}
+
 // --- 16-bit floats ---------------------------------------------------------------------------------------------
 
 template <bool BF16>

@@ -227,6 +227,7 @@ void add_arithmetic(Table& table) {
     BINARY("mul.hi.s32", i32, i32, i32, i64(a) * b >> 32);
     TERNARY("lop3.b32", u32, u32, u32, u32, lop3(a, b, c, u32(at[4])));
     TERNARY("prmt.b32", u32, u32, u32, u32, permute(a, b, c));
+    BINARY("max.u16x2", u32, u32, u32, maximum<u32>(a & 0xffff, b & 0xffff) | maximum<u32>(a >> 16, b >> 16) << 16);
     INSERTION("bfi.b32", u32);
     INSERTION("bfi.b64", u64);
     TERNARY("shf.l.wrap.b32", u32, u32, u32, u32, u32((u64(b) << 32 | a) << (c & 31) >> 32));
