@@ -163,8 +163,12 @@ SETS: dict[str, Named] = {
     "two-bit": Named(
         "Two bits, one and two tokens: do sparse products, whose indices are the codes, do without the look-ups that "
         "bound them, and at which rings?",
-        60,
-        indices(2),
+        75,
+        (
+            *indices(2),
+            Trial(problems("decode", "int2_g64 uint2_g64", "8192x8192", "1"), INDICES_8192[-4:-2]),
+            Trial(problems("decode", "int2_g64 uint2_g64", "28672x8192", "1"), INDICES_28672X8192[-2:-1]),
+        ),
     ),
     "one-bit-indices": Named(
         "The same for one bit, where they take the place of integer products and the digits those are made of.",

@@ -118,8 +118,8 @@ class Shape:
 
     @property
     def allows_indices(self) -> bool:
-        """Whether sparse products can serve it: codes of one or two bits that a table of values takes."""
-        return self.bits <= 2 and self.kind in (TABLE, INT) and self.subs == 1
+        """Whether sparse products can serve it: codes of one or two bits, one scale of a unit."""
+        return self.bits <= 2 and not self.nested and self.subs == 1
 
     def stage_groups(self, stage_units: int) -> int:
         """Groups that a stage of that many units holds."""
@@ -260,8 +260,10 @@ class Config:
             ring += 128 * (max(1, columns // shape.group) - self.stages * shape.stage_groups(self.stage_units))
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
-        one_bit_sums = shape.bits == 1 and self.tokens < 16 and not (self.octets or self.indices)
-        summed = self.digits or (not self.x_sums and (shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums))
+        one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
+        summed = self.digits or (
+            not (self.x_sums or self.indices) and (shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums)
+        )
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)

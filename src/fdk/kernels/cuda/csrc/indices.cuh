@@ -12,6 +12,8 @@
 //            A. Nibbles belong to rows 8h + g in turn, columns 2 slot + h of B to one of them.
 //   1 bit    Bits 0 and 2 of a nibble (1 and 3, shifted) are those of two steps in the same row: with bit 1 cleared and
 //            bit 3 set they are indices into T[0], T[1], T[0], T[1].
+//
+// Zero points take sums of activations: of the same operands, with ones as B.
 #pragma once
 #include "activations.cuh"
 
@@ -22,7 +24,7 @@ constexpr int SLOTS = STAGE_UNITS;  // units whose sums lie side by side
 // Table values that a lane has of B's rows 2t and 2t+1 of eight: in its column of 2 bits, of every other four rows.
 __device__ __forceinline__ u32 pair_of_lane(const u16* table, int lane) {
     const int g = lane / 4, t = lane % 4, first = BITS == 1 ? 0 : 2 * (t % 2);
-    const auto value = [&](int code) { return u32(TABLE ? table[code] : round_half<BF16>(float(code - (1 << (BITS - 1))))); };
+    const auto value = [&](int code) { return u32(TABLE ? table[code] : round_half<BF16>(float(code - (KIND == 1 ? 1 << (BITS - 1) : 0)))); };
     return BITS == 2 && t / 2 != g % 2 ? 0 : value(first) | value(first + 1) << 16;
 }
 
@@ -31,12 +33,14 @@ __device__ __forceinline__ u32 pair_of_lane(const u16* table, int lane) {
 struct Accumulator {
     float sum[M][ROW_TILES][2];
     float d[M][ROW_TILES][4];
+    float x[M][4];  // likewise the sums of activations, the same for each row
 };
 
 // A unit in registers; the last of a stage brings the scales of the unit that the lane has sums of.
 struct Unit {
     u32 words[4 * BITS];
     Rows scales;
+    Zeros zeros;
 };
 
 __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
@@ -49,6 +53,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char
     if (index == STAGE_UNITS - 1) {
         const int group = STAGE_GROUPS == 1 ? 0 : lane % SLOTS * 64 / GROUP;
         u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, lane / 4);
+        if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, lane / 4);
     }
 }
 
@@ -81,6 +86,15 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
         float (&d)[ROW_TILES][4] = acc.d[token];
         u32 a[BITS][2][4];
         load_activations(a, x, lane);
+        if constexpr (ZEROS) {
+            // Of two bits, each activation is there for rows g and for rows g + 8.
+            const u32 ones = g / 2 == index && (BITS == 1 || lane % 4 < 2) ? BF16 ? 0x3f803f80u : 0x3c003c00u : 0;
+#pragma unroll
+            for (int i = 0; i < BITS; ++i) {
+                mma_sparse<BF16, 0>(acc.x[token], a[i][0], ones, 0x44444444u);
+                mma_sparse<BF16, 1>(acc.x[token], a[i][1], ones, 0x44444444u);
+            }
+        }
         if constexpr (BITS == 1) {
             // The compiler splits a lop3 whose constants it both knows.
             const u32 upper = 0x88888888u ^ lookup.zero;
@@ -119,10 +133,14 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 #pragma unroll
             for (int tile = 0; tile < ROW_TILES; ++tile) {
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    acc.sum[token][tile][h] = fmaf(u.scales.at(tile, h), d[tile][h] + d[tile][2 + h], acc.sum[token][tile][h]);
+                for (int h = 0; h < 2; ++h) {
+                    float v = d[tile][h] + d[tile][2 + h];
+                    if constexpr (ZEROS) v = fmaf(-u.zeros.at(tile, h), acc.x[token][h] + acc.x[token][2 + h], v);
+                    acc.sum[token][tile][h] = fmaf(u.scales.at(tile, h), v, acc.sum[token][tile][h]);
+                }
                 d[tile][0] = d[tile][1] = d[tile][2] = d[tile][3] = 0;
             }
+            if constexpr (ZEROS) acc.x[token][0] = acc.x[token][1] = acc.x[token][2] = acc.x[token][3] = 0;
         }
     }
 }

@@ -73,8 +73,8 @@ static_assert(!OCTETS || (BITS == 1 && KIND <= 1 && !DIGITS && !FDK_X_SUMS), "va
 constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS;  // see dequantise.cuh
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS && !INDICES;
 // A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
-constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS;
-constexpr bool SUMS = (ZEROS || SPLIT_BIT || DIGITS) && !X_SUMS;
+constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS && !INDICES;
+constexpr bool SUMS = (ZEROS || SPLIT_BIT || DIGITS) && !X_SUMS && !INDICES;
 // Phases whose activations are in shared memory at once: those of the next arrive under the products of this one.
 constexpr int X_BUFFERS = PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
@@ -141,7 +141,7 @@ struct Smem {
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
 static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (NESTED || SPARSE || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE_TABLE),
               "see digits.cuh");
-static_assert(!INDICES || (BITS <= 2 && KIND <= 1 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
+static_assert(!INDICES || (BITS <= 2 && KIND <= 3 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 
 constexpr int MAX_RANGES = 16;
