@@ -533,6 +533,8 @@ def choose_config(
     hopper = capability >= (9, 0)
     tokens = token_tile(m)
     chained = epilogue != PLAIN
+    # The registers that it saves are those by which 16 and more tokens spilled.
+    uniform = hopper and tokens >= 16
     if shape.sparse and (tokens > 32 or epilogue.tables > 1):
         return None  # registers do not hold the words of a unit beside the sums of 64 tokens; one table of values
     if tokens > 32 and capability != (9, 0):
@@ -545,7 +547,7 @@ def choose_config(
             per_cluster += per_cluster % 2
         cta_units = -(-shape.units // cluster)
         alone = hopper and (chained or _nested_alone(shape, tokens, per_cluster, cta_units))
-        start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone)
+        start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
         if tokens == 1 and shape.allows_digits and not (shape.nested or shape.sparse):
             large = shape.n * shape.k >= 1 << 25
             # Making digits pays where a CTA has many units for each that it makes them of.
