@@ -45,6 +45,7 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 SIXTEEN = "16384x16384"
 PAIRED: Change = {"digits": True, "paired": True, "scales_once": True}
+SEVERAL: Change = {"digits": True, "paired": True, "bulk": False}
 
 DEEPER: tuple[Change, ...] = (
     {"stages": 2},
@@ -305,7 +306,9 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("decode", "int4_g64_sp16of32", "20480x5120", "1"),
                 each({}, bulk=False)
-                + each({}, {"bulk": False}, {"late": True}, {"stage_units": 1, "stages": 2}, digits=True, paired=True),
+                + each({}, {"bulk": False}, {"late": True}, {"stage_units": 1, "stages": 2}, digits=True, paired=True)
+                + each({"bulk": False}, {"stages": 1}, **PAIRED, row_warps=5, k_warps=2, batch=1, stage_units=2)
+                + each({"stages": 1}, {"stages": 2}, **SEVERAL, row_warps=1, k_warps=8, batch=5, stage_units=1),
             ),
             Trial(problems("decode", "int4_g64_sp16of32", "4096x4096", "1"), each({}, {"bulk": False}, **PAIRED)),
         ),
