@@ -40,7 +40,7 @@ CASES = [
     ("uint4_g32", Config(48, 2, 4, k_groups=2, ahead=False, unrolled=True)),
     ("lut1_g128", Config(64, 2, 8, unrolled=True, keep=True)),
     ("int4_g16", Config(64, 2, 4, k_groups=2, split=2, ahead=False, turns=True, unrolled=True)),
-    ("lut3_g64", Config(32, 4, 4, unrolled=True)),
+    ("lut3_g64", Config(32, 4, 4, unrolled=True, map_ahead=True)),
     ("lut8_g64", LARGE),
     ("lut4_g64", PREPARED),
     ("uint3_g32", replace(PREPARED, pair=2, stream=True)),

@@ -93,6 +93,7 @@ class Config:
     apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
     prepared    weights are dequantised once, to memory, as operands; the product then only loads them
     keep        copies of weights do not ask for an early eviction from the second-level cache
+    map_ahead   fetch the tensor map of x before the wait for the kernel in front
     band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
     """
 
@@ -112,6 +113,7 @@ class Config:
     apart: bool = False
     prepared: bool = False
     keep: bool = False
+    map_ahead: bool = False
     band: int = 8
 
     @property
@@ -187,6 +189,7 @@ class Config:
             "FDK_UNROLLED": int(self.unrolled),
             "FDK_APART": int(self.apart),
             "FDK_KEEP": int(self.keep),
+            "FDK_MAP": int(self.map_ahead),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
         }
 

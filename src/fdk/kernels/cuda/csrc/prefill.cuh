@@ -18,7 +18,7 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served; kind
 //       8, of 16 bits: `codes` are operands that dequantise_weights.cuh has left)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_KEEP
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_KEEP FDK_MAP
 #pragma once
 #include "operand.cuh"
 #include "wgmma.cuh"
@@ -156,6 +156,11 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
 
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The copy engine reads a tensor map at its first copy, unless asked for it before.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // A box of x at (column, token) into shared memory; with a mask, to the same place in every CTA of it.
@@ -301,6 +306,9 @@ struct Producer {
     __device__ __forceinline__ void run_x() const {
         constexpr int PART = TOKENS / PAIR;
         const int part = PAIR > 1 ? rank * PART : 0;
+        if constexpr (FDK_MAP) {
+            if (elected()) prefetch_map(p.x_map);
+        }
         wait_for_previous_kernel();
         run([&](const Tile& tile, int unit, const Turn& turn) {
             if (elected()) {
