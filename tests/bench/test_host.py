@@ -50,3 +50,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys)
     (tmp_path / "file").write_text("")
     assert host.main(["--output-dir", str(tmp_path / "file")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_times_calls_alone(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(host, "CALLS", 20)
+    monkeypatch.setattr(host, "ROUNDS", 3)
+    assert host.main(["--device", "cuda", "--output-dir", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("bench-host-cuda-*.jsonl")
+    entry, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    assert entry["through"] == "module" and entry["isa"].startswith("sm_")
+    assert {other["test"] for other in others} <= {"overhead"}
+    assert entry["module_p50"] > 0 and entry["kernel_p50"] > 0
+    assert "a call of a module adds" in capsys.readouterr().out

@@ -32,26 +32,27 @@ QUANTISED = (
 )  # fmt: skip
 
 
-def overhead(through: str = "module") -> records.Record:
+def overhead(through: str = "module", device: str = "cpu") -> records.Record:
     """Seconds of a call of a layer with a 4-bit weight [64, 64] and one row of bf16, and beside it, in rounds that
-    take turns, of the C function alone: what the layer adds is the median of the differences.
+    take turns, of its kernel alone: what the layer adds is the median of the differences.
 
     through: "module" (fdk.nn.Linear) or "vllm" (the linear method of the plugin, which needs vLLM).
+    device:  "cpu", where the kernel is a C function, or "cuda", where it is the call that launches it: only the host's
+             time counts there, since the device is done with a launch before the host makes the next.
     """
-    from fdk.kernels.cpu.launch import handle_of
-    from fdk.kernels.cpu.library import library, why_not
-
-    loaded = library()
-    if loaded is None:
-        return {"test": "overhead", "status": "skipped", "reason": why_not()}
     config = fdk.models.QuantisationConfig(bits=4, block_size=SMALL)
     dense = torch.nn.Linear(SMALL, SMALL, bias=False)
-    module = fdk.models.quantise(dense, config, device="cpu", dtype=torch.bfloat16)
-    x, out = torch.randn(1, SMALL).bfloat16(), torch.empty(1, SMALL, dtype=torch.bfloat16)
+    module = fdk.models.quantise(dense, config, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, SMALL, device=device).bfloat16()
     call = partial(vllm_method(module.weight), x) if through == "vllm" else partial(module, x)
-    call()
-    handle, threads = handle_of(module.weight), torch.get_num_threads()
-    kernel, arguments = loaded.linear, (handle.address, x.data_ptr(), None, out.data_ptr(), 1, threads)
+    expected = call()
+    out = torch.empty_like(expected)
+    kernel, arguments = kernel_alone(module.weight, x, out)
+    if kernel is None:
+        return {"test": "overhead", "status": "skipped", "reason": arguments}
+    kernel(*arguments)
+    if not torch.equal(out, expected):
+        raise RuntimeError("the kernel called alone and the layer disagree")
     blocks = {
         "module": timing.CpuBlock(lambda _: call(), CALLS),
         "kernel": timing.CpuBlock(lambda _: kernel(*arguments), CALLS),
@@ -69,6 +70,21 @@ def overhead(through: str = "module") -> records.Record:
     }
     entry |= {f"added_p{q}": timing.percentile(added, q) for q in (20, 50, 80)}
     return entry | {f"{name}_p50": timing.median(values) for name, values in times.items()}
+
+
+def kernel_alone(weight: fdk.QuantisedWeight, x: Tensor, out: Tensor) -> tuple[Callable | None, tuple | str]:
+    """(a function, its arguments) that multiply x [1, k] into out [1, n] and do nothing else, or (None, why not)."""
+    if x.is_cuda:
+        kernel = weight.choices[(1, "auto")]
+        return kernel.linear, (x, weight, None, out)
+    from fdk.kernels.cpu.launch import handle_of
+    from fdk.kernels.cpu.library import library, why_not
+
+    loaded = library()
+    if loaded is None:
+        return None, why_not()
+    address = handle_of(weight).address
+    return loaded.linear, (address, x.data_ptr(), None, out.data_ptr(), 1, torch.get_num_threads())
 
 
 def vllm_method(weight: fdk.QuantisedWeight) -> Callable[[Tensor], Tensor]:
@@ -94,14 +110,15 @@ def quantisation(weight: Tensor, format: str, codebook: str, rounds: int) -> rec
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, record; returns 0, or 2 if the folder cannot be written."""
     p = argparse.ArgumentParser(prog="python -m fdk.bench.host", description=__doc__)
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the layers (cpu); cuda: calls alone")
     p.add_argument("-n", type=int, default=4096, help="output features of the quantised weight (4096)")
     p.add_argument("-k", type=int, default=4096, help="input features (4096)")
     p.add_argument("--rounds", type=int, default=7, help="quantisations of each format (7); 0 leaves them out")
     p.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for the records (out)")
     args = p.parse_args(argv)
-    if warning := rebind(argv, on_cpu=True):
+    if warning := rebind(argv, on_cpu=args.device == "cpu"):
         print(f"warning: {warning}", file=sys.stderr)
-    environment = records.environment(torch.device("cpu")) | {"threads": torch.get_num_threads()}
+    environment = records.environment(torch.device(args.device)) | {"threads": torch.get_num_threads()}
     try:
         writer = records.Writer(args.output_dir, f"host-{environment['id']}")
     except OSError as error:
@@ -113,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         for through, name in (("module", "a module"), ("vllm", "vLLM's linear method")):
             if through == "vllm" and find_spec("vllm") is None:
                 continue
-            entry = overhead(through)
+            entry = overhead(through, args.device)
             writer.write({**entry, **environment})
             if entry["status"] == "ok":
                 added, low, high = (significant(entry[f"added_p{q}"] * 1e6) for q in (50, 20, 80))
@@ -122,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print(f"no overhead: {entry['reason']}")
         weight = torch.randn(args.n, args.k, generator=torch.Generator().manual_seed(0)).bfloat16()
-        for format, codebook in QUANTISED if args.rounds else ():
+        for format, codebook in QUANTISED if args.rounds and args.device == "cpu" else ():
             entry = quantisation(weight, format, codebook, args.rounds)
             writer.write({**entry, **environment})
             rate, low, high = (significant(weight.numel() / entry[f"time_p{q}"] / 1e6) for q in (50, 80, 20))
