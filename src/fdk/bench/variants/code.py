@@ -157,5 +157,5 @@ def units_in_loop(problem: Problem, variant: Variant, counts: dict[str, int]) ->
     config = variant.config
     if config.indices:
         return products / (16 * problem.shape.bits * config.tokens)
-    own_sums = 4 * config.row_split * (config.x_sums and (problem.shape.bits == 1 or problem.geometry.format.has_zeros))
+    own_sums = 4 * (config.x_sums and (problem.shape.bits == 1 or problem.geometry.format.has_zeros))
     return products / (8 if config.digits else (16 + own_sums) * -(-config.tokens // 8))

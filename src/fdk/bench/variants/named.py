@@ -199,7 +199,14 @@ SETS: dict[str, Named] = {
                 problems("decode", "uint4_g64 uint2_g64 uint8_g64", "8192x8192", "1")
                 + problems("decode", "uint4_g64", "4096x14336", "1"),
                 each({}, {"x_sums": True}, alone=True)
-                + each({"stages": 1}, {"stages": 1, "x_sums": True}, {"stages": 2, "x_sums": True}, k_warps=16),
+                + each(
+                    {"stages": 1},
+                    {"stages": 1, "x_sums": True},
+                    {"stages": 2, "x_sums": True},
+                    {"stages": 1, "scales_once": True},
+                    {"stages": 1, "x_sums": True, "scales_once": True},
+                    k_warps=16,
+                ),
             ),
             Trial(
                 problems("decode", "uint4_g64 uint2_g64", "8192x8192", "1"),

@@ -125,10 +125,14 @@ class Shape:
         """Groups that a stage of that many units holds."""
         return self.unit_groups if stage_units == 1 else max(1, stage_units * 64 // self.group)
 
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of the scales and zeros of a group of 64 rows."""
+        return 128 + {UINT_U8: 64, UINT_FLOAT: 128}.get(self.kind, 0)
+
     def stage_bytes(self, stage_units: int) -> int:
         """Bytes of a stage in the ring: codes, scales, zeros."""
-        zeros = {UINT_U8: 64, UINT_FLOAT: 128}.get(self.kind, 0)
-        return stage_units * self.bits * 512 + self.stage_groups(stage_units) * (128 + zeros)
+        return stage_units * self.bits * 512 + self.stage_groups(stage_units) * self.group_bytes
 
     def allows_stage_units(self, stage_units: int, slices: int) -> bool:
         """Whether k splits into that many slices of whole stages of whole groups."""
@@ -174,13 +178,11 @@ class Config:
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
     epilogue   what becomes of the sums
     bulk         fill rings by bulk copies, else by cp.async as before Hopper
-    scales_once  fetch the scales of a warp's slice of k in one piece, not with each stage
+    scales_once  fetch scales and zeros of a warp's slice of k in one piece each, not with each stage
     x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
 
     Not chosen so far (docs/findings.md, `python -m fdk.bench.variants --list`):
 
-    lag          refill a stage one stage later, when nothing has to wait for the loads from it
-    row_split    CTAs that share a block of rows, instead of clusters that split k
     early        stages asked for before the wait for the kernel in front, 0 for all: the others follow the activations
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
@@ -205,9 +207,7 @@ class Config:
     epilogue: Epilogue = PLAIN
     alone: bool = False
     bulk: bool = True
-    lag: bool = False
     scales_once: bool = False
-    row_split: int = 1
     x_sums: bool = False
     wide: bool = False
     octets: bool = False
@@ -235,12 +235,12 @@ class Config:
         return -(-self.blocks // self.row_warps)
 
     def allows_scales_once(self, shape: Shape) -> bool:
-        """Whether each warp has one slice of k, of whole groups or inside one, and no zeros beside its scales."""
+        """Whether each warp has one slice of k, of whole groups or inside one."""
         slices = self.cluster * self.k_warps
         columns = 64 * (shape.units // slices)
         aligned = shape.groups == 1 or columns % shape.group == 0 or shape.group % columns == 0
         single = self.steps == 1 and self.phases == 1 and shape.units % slices == 0
-        return single and aligned and shape.subs == 1 and shape.kind not in (UINT_U8, UINT_FLOAT)
+        return single and aligned and shape.subs == 1
 
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
@@ -252,12 +252,12 @@ class Config:
         before = 0 if no_table or not hopper else max(0, aligned - 1024)
         table *= self.epilogue.tables
         buffers = 2 if self.batch == 1 and self.steps > 1 else 1
-        slot = BLOCK // self.row_split * self.tokens * 4
-        others = shape.bits * 512 - shape.bits * 512 // self.row_split
-        ring = self.stages * (shape.stage_bytes(self.stage_units) - self.stage_units * others)
+        slot = BLOCK * self.tokens * 4
+        ring = self.stages * shape.stage_bytes(self.stage_units)
         if self.scales_once:
             columns = 64 * (shape.units // (self.cluster * self.k_warps))
-            ring += 128 * (max(1, columns // shape.group) - self.stages * shape.stage_groups(self.stage_units))
+            groups = max(1, columns // shape.group) - self.stages * shape.stage_groups(self.stage_units)
+            ring += groups * shape.group_bytes
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
         one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
@@ -319,10 +319,8 @@ class Config:
             "FDK_OCTETS": int(self.octets),
             "FDK_UNIFORM": int(self.uniform),
             "FDK_INDICES": int(self.indices),
-            "FDK_ROW_SPLIT": self.row_split,
             "FDK_PAIRED": int(self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),
-            "FDK_LAG": int(self.lag),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
 
@@ -481,11 +479,12 @@ def _with_loads(shape: Shape, config: Config) -> Config:
     slices = config.cluster * config.phases * config.k_warps
     units_per_warp = config.steps * -(-shape.units // slices)
     # Four more products a unit cost less than a barrier of the CTA while a warp has few units.
-    own_sums = shape.kind in (UINT_U8, UINT_FLOAT) or (shape.bits == 1 and shape.kind in (TABLE, INT))
+    zeros = shape.kind in (UINT_U8, UINT_FLOAT)
+    own_sums = zeros or (shape.bits == 1 and shape.kind in (TABLE, INT))
     config = replace(config, x_sums=own_sums and shape.subs == 1 and units_per_warp <= 8)
     # Scales in one piece halve the copies of a warp that refills single units, which pays from the second refill on.
     refills = units_per_warp - config.stages if config.stage_units == 1 else 0
-    if config.tokens == 1 and refills >= 2 and config.allows_scales_once(shape):
+    if config.tokens == 1 and not zeros and refills >= 2 and config.allows_scales_once(shape):
         # Without small copies, sparse weights come faster by cp.async, whose refills no fence holds up.
         return replace(config, scales_once=True, bulk=not shape.sparse)
     return config
@@ -641,7 +640,7 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
         params.range[i] = Range(cluster, block, block + count, 0, start, end)
         cluster += -(-count // config.blocks)
         block += count
-    return params, cluster * config.cluster * config.row_split
+    return params, cluster * config.cluster
 
 
 def source(shape: Shape, config: Config, capability: tuple[int, int]) -> jit.Source:

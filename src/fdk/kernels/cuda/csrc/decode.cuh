@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_ALIGNED - 1)) != 0) __trap();
     const int warp = UNIFORM ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) : threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp / K_WARPS, k_warp = warp % K_WARPS;
-    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / (CLUSTER * ROW_SPLIT);
+    const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / CLUSTER;
 
     int which = 0;
     while (which + 1 < p.ranges && cluster >= p.range[which + 1].first_cluster) ++which;
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
-    Outputs outputs = {p, range, smem, (ROW_SPLIT > 1 ? row_part() : rank) * SHARE_ROWS, {}, {}};
+    Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase, auto meanwhile) {
         if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup, meanwhile);
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
-    constexpr int SLOT = ROWS * M, SHARE = SLOT / CLUSTER;
+    constexpr int SLOT = 64 * M, SHARE = SLOT / CLUSTER;
     const auto slots = [&](int step) { return (BUFFERS == 2 ? step % 2 : step) * ROW_WARPS; };
     const auto slot = [&](int step, int rw, int kw) {
         if constexpr (Smem::PARTIAL_IN_RING) return reinterpret_cast<float*>(smem + Smem::ring(rw * K_WARPS + kw));
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         });
     };
 
-    int stage = 0, read = -1;  // FDK_LAG: the stage that was read last, to be refilled when its products are under way
+    int stage = 0;
     u32 parity = 0;
     for (int step = 0; step < (STEPS_PER_CTA == 1 ? 1 : steps); ++step) {
         Accumulator acc = {};
@@ -180,18 +180,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             if (STEPS_PER_CTA == 1 || step < w.steps) {
 #pragma unroll 1
                 for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
-                    if constexpr (FDK_LAG) {
-                        if (read >= 0) w.refill(ahead, read);
-                        read = stage;
-                    }
                     w.wait(stage, parity);
                     wait_for_activations(smem, phase, unit - first_unit, k_warp);
                     Unit loaded[STAGE_UNITS];
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
-                        load_unit(loaded[i], w.ring + stage * Smem::STAGE, w.scales(unit),
+                        load_unit(loaded[i], w.ring + stage * Smem::STAGE, w.groups(stage, unit),
                                   i, (cta_unit + phase * units + unit + i) * 64, lane);
-                    if constexpr (!FDK_LAG) w.refill(ahead, stage);
+                    w.refill(ahead, stage);
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, i, lane, lookup);
                     if (++stage == STAGES) stage = 0, parity ^= 1;

@@ -274,7 +274,7 @@ struct Unit {
     Zeros zeros;
 };
 
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int, int lane) {
     const int g = lane / 4, share = share_of(lane), group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
     constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
@@ -282,8 +282,8 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane / (512 / PIECE) * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
-    u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g, share);
-    if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g, share);
+    u.scales = load_rows(groups.scales + group * 128, g, share);
+    if constexpr (ZEROS) u.zeros = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, g, share);
 }
 
 // Unit `unit` of the CTA, which is unit `index` of its stage.

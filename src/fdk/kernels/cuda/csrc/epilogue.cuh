@@ -12,7 +12,7 @@
 namespace fdk {
 
 // Rows of a block that one CTA finishes, and that one partial sum of squares covers: a warp at most.
-constexpr int SHARE_ROWS = ROWS / CLUSTER, SQUARE_ROWS = SHARE_ROWS < 32 ? SHARE_ROWS : 32;
+constexpr int SHARE_ROWS = 64 / CLUSTER, SQUARE_ROWS = SHARE_ROWS < 32 ? SHARE_ROWS : 32;
 constexpr i64 SQUARES_OUT = (N + 63) / 64 * 64 / SQUARE_ROWS;
 
 // Block of rows of the weight that row warp `row_warp` starts with, where its CTA starts with `first` of those that its

@@ -89,12 +89,12 @@ __device__ __forceinline__ XSums x_sums(const u32 (&b)[8], int sub) {
 
 // Sums of one block over a warp's slice: row 16*tile + 8*h + g, token 8*nt + 2*t + column.
 struct Accumulator {
-    float sum[ROW_TILES][NT][2][COLUMNS];
-    float scaled_x[SPLIT_BIT && !ZEROS ? ROW_TILES : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
+    float sum[4][NT][2][COLUMNS];
+    float scaled_x[SPLIT_BIT && !ZEROS ? 4 : 1][NT][2][COLUMNS];  // one bit: sum of scale * 2 * sum(x)
 };
 
 // Row tiles whose A operands are live at once: all where many token tiles share them, else one.
-constexpr int TILES = NT > 2 ? ROW_TILES : 1;
+constexpr int TILES = NT > 2 ? 4 : 1;
 
 // A unit in registers: it leaves the ring before it is used, so that the ring refills meanwhile.
 struct Unit {
@@ -104,9 +104,9 @@ struct Unit {
 };
 
 // Unit number `index` of a stage; `k` is its first column.
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int k, int lane) {
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int k, int lane) {
     const int g = lane / 4;
-    constexpr int PIECES = SPARSE ? 6 : BITS / ROW_SPLIT, PIECE = Smem::CODE_BYTES / PIECES;
+    constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane / (512 / PIECE) * 16);
@@ -118,8 +118,8 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char
         if constexpr (SUBS > 1) group = (k + sub * (64 / SUBS)) / GROUP - stage_group(k / 64 - index);
         // Columns past k have no group of their own; any finite scale will do, because their activations are zero.
         if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, STAGE_GROUPS - 1);
-        u.scales[sub] = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, g);
-        if constexpr (ZEROS) u.zeros[sub] = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, g);
+        u.scales[sub] = load_rows(groups.scales + group * 128, g);
+        if constexpr (ZEROS) u.zeros[sub] = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, g);
     }
 }
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
         for (int i = 0; i < NT * SUBS; ++i) own[i / SUBS][i % SUBS] = x_sums(b[i / SUBS], i % SUBS);
     }
 #pragma unroll
-    for (int first = 0; first < ROW_TILES; first += TILES) {
+    for (int first = 0; first < 4; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
@@ -200,7 +200,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 __device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float low, float high) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int tile = 0; tile < ROW_TILES; ++tile)
+    for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll

@@ -31,8 +31,8 @@ __device__ __forceinline__ u32 pair_of_lane(const u16* table, int lane) {
 // Sums of one block over a warp's slice: row 16*tile + 8*h + g, of units t, t + SLOTS, .. of each stage.
 // d: sums of the stage that are not scaled yet, in two parts.
 struct Accumulator {
-    float sum[M][ROW_TILES][2];
-    float d[M][ROW_TILES][4];
+    float sum[M][4][2];
+    float d[M][4][4];
     float x[M][4];  // likewise the sums of activations, the same for each row
 };
 
@@ -43,17 +43,16 @@ struct Unit {
     Zeros zeros;
 };
 
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, const char* scales, int index, int, int lane) {
-    constexpr int PIECES = ROW_SPLIT > BITS ? 1 : BITS / ROW_SPLIT, PIECE = Smem::CODE_BYTES / PIECES;
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int, int lane) {
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane * 16);
+    for (int i = 0; i < BITS; ++i) {
+        const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
     if (index == STAGE_UNITS - 1) {
         const int group = STAGE_GROUPS == 1 ? 0 : lane % SLOTS * 64 / GROUP;
-        u.scales = load_rows((SCALES_ONCE ? scales : stage + Smem::SCALES) + group * 128, lane / 4);
-        if constexpr (ZEROS) u.zeros = load_zeros(stage + Smem::ZEROS_AT + group * Smem::GROUP_ZERO_BYTES, lane / 4);
+        u.scales = load_rows(groups.scales + group * 128, lane / 4);
+        if constexpr (ZEROS) u.zeros = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, lane / 4);
     }
 }
 
@@ -83,7 +82,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 #pragma unroll
     for (int token = 0; token < M; ++token) {
         const char* x = smem + Smem::X + token * Smem::X_STRIDE + unit * 128;
-        float (&d)[ROW_TILES][4] = acc.d[token];
+        float (&d)[4][4] = acc.d[token];
         u32 a[BITS][2][4];
         load_activations(a, x, lane);
         if constexpr (ZEROS) {
@@ -101,13 +100,13 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const u32 b = g == 2 * index + h ? lookup.pair : 0;
-                u32 indices[ROW_TILES];
+                u32 indices[4];
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) indices[tile] = combine<MASK_OR>(u.words[tile] >> (1 - h), 0x55555555u, upper);
+                for (int tile = 0; tile < 4; ++tile) indices[tile] = combine<MASK_OR>(u.words[tile] >> (1 - h), 0x55555555u, upper);
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 0>(d[tile], a[0][0], b, indices[tile]);
+                for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 0>(d[tile], a[0][0], b, indices[tile]);
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 1>(d[tile], a[0][1], b, indices[tile]);
+                for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 1>(d[tile], a[0][1], b, indices[tile]);
             }
         } else {
             const u32 b = g / 2 == index ? lookup.pair : 0;
@@ -115,23 +114,23 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
             for (int i = 0; i < 2; ++i)
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
-                    u32 indices[ROW_TILES], upper[2][4];
+                    u32 indices[4], upper[2][4];
 #pragma unroll
-                    for (int tile = 0; tile < ROW_TILES; ++tile) {
+                    for (int tile = 0; tile < 4; ++tile) {
                         const u32 w = rotate_left(u.words[tile * 2 + i], 32 - 7);  // they are packed rotated left by 7
                         indices[tile] = combine<CHOOSE_OR_NOT>(odd ? w : w << 2, odd ? w >> 2 : w, 0xccccccccu);
                     }
 #pragma unroll
                     for (int r = 0; r < 8; ++r) upper[r / 4][r % 4] = odd ? a[i][r / 4][r % 4] & 0xffff0000u : a[i][r / 4][r % 4] << 16;
 #pragma unroll
-                    for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 0>(d[tile], upper[0], b, indices[tile]);
+                    for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 0>(d[tile], upper[0], b, indices[tile]);
 #pragma unroll
-                    for (int tile = 0; tile < ROW_TILES; ++tile) mma_sparse<BF16, 1>(d[tile], upper[1], b, indices[tile]);
+                    for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 1>(d[tile], upper[1], b, indices[tile]);
                 }
         }
         if (index == STAGE_UNITS - 1) {
 #pragma unroll
-            for (int tile = 0; tile < ROW_TILES; ++tile) {
+            for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     float v = d[tile][h] + d[tile][2 + h];
@@ -151,7 +150,7 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 #pragma unroll
     for (int token = 0; token < M; ++token)
 #pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile)
+        for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float v = acc.sum[token][tile][h];

@@ -5,7 +5,7 @@
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_EARLY FDK_STAGE_UNITS FDK_STEPS
-//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_LAG FDK_SCALES_ONCE FDK_ROW_SPLIT FDK_X_SUMS FDK_WIDE FDK_OCTETS
+//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
 //   FDK_UNIFORM FDK_PAIRED FDK_INDICES, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
@@ -24,8 +24,6 @@ constexpr int EARLY = FDK_EARLY;
 static_assert(0 < EARLY && EARLY <= STAGES, "the first stage brings what all share");
 constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES = FDK_PHASES;
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
-// CTAs that share a block of rows, where one for each block would leave multiprocessors idle.
-constexpr int ROW_SPLIT = FDK_ROW_SPLIT, ROWS = 64 / ROW_SPLIT, ROW_TILES = 4 / ROW_SPLIT;
 constexpr bool BULK = FDK_HOPPER && FDK_BULK;  // rings are filled by bulk copies, else by cp.async
 constexpr bool UNIFORM = FDK_UNIFORM;  // the compiler knows that a warp's lanes agree on what their warp copies
 
@@ -48,15 +46,13 @@ constexpr int TABLES = FDK_TABLES;  // tables that a CTA looks codes up in: gate
 constexpr bool WIDE = FDK_WIDE;  // the table has rows 256 bytes apart, see dequantise.cuh
 static_assert(!WIDE || (KIND <= 3 && !FDK_DIGITS && TABLES == 1 && (BITS == 2 || BITS == 4 || BITS == 8)), "one table, 64 KB of it");
 constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
-static_assert(ROW_SPLIT == 1 || (CLUSTER == 1 && !NESTED && !SPARSE && !FDK_DIGITS && BITS % ROW_SPLIT == 0 && !SQUARES && !GATED && !RESIDUAL),
-              "a CTA's rows are whole 16-byte pieces of a lane's codes, and nobody else adds to them");
 static_assert(!GATED || (ROW_WARPS % 2 == 0 && N % 128 == 0 && !RESIDUAL), "gate and up are whole blocks, side by side");
 // With few tokens the warps of a slice of k bring its activations themselves, by plain loads, and wait for no others.
 constexpr bool OWN_X = M <= 2 && PHASES == 1 && (ROW_WARPS == 1 || K_WARPS < 16);
-// A warp's scales arrive in one piece with its first stage, instead of with each stage its own.
+// A warp's scales and zeros arrive in one piece each with its first stage, instead of with each stage its own.
 constexpr bool SCALES_ONCE = FDK_SCALES_ONCE;
 constexpr int SLICE = UNITS / (CLUSTER * K_WARPS), SLICE_GROUPS = GROUPS == 1 || GROUP > SLICE * 64 ? 1 : SLICE * 64 / GROUP;
-static_assert(!SCALES_ONCE || (SUBS == 1 && !ZEROS && STEPS_PER_CTA == 1 && PHASES == 1 && UNITS % (CLUSTER * K_WARPS) == 0 &&
+static_assert(!SCALES_ONCE || (SUBS == 1 && STEPS_PER_CTA == 1 && PHASES == 1 && UNITS % (CLUSTER * K_WARPS) == 0 &&
                                (GROUPS == 1 || (SLICE * 64) % GROUP == 0 || GROUP % (SLICE * 64) == 0)),
               "a warp has one slice of k, of whole groups or inside one");
 constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
@@ -95,19 +91,20 @@ struct Smem {
 
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
     static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + X_BUFFERS * K_WARPS * X_CHUNKS * 8 + 15) / 16 * 16;  // rings, sums, x
-    static constexpr int CODE_BYTES = BITS * 512 / ROW_SPLIT, UNIT_STRIDE = (NESTED ? 8 : BITS) * 512;  // read, and stored
+    static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = (NESTED ? 8 : BITS) * 512;  // read, and stored
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
     static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + (SCALES_ONCE ? 0 : STAGE_GROUPS * 128);
-    static constexpr int STAGE = ZEROS_AT + STAGE_GROUPS * GROUP_ZERO_BYTES;
-    static constexpr int SLICE_SCALES = STAGES * STAGE, SLICE_BYTES = SCALES_ONCE ? SLICE_GROUPS * 128 : 0;  // in a ring
+    static constexpr int STAGE = ZEROS_AT + (SCALES_ONCE ? 0 : STAGE_GROUPS * GROUP_ZERO_BYTES);
+    static constexpr int SLICE_SCALES = STAGES * STAGE, SLICE_ZEROS = SLICE_SCALES + SLICE_GROUPS * 128;  // in a ring
+    static constexpr int SLICE_BYTES = SCALES_ONCE ? SLICE_GROUPS * (128 + GROUP_ZERO_BYTES) : 0;
     static constexpr int RING_BYTES = SLICE_SCALES + SLICE_BYTES;
 
     // A CTA with a single step needs neither its ring nor its activations once it has its sums: each warp's partial sums
     // go to its own ring if they fit, else over the activations, and so do the sums that other CTAs send. That takes one
     // more wait for the cluster, which few tokens, whose sums are small, do without.
     static constexpr bool SINGLE = STEPS_PER_CTA == 1 && M >= 8;
-    static constexpr bool PARTIAL_IN_RING = STEPS_PER_CTA == 1 && RING_BYTES >= ROWS * M * 4;
-    static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * ROWS * M * 4;
+    static constexpr bool PARTIAL_IN_RING = STEPS_PER_CTA == 1 && RING_BYTES >= 64 * M * 4;
+    static constexpr int PARTIAL_BYTES = PARTIAL_IN_RING ? 0 : BUFFERS * BATCH * WARPS * 64 * M * 4;
     static constexpr int RECEIVE_BYTES = CLUSTER == 1 ? 0 : BUFFERS * BATCH * ROW_WARPS * 64 * M * 4;
     static constexpr int SUM_TOTAL = PARTIAL_BYTES + RECEIVE_BYTES;
     // Rows of activations are 16 bytes apart in their banks, so that eight tokens' pieces are read without conflicts; for
@@ -183,10 +180,10 @@ __device__ __forceinline__ int stage_group(int unit) {
     return GROUPS == 1 ? 0 : group;
 }
 
-// Which of the CTAs that share a block of rows this one is.
-__device__ __forceinline__ int row_part() {
-    return ROW_SPLIT == 1 ? 0 : blockIdx.x % ROW_SPLIT;
-}
+// Where the scales and zeros of a stage's first group lie.
+struct StageGroups {
+    const char *scales, *zeros;
+};
 
 struct Warp {
     const Params& p;
@@ -198,7 +195,7 @@ struct Warp {
     u64 policy;
 
     __device__ __forceinline__ Cursor start() const {
-        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::UNIT_STRIDE + row_part() * Smem::CODE_BYTES,
+        return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::UNIT_STRIDE,
                 first_block * GROUPS};
     }
     __device__ __forceinline__ void advance(Cursor& c) const {
@@ -224,31 +221,39 @@ struct Warp {
         if (more(c)) {
             const i64 group = c.group_row + stage_group(cta_unit + c.unit);
             const u32 to = shared_address(ring) + stage * Smem::STAGE;
-            // Planes or rows that are not read lie between the units.
-            constexpr int PIECES = NESTED || ROW_SPLIT > 1 ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
+            // Planes that are not read lie between the units.
+            constexpr int PIECES = NESTED ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
             if constexpr (BULK) {
                 if (UNIFORM ? elected() : lane == 0) {
                     const u32 barrier = barriers + stage * 8;
                     barrier_expect(barrier, Smem::STAGE + (first ? Smem::SLICE_BYTES : 0));
 #pragma unroll
                     for (int i = 0; i < PIECES; ++i) copy_bulk(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE, PIECE, barrier, policy);
-                    if constexpr (!SCALES_ONCE)
+                    if constexpr (!SCALES_ONCE) {
                         copy_bulk(to + Smem::SCALES, p.scales + group * 128, STAGE_GROUPS * 128, barrier, policy);
-                    else if (first)
-                        copy_bulk(shared_address(ring) + Smem::SLICE_SCALES, p.scales + group * 128, Smem::SLICE_BYTES, barrier, policy);
-                    if constexpr (ZEROS)
-                        copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES,
-                                  STAGE_GROUPS * Smem::GROUP_ZERO_BYTES, barrier, policy);
+                        if constexpr (ZEROS)
+                            copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES,
+                                      STAGE_GROUPS * Smem::GROUP_ZERO_BYTES, barrier, policy);
+                    } else if (first) {
+                        copy_bulk(shared_address(ring) + Smem::SLICE_SCALES, p.scales + group * 128, SLICE_GROUPS * 128, barrier, policy);
+                        if constexpr (ZEROS)
+                            copy_bulk(shared_address(ring) + Smem::SLICE_ZEROS, p.zeros + group * Smem::GROUP_ZERO_BYTES,
+                                      SLICE_GROUPS * Smem::GROUP_ZERO_BYTES, barrier, policy);
+                    }
                 }
             } else {
 #pragma unroll
                 for (int i = 0; i < PIECES; ++i) copy_lanes<PIECE>(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE);
-                if constexpr (!SCALES_ONCE)
+                if constexpr (!SCALES_ONCE) {
                     copy_lanes<STAGE_GROUPS * 128>(to + Smem::SCALES, p.scales + group * 128);
-                else if (first)
-                    copy_lanes<Smem::SLICE_BYTES>(shared_address(ring) + Smem::SLICE_SCALES, p.scales + group * 128);
-                if constexpr (ZEROS)
-                    copy_lanes<STAGE_GROUPS * Smem::GROUP_ZERO_BYTES>(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES);
+                    if constexpr (ZEROS)
+                        copy_lanes<STAGE_GROUPS * Smem::GROUP_ZERO_BYTES>(to + Smem::ZEROS_AT, p.zeros + group * Smem::GROUP_ZERO_BYTES);
+                } else if (first) {
+                    copy_lanes<SLICE_GROUPS * 128>(shared_address(ring) + Smem::SLICE_SCALES, p.scales + group * 128);
+                    if constexpr (ZEROS)
+                        copy_lanes<SLICE_GROUPS * Smem::GROUP_ZERO_BYTES>(shared_address(ring) + Smem::SLICE_ZEROS,
+                                                                          p.zeros + group * Smem::GROUP_ZERO_BYTES);
+                }
             }
             advance(c);
         }
@@ -269,9 +274,11 @@ struct Warp {
             prefetch(c, stage);
         }
     }
-    // The scales of a unit of a stage, which starts at unit `unit`, where they do not come with the stage.
-    __device__ __forceinline__ const char* scales(int unit) const {
-        return ring + Smem::SLICE_SCALES + (stage_group(cta_unit + unit) - stage_group(cta_unit + first_unit)) * 128;
+    // Of a stage that starts at unit `unit`.
+    __device__ __forceinline__ StageGroups groups(int stage, int unit) const {
+        if constexpr (!SCALES_ONCE) return {ring + stage * Smem::STAGE + Smem::SCALES, ring + stage * Smem::STAGE + Smem::ZEROS_AT};
+        const int group = stage_group(cta_unit + unit) - stage_group(cta_unit + first_unit);
+        return {ring + Smem::SLICE_SCALES + group * 128, ring + Smem::SLICE_ZEROS + group * Smem::GROUP_ZERO_BYTES};
     }
     __device__ __forceinline__ void wait(int stage, u32 parity) const {
         if constexpr (BULK) {
@@ -293,8 +300,8 @@ struct Rows {
 
 // `share`: of lanes that share accumulators, digits.cuh.
 __device__ __forceinline__ Rows load_rows(const char* from, int g, int share = 0) {
-    if constexpr (ROW_SPLIT > 1 || TILES_SHARING > 1) {
-        const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 16 + (TILES_SHARING > 1 ? share : row_part()) * 8);
+    if constexpr (TILES_SHARING > 1) {
+        const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 16 + share * 8);
         return {{v.x, v.y}};
     }
     const u32x4 v = *reinterpret_cast<const u32x4*>(from + g * 16);
@@ -311,8 +318,8 @@ struct ByteRows {
 
 __device__ __forceinline__ auto load_zeros(const char* from, int g, int share = 0) {
     if constexpr (KIND == 2) {
-        if constexpr (ROW_SPLIT > 1 || TILES_SHARING > 1)
-            return ByteRows{{*reinterpret_cast<const u32*>(from + g * 8 + (TILES_SHARING > 1 ? share : row_part()) * 4)}};
+        if constexpr (TILES_SHARING > 1)
+            return ByteRows{{*reinterpret_cast<const u32*>(from + g * 8 + share * 4)}};
         const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 8);
         return ByteRows{{v.x, v.y}};
     } else {
