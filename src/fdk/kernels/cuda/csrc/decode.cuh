@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             });
         } else {
             for (int i = threadIdx.x; i < ROW_WARPS * SLOT / 4; i += THREADS) {
-                const int rw = i / (SLOT / 4), at = i % (SLOT / 4) * 4;
+                const int rw = ROW_WARPS == 1 ? 0 : i / (SLOT / 4), at = i % (SLOT / 4) * 4;
                 f32x4 sum = *reinterpret_cast<const f32x4*>(slot(step, rw, 0) + at);
 #pragma unroll
                 for (int kw = 1; kw < K_WARPS; ++kw) {

@@ -61,7 +61,7 @@ struct Outputs {
     };
     __device__ __forceinline__ Place place(int trip, int block, int end_block) const {
         const int i = trip * THREADS + threadIdx.x, row = i % SHARE_ROWS, token = i / SHARE_ROWS % M;
-        const int row_warp = i / (SHARE_ROWS * M) * PER_ROW;
+        const int row_warp = ROW_WARPS == PER_ROW ? 0 : i / (SHARE_ROWS * M) * PER_ROW;
         const i64 n = GATED ? i64(block + row_warp) / 2 * 64 + share + row
                             : range.first_row + i64(block + row_warp - range.first_block) * 64 + share + row;
         const bool written = (COUNT % THREADS == 0 || i < COUNT) && block + row_warp < end_block && token < p.m;

@@ -132,6 +132,7 @@ struct Smem {
     static constexpr int BYTES = HIGH_RINGS + (WARPS - LOW_RINGS) * RING_BYTES;
 
     __device__ static __forceinline__ int ring(int warp) {
+        if constexpr (LOW_RINGS == 0) return HIGH_RINGS + warp * RING_BYTES;
         return warp < LOW_RINGS ? LOW_HEAD + warp * RING_BYTES : HIGH_RINGS + (warp - LOW_RINGS) * RING_BYTES;
     }
 };
