@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from fdk import ops
 from fdk.kernels import Problem
-from fdk.kernels.cuda import KERNEL, decode
+from fdk.kernels.cuda import KERNEL, decode, prefill
 from fdk.nn import Linear
 
 # Microseconds that a norm or gate takes between two products of a chain on an H200 (docs/findings.md).
 _BETWEEN_US = 1.3
+# Whether layers that the prefill kernel serves leave their norms to it too.
+_TILES = False
 
 
 class Products(NamedTuple):
@@ -44,13 +46,13 @@ class Fused:
     """A linear layer as one product with an epilogue, for batches of `rows`."""
 
     layer: Linear
-    plan: decode.Plan
+    plan: decode.Plan | prefill.Plan
     eps: float = 0.0
 
     @classmethod
-    def of(cls, layer: Linear, rows: int, epilogue: decode.Epilogue, eps: float = 0.0) -> Fused:
-        """`layer` with `epilogue`, for a layer that `pays` accepts."""
-        return cls(layer, KERNEL.chained(layer.weight, rows, epilogue), eps)
+    def of(cls, layer: Linear, rows: int, epilogue: decode.Epilogue, eps: float = 0.0, tiles: bool = False) -> Fused:
+        """`layer` with `epilogue`, for a layer that `pays` accepts, or with `tiles` `in_tiles`."""
+        return cls(layer, (KERNEL.tiled if tiles else KERNEL.chained)(layer.weight, rows, epilogue), eps)
 
     def __call__(self, x: Normed) -> Tensor:
         """[b, n], or [b, n / 2] of a gated product."""
@@ -107,11 +109,15 @@ class Epilogues(NamedTuple):
 
 
 def epilogues(
-    wanted: Sequence[bool], squares: Callable[[int, str], int], tables: Callable[[int], int]
+    wanted: Sequence[bool],
+    squares: Callable[[int, str], int],
+    tables: Callable[[int], int],
+    gated: bool = True,
 ) -> list[Epilogues | None]:
     """Those of every layer in a row, None for layers that are not wanted.
 
-    squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up.
+    squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up; gated:
+    whether the product of those two is gated.
     """
     residual, found, before = decode.Epilogue(residual=True), [], 0
     for i, (fused, leads) in enumerate(zip(wanted, [*wanted[1:], False], strict=True)):
@@ -120,8 +126,8 @@ def epilogues(
             before = 0
             continue
         qkv = decode.Epilogue(squares=before) if before else None
-        gated = decode.Epilogue(squares=squares(i, "o"), gated=True, tables=tables(i))
-        found.append(Epilogues(qkv, residual, gated, residual if leads else None))
+        gate_up = decode.Epilogue(squares=squares(i, "o"), gated=gated, tables=tables(i) if gated else 1)
+        found.append(Epilogues(qkv, residual, gate_up, residual if leads else None))
         before = squares(i, "down") if leads else 0
     return found
 
@@ -134,26 +140,41 @@ def pays(products: Products, rows: int) -> bool:
     return worth(times)
 
 
+def in_tiles(products: Products, rows: int) -> bool:
+    """Whether the prefill kernel serves a layer, so that its products take norms, though not the gate."""
+    if any(reason_against(layer, rows) for layer in products):
+        return False
+    norm, residual = decode.Epilogue(squares=1), decode.Epilogue(residual=True)
+    both = zip(products, (norm, residual, norm, residual), strict=True)
+    return all(KERNEL.tiled_config(layer.weight, rows, epilogue) for layer, epilogue in both)
+
+
 def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer | None]:
     """The layers of a model for batches of `rows`; None for those that keep kernels of their own between products."""
     residual = decode.Epilogue(residual=True)
+    wanted = [pays(products, rows) for products in layers]
+    tiles = _TILES and not any(wanted)
+    if tiles:
+        wanted = [in_tiles(products, rows) for products in layers]
 
     def squares(i: int, name: str) -> int:
         weight = getattr(layers[i], name).weight
+        if tiles:
+            return weight.shape[0] // 64
         return decode.squares_left(weight.shape[0], KERNEL.chain_config(weight, rows, residual))
 
-    wanted = [pays(products, rows) for products in layers]
-    plan = epilogues(wanted, squares, lambda i: _tables(layers[i].gate_up))
-    KERNEL.compile_chained(
-        (layer.weight, rows, epilogue)
-        for products, chosen in zip(layers, plan, strict=True)
-        for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
-        if epilogue
-    )
+    plan = epilogues(wanted, squares, lambda i: _tables(layers[i].gate_up), gated=not tiles)
+    if not tiles:
+        KERNEL.compile_chained(
+            (layer.weight, rows, epilogue)
+            for products, chosen in zip(layers, plan, strict=True)
+            for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
+            if epilogue
+        )
     found: list[FusedLayer | None] = []
     for products, chosen in zip(layers, plan, strict=True):
         made = [
-            None if epilogue is None else Fused.of(layer, rows, epilogue, 0.0 if epilogue.residual else eps)
+            None if epilogue is None else Fused.of(layer, rows, epilogue, 0.0 if epilogue.residual else eps, tiles)
             for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
         ]
         found.append(FusedLayer(*made) if made else None)

@@ -179,6 +179,7 @@ class Step:
                 qkv = self._multiply(products.qkv, normed.values) if fused.qkv is None else fused.qkv(normed)
                 normed = fused.o.add_to(x, self._attend(qkv, index), layer.post_attention_layernorm.weight)
                 inner = fused.gate_up(normed)
+                inner = inner if fused.gate_up.plan.config.epilogue.gated else self._gate(inner)
             if fused is None or fused.down is None:
                 normed = self._norm(x, self._multiply(products.down, inner), next_norm, count=last)
             else:

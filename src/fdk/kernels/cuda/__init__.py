@@ -138,6 +138,15 @@ class CudaKernel:
         target = prebuild.Target(*_device_facts(weight.device.index))
         return prebuild.chain_config(_product(weight, m), epilogue, target)
 
+    def tiled_config(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> prefill.Config | None:
+        """The configuration of a product of m rows of x with an epilogue by the prefill kernel, None if it has none."""
+        target = prebuild.Target(*_device_facts(weight.device.index))
+        return prebuild.tiled_config(_product(weight, m), epilogue, target)
+
+    def tiled(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> prefill.Plan:
+        """The product of m rows of x with an epilogue, where `tiled_config` has one."""
+        return prefill.Plan(weight, self.tiled_config(weight, m, epilogue))
+
     def compile_chained(self, products: Iterable[tuple[QuantisedWeight, int, decode.Epilogue]]) -> int:
         """Compile on all cores what `chained` will load for each; how many kernels that were."""
         return jit.compile_ahead(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,19 @@ def chain_source(product: Product, epilogue: decode.Epilogue, target: Target) ->
     """What a product with an epilogue is compiled from, where `chain_us` is finite."""
     shape = decode.shape_of(product.geometry, product.zeros)
     return decode.source(shape, chain_config(product, epilogue, target), target.capability)
+
+
+def tiled_config(product: Product, epilogue: decode.Epilogue, target: Target) -> prefill.Config | None:
+    """The configuration of a product with an epilogue by the prefill kernel, None if another one serves it better."""
+    geometry, zeros, m = product
+    shape, blocks = decode.shape_of(geometry, zeros), block_counts(geometry)
+    route = routes.routes(shape, max(1, m), blocks, target.sms, target.capability)[0]
+    if route.name != "prefill" or m > route.config.tokens or route.config.stream or route.config.pair > 1:
+        return None
+    if epilogue.gated or (epilogue.residual and (geometry.n % 64 or len(blocks) > 1)):
+        return None
+    config = replace(route.config, epilogue=epilogue)
+    return config if config.shared_bytes(shape) <= decode.MAX_SHARED else None
 
 
 def chain_us(product: Product, target: Target, gated: bool = False) -> tuple[float, float]:

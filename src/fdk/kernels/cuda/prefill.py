@@ -92,6 +92,7 @@ class Config:
                 k_groups) and divide the units of a slice of k
     apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
     prepared    weights are dequantised once, to memory, as operands; the product then only loads them
+    epilogue    what becomes of the sums: `squares` and `residual` of decode.Epilogue, for a tile of all tokens
     keep        copies of weights do not ask for an early eviction from the second-level cache
     map_ahead   fetch the tensor map of x before the wait for the kernel in front
     band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
@@ -115,6 +116,7 @@ class Config:
     keep: bool = False
     map_ahead: bool = False
     band: int = 8
+    epilogue: decode.Epilogue = decode.PLAIN
 
     @property
     def cluster(self) -> int:
@@ -147,7 +149,7 @@ class Config:
         slices = self.split * self.k_groups
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
         out = self.warpgroups * min(self.tokens, 32 if self.apart else 64) * _OUT_STRIDE
-        barriers = -(-2 * self.stages * 8 // 16) * 16
+        barriers = -(-2 * self.stages * 8 // 16) * 16 + (4 * self.tokens if self.epilogue.squares else 0)
         share = -(-(self.tokens // 8) // slices)
         receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
         if self.apart:
@@ -190,6 +192,8 @@ class Config:
             "FDK_APART": int(self.apart),
             "FDK_KEEP": int(self.keep),
             "FDK_MAP": int(self.map_ahead),
+            "FDK_SQUARES": self.epilogue.squares,
+            "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
         }
 
@@ -380,8 +384,13 @@ class Params(ctypes.Structure):
         ("partial", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
         ("range", decode.Range * MAX_RANGES),
+        ("squares", ctypes.c_void_p),
+        ("squares_out", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("gamma", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
         # The kernel's struct is a multiple of 64 bytes, and a launch copies all of it.
-        ("pad", ctypes.c_uint64 * 4),
+        ("pad", ctypes.c_uint64 * 7),
     )
 
 
@@ -440,17 +449,24 @@ class Plan:
         self.maps: dict[tuple[int, int], driver.TensorMap] = {}
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
+        self.squares = self.shape.n // BLOCK
         self.operands = dense.Plan(weight, operands=True).operands if config.prepared else None
         if config.stream:
             # After loading, which says what to do where a graph is being captured.
             self.flags = flags.of_device(self.device)
             assert self.sms // config.pair * config.pair * config.warpgroups <= flags.FLAGS
 
-    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device."""
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor, **operands: Tensor | float) -> None:
+        """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device.
+
+        operands: what the epilogue reads and writes, by the names of `Params`.
+        """
         m, config = x.shape[0], self.config
         assert m > 0 and x.data_ptr() % 16 == 0 and x.is_contiguous()
+        assert config.epilogue == decode.PLAIN or m <= config.tokens
         params = Params.from_buffer_copy(self.template)
+        for name, value in operands.items():
+            setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
         key = (x.data_ptr(), m)
         found = self.maps.get(key)
         if found is None:
@@ -461,8 +477,8 @@ class Plan:
             )
         params.x_map = found
         if self.operands is not None:
-            operands = self.operands()
-            params.codes = operands.data_ptr()
+            prepared = self.operands()
+            params.codes = prepared.data_ptr()
         params.bias = None if bias is None else bias.data_ptr()
         params.out = out.data_ptr()
         params.m = m

@@ -19,6 +19,8 @@
 //       8, of 16 bits: `codes` are operands that dequantise_weights.cuh has left)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
 //   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_KEEP FDK_MAP
+//   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
+//       64 rows and each token; all tokens in one tile
 #pragma once
 #include "operand.cuh"
 #include "wgmma.cuh"
@@ -48,6 +50,10 @@ constexpr bool UNROLLED = FDK_UNROLLED;
 constexpr bool KEEP = FDK_KEEP;  // weights stay in the second-level cache, for the tiles of other tokens
 constexpr bool APART = FDK_APART;  // x and codes of a stage lie apart, on both sides of a large table
 static_assert(TOKENS == 8 * TOKEN_TILES);
+constexpr int SQUARES = FDK_SQUARES;
+constexpr bool RESIDUAL = FDK_RESIDUAL;
+static_assert((SQUARES == 0 && !RESIDUAL) || (!STREAM && PAIR == 1), "whole tiles of all tokens");
+static_assert(!RESIDUAL || N % 64 == 0, "squares of whole blocks");
 static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
 // Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
 constexpr bool TURNS = FDK_TURNS && WARPGROUPS > 1;
@@ -87,7 +93,8 @@ struct Smem {
     // Rows of staged outputs are 16 bytes apart in their banks, so that eight tokens are written without conflicts.
     static constexpr int CHUNK = TOKENS < 64 ? TOKENS : APART ? 32 : 64, OUT_STRIDE = 144;
     static constexpr int OUT_BYTES = WARPGROUPS * CHUNK * OUT_STRIDE;
-    static constexpr int BARRIER_BYTES = (2 * STAGES * 8 + 15) / 16 * 16;
+    static constexpr int NORMS_AT = (2 * STAGES * 8 + 15) / 16 * 16;  // behind the barriers, one of each token
+    static constexpr int BARRIER_BYTES = NORMS_AT + (SQUARES > 0 ? TOKENS * 4 : 0);
     static constexpr int HEAD_BYTES = (OUT_BYTES + BARRIER_BYTES + 1023) / 1024 * 1024;
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
     static constexpr int FITTING = (TABLE - LOW_HEAD) / STAGE;
@@ -107,7 +114,7 @@ struct Smem {
     static constexpr int APART_CODES = LOW_X * X_BYTES, APART_HEAD = APART_CODES + STAGES * CODE_STAGE;
     static constexpr int APART_END = HIGH_X + (STAGES - LOW_X) * X_BYTES;
     static constexpr int OUT = APART ? APART_HEAD : TOGETHER_OUT;
-    static constexpr int BARRIERS = OUT + OUT_BYTES;
+    static constexpr int BARRIERS = OUT + OUT_BYTES, NORMS = BARRIERS + NORMS_AT;
     static constexpr int STAGES_END = APART ? APART_END : RING_END;
     static constexpr int BYTES = STAGES_END > RECEIVE + RECEIVE_BYTES ? STAGES_END : RECEIVE + RECEIVE_BYTES;
 
@@ -140,6 +147,11 @@ struct __align__(64) Params {
     f32x4* partial;      // [CTAs, BLOCKS, TOKEN_TILES, 128]: sums of the tile that a share ends, of each thread (STREAM)
     u32* flags;          // [CTAs, BLOCKS]: 1 while they wait to be added up; 0 before and after a launch
     Range range[MAX_RANGES];
+    const float* squares;  // [m, SQUARES]
+    float* squares_out;    // [m, N / 64]
+    u16* residual;         // [m, N]
+    const u16* gamma;      // [N]
+    float eps;
 };
 
 // --- barriers and copies ---------------------------------------------------------------------------------------
@@ -480,6 +492,61 @@ __device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
+// 1 / sqrt(mean(h^2) + eps) of each token, from the partial sums of the kernel before.
+__device__ __forceinline__ void read_norms(const Params& p, float* norms, int warp, int lane) {
+    constexpr int WARPS = CONSUMERS / 32, TRIPS = (TOKENS + WARPS - 1) / WARPS, PIECES = SQUARES > 0 ? (SQUARES + 31) / 32 : 1;
+    float piece[TRIPS][PIECES];
+#pragma unroll
+    for (int trip = 0; trip < TRIPS; ++trip) {
+        const float* from = p.squares + i64(min(trip * WARPS + warp, p.m - 1)) * SQUARES;
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+            piece[trip][i] = i * 32 + lane < SQUARES ? load_latest_float(from + i * 32 + lane) : 0.f;
+    }
+#pragma unroll
+    for (int trip = 0; trip < TRIPS; ++trip) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) sum += piece[trip][i];
+#pragma unroll
+        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        const int token = trip * WARPS + warp;
+        if (lane == 0 && token < TOKENS) norms[token] = rsqrtf(sum * (1.f / K) + p.eps);
+    }
+}
+
+// Staged products of a block added to the residual, which they become; out is that times gamma, and the squares are summed.
+__device__ __forceinline__ void add_block(const Params& p, const Range& range, int block, const char* staged, int token, int count, int thread) {
+    const i64 row = range.first_row + i64(block - range.first_block) * 64;
+    for (int i = thread; i < count * 8; i += 128) {
+        const int t = i / 8, first = i % 8 * 8;
+        const bool inside = token + t < p.m && block < range.end_block;
+        float square = 0;
+        if (inside) {
+            const i64 at = i64(token + t) * N + row + first;
+            const u32x4 product = *reinterpret_cast<const u32x4*>(staged + t * Smem::OUT_STRIDE + first * 2);
+            const u32x4 gamma = *reinterpret_cast<const u32x4*>(p.gamma + row + first);
+            const f32x4 old = load_partial(reinterpret_cast<const f32x4*>(p.residual + at));
+            const auto add = [&](u32 product, float old, u32 gamma, u32& sum) -> u32 {
+                const u32 before = __float_as_uint(old);
+                sum = round_pair<BF16>(low_half<BF16>(product) + low_half<BF16>(before), high_half<BF16>(product) + high_half<BF16>(before));
+                const float a = low_half<BF16>(sum), b = high_half<BF16>(sum);
+                square = fmaf(a, a, fmaf(b, b, square));
+                return round_pair<BF16>(a * low_half<BF16>(gamma), b * high_half<BF16>(gamma));
+            };
+            u32x4 sum, out;
+            out.x = add(product.x, old.x, gamma.x, sum.x), out.y = add(product.y, old.y, gamma.y, sum.y);
+            out.z = add(product.z, old.z, gamma.z, sum.z), out.w = add(product.w, old.w, gamma.w, sum.w);
+            *reinterpret_cast<u32x4*>(p.residual + at) = sum;
+            *reinterpret_cast<u32x4*>(p.out + at) = out;
+        }
+        // Eight lanes share a token; warps are whole, since tokens come in eights.
+#pragma unroll
+        for (int other = 4; other; other /= 2) square += __shfl_xor_sync(0xffffffffu, square, other);
+        if (inside && first == 0) p.squares_out[i64(token + t) * (N / 64) + row / 64] = square;
+    }
+}
+
 // Staged outputs of a block for `count` tokens from `token` on to global memory.
 __device__ __forceinline__ void write_block(const Params& p, const Range& range, int block, const char* staged, int token, int count,
                                             int thread) {
@@ -573,6 +640,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 } else if constexpr (!NESTED && !INTEGERS && !PREPARED) {
                     if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
                     fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
+                    named_barrier(WARPGROUPS + 1, CONSUMERS);
+                }
+                if (SQUARES > 0 && range_of_table < 0) {
+                    wait_for_previous_kernel();
+                    read_norms(p, reinterpret_cast<float*>(smem + Smem::NORMS), warp, lane);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
                 }
                 range_of_table = range;
@@ -857,6 +929,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                             v = {v.x + s.x, v.y + s.y, v.z + s.z, v.w + s.w};
                         }
                     }
+                    if constexpr (SQUARES > 0) {
+                        const int token = first_token - tile.token + j * 8 + lane % 4 * 2;
+                        const float* norm = reinterpret_cast<const float*>(smem + Smem::NORMS) + min(token, TOKENS - 2);
+                        v = {v.x * norm[0], v.y * norm[1], v.z * norm[0], v.w * norm[1]};
+                    }
                     const u32 upper = round_pair<BF16>(fmaf(v.x, scale[0], bias[0]), fmaf(v.y, scale[0], bias[0]));
                     const u32 lower = round_pair<BF16>(fmaf(v.z, scale[1], bias[1]), fmaf(v.w, scale[1], bias[1]));
                     const u32 to = shared_address(staged) + ((j - first) * 8 + lane % 8) * Smem::OUT_STRIDE;
@@ -865,7 +942,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 named_barrier(1 + group_index, 128);
                 const int count = min(CHUNK_TILES, MINE - first) * 8;
                 const int limit = tile.token + TOKENS - first_token - first * 8;  // the last share may be short
-                write_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
+                if constexpr (RESIDUAL)
+                    add_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
+                else
+                    write_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
             }
             named_barrier(1 + group_index, 128);
         }
