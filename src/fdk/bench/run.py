@@ -18,7 +18,7 @@ from fdk.bench.modes import MODES
 from fdk.bench.operands import Prepared, Source, Unavailable
 from fdk.bench.problems import BASELINE, DTYPES, Line, activation_bytes, lines, operations, weight_bytes
 from fdk.bench.providers import is_ours, prepare
-from fdk.bench.report import Report
+from fdk.bench.report import Report, slower_with_fewer_rows
 from fdk.errors import FdkError
 from fdk.formats import parse
 
@@ -494,6 +494,8 @@ def _run(settings: Settings, report: Report) -> int:
             gc.collect()
     if settings.mode and settings.output == "md":
         report.note(MODES[settings.mode].summary(everything))
+    for slower in slower_with_fewer_rows(everything):
+        report.note(f"fewer rows are slower: {slower}", "yellow")
     report.note(f"{writer.count} records in {writer.path}")
     if failed:
         report.note(f"{plural(failed, 'product')} failed the correctness check", "bold red")
