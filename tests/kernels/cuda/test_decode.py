@@ -22,7 +22,22 @@ def inputs(where: str, m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize(
-    "name", ["lut1_g64", "int1_chan", "uint1_g128", "int2_g64", "uint4_g64", "int4_g128", "int8_g64"]
+    "name",
+    [
+        "lut1_g64",
+        "int1_chan",
+        "uint1_g128",
+        "int2_g64",
+        "uint4_g64",
+        "int4_g128",
+        "int8_g64",
+        "nest8s2_g64",
+        "nest8s4_g128",
+        "nest8_chan",
+        "trunc8s3_g64",
+        "trunc8s6_g128",
+        "int4_g64_sp16of32",
+    ],
 )
 def test_integer_products_are_exact_on_one_hot_inputs(where: str, name: str, m: int, dtype: torch.dtype) -> None:
     n, k = 200, 1152
@@ -30,6 +45,7 @@ def test_integer_products_are_exact_on_one_hot_inputs(where: str, name: str, m: 
     zeros = weight.parts.get("zeros")
     shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
     config = replace(decode.choose_config(shape, m, 4, 132), digits=True, stage_units=1, stages=2, phases=1)
+    config = replace(config, paired=shape.nested or shape.sparse)
     plan = decode.Plan(weight, config)
     x = inputs(where, m, k, dtype)
     assert testing.check_product(lambda x, w, b, out: plan(x, b, out), x, weight, None, False) is None
