@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import fdk
 from fdk import testing
 from fdk.errors import UnsupportedError
 from fdk.formats import parse
+from fdk.kernels.cuda import attend
 from fdk.models import QuantisationConfig, chain
 from fdk.models.decode import PlainStep, greedy, step_for, time_steps
 from fdk.models.llama import LlamaConfig
@@ -119,18 +121,61 @@ def test_the_graph_follows_the_plain_path(plan, batch, length) -> None:
     tokens = torch.randint(0, 512, (batch, length - 40), generator=torch.Generator().manual_seed(0)).cuda()
     step, plain = Step(model, batch, length), PlainStep(model, batch, length)
     assert all((layer is not None) == (plan is not None) for layer in step.fused)
+    follows(step, plain, tokens, 40)
+
+
+def follows(step: Step, plain: PlainStep, tokens: torch.Tensor, steps: int) -> None:
+    """The same logits as the plain path after the same tokens, but for roundings; the same tokens when repeated."""
     step.prefill(tokens)
     plain.prefill(tokens)
-    for _ in range(40):
+    for _ in range(steps):
         plain.tokens = step.tokens.clone()
         plain()
         step()
         # Both round every value to bfloat16 a few dozen times on the way, in another order.
         assert (step.logits - plain.logits).abs().max() <= 32 * 2.0**-8 * plain.logits.abs().max()
     step.prefill(tokens)
-    first = [step().clone() for _ in range(40)]
+    first = [step().clone() for _ in range(steps)]
     step.prefill(tokens)
     assert all(torch.equal(step(), token) for token in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["lut4_g64", "lut1_g64"])
+def test_norms_of_many_rows_are_the_prefill_kernels(monkeypatch, plan) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(chain, "_TILES", True)
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
+    config = small_config(head_dim=128, **sizes)
+    model = random_llama(config, QuantisationConfig(format=plan), "cuda", seed=2)
+    tokens = torch.randint(0, 512, (64, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    step = Step(model, 64, 60)
+    assert all(layer is not None and not layer.gate_up.plan.config.epilogue.gated for layer in step.fused)
+    follows(step, PlainStep(model, 64, 60), tokens, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [2, 8])
+def test_attention_of_several_clusters_a_head(monkeypatch, splits) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters, of compute capability 9.0")
+    choose = attend.choose_config
+    monkeypatch.setattr(attend, "choose_config", lambda *facts: replace(choose(*facts), cluster=2, splits=splits))
+    model = random_llama(small_config(), QuantisationConfig(format="lut4_g64"), "cuda", seed=2)
+    tokens = torch.randint(0, 512, (1, 900), generator=torch.Generator().manual_seed(0)).cuda()
+    step = Step(model, 1, 1000)
+    assert step.workspace is not None
+    follows(step, PlainStep(model, 1, 1000), tokens, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [None, "lut4_g64"])
+def test_a_row_by_dense_weights(monkeypatch, plan) -> None:
+    monkeypatch.setattr("fdk.models.step._DENSE_ROW", (8, 512, 4))
+    model = random_llama(small_config(vocab_size=1003), plan and QuantisationConfig(format=plan), "cuda", seed=2)
+    tokens = torch.randint(0, 512, (1, 20), generator=torch.Generator().manual_seed(0)).cuda()
+    follows(Step(model, 1, 60), PlainStep(model, 1, 60), tokens, 30)
 
 
 @pytest.mark.gpu
