@@ -180,7 +180,7 @@ def test_chains_and_both_floors_are_recorded(small, fake_kernel, monkeypatch, tm
 class FakeBlock:
     """Builds like a CudaBlock, and refuses the call that cannot run."""
 
-    def __init__(self, call, inner):
+    def __init__(self, call, inner, settle):
         call(0)
         self.inner = inner
 
@@ -194,7 +194,7 @@ def test_a_call_that_fails_in_timing_leaves_the_others(monkeypatch):
     def broken(i):
         raise ValueError("no such stream\nmore")
 
-    chosen = SimpleNamespace(inner=20, outer=3)
+    chosen = SimpleNamespace(inner=20, outer=3, settle=0.0)
     device = SimpleNamespace(type="cuda")
     times, blocks, plan, failed = run.time_calls(
         {"0": lambda i: None, "1": broken, "read": lambda i: None}, chosen, 1.0, device, {"0": 170, "read": 2}
@@ -270,6 +270,14 @@ def test_every_call_has_run_before_the_capture(monkeypatch):
     assert fakes.log == [0, 1, 2, "wait", "begin", 0, 1, 2, "end", "replay"]
     assert block() == pytest.approx(2e-3)
     assert block.launch == "graph"
+
+
+def test_a_block_that_settles_is_timed_right_behind_its_own_replays(monkeypatch):
+    fakes = Fakes(monkeypatch)
+    block = timing.CudaBlock(lambda i: None, 3, settle=0.015)
+    fakes.log.clear()
+    assert block() == pytest.approx(2e-3)
+    assert fakes.log == ["replay"] * 4
 
 
 def test_a_call_that_cannot_be_captured_is_launched(monkeypatch):

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=tuple(MODES), help="the kernel benchmark of another project, with its own table")
     p.add_argument("--quick", action="store_true", help="fewer sizes and rounds: about a minute")
     p.add_argument("--chain", action="store_true", help="also time layers that multiply the output of the last one")
+    p.add_argument("--settle", type=float, metavar="SECONDS", help="run a product that long before each time (GPU; 0)")
     p.add_argument("--jobs", type=int, help="processes that compile before the timing on a GPU (its cores; 0: none)")
     p.add_argument("--peer-seconds", type=float, help="compiling time allowed to each peer (600; 40 with --quick)")
     p.add_argument("--seed", type=int, default=42, help="of weights and activations (42)")
@@ -106,6 +107,7 @@ class Settings:
     seed: int
     quick: bool = False
     chain: bool = False
+    settle: float = 0.0
     jobs: int = 0
     peer_seconds: float = math.inf
     mode: str | None = None
@@ -202,6 +204,16 @@ def _peer_seconds(args: argparse.Namespace, on_cpu: bool) -> float:
     return math.inf if on_cpu else PEER_SECONDS[args.quick]
 
 
+def _settle(seconds: float | None, on_cpu: bool) -> float:
+    if seconds is None:
+        return 0.0
+    if on_cpu or not 0 <= seconds <= 10:
+        raise UsageError(
+            f"--settle {seconds:g}: on a GPU 0 to 10 seconds; 0.2 brings a clock under a power limit to rest"
+        )
+    return seconds
+
+
 def settings(argv: list[str] | None) -> Settings:
     """The command line as Settings; UsageError if it makes no sense on this machine."""
     args = parser().parse_args(argv)
@@ -267,6 +279,7 @@ def settings(argv: list[str] | None) -> Settings:
         seed=args.seed,
         quick=args.quick,
         chain=args.chain,
+        settle=_settle(args.settle, on_cpu),
         jobs=_jobs(args.jobs, on_cpu),
         peer_seconds=_peer_seconds(args, on_cpu),
         mode=args.mode,

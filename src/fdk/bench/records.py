@@ -19,7 +19,7 @@ import torch
 
 FIELDS = (
     "test", "m", "k", "n", "g", "bits", "format", "dtype", "provider", "kernel", "status", "reason",
-    "copies", "inner_reps", "reps", "launch", "bytes_rw", "ops",
+    "copies", "inner_reps", "reps", "settle", "launch", "bytes_rw", "ops",
     "avg_time", "time_p20", "time_p50", "time_p80",
     "floor", "floor_plain", "floor_memory", "floor_reader", "x_bf16", "x_bf16_p20", "x_bf16_p80", "x_floor",
     "read_fraction", "relative_error",

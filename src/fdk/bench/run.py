@@ -304,7 +304,8 @@ def measure_point(
                 entry["reason"] = f"no CUDA graph: {reason}"
             entry |= {
                 "kernel": prepared.kernel(m), "copies": len(prepared.weights), "launch": block.launch,
-                "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(own), "bytes_rw": moved,
+                "inner_reps": plan.inner[name], "reps": plan.inner[name] * len(own), "settle": settings.settle or None,
+                "bytes_rw": moved,
                 "relative_error": bench.relative_error(line, m),
                 "avg_time": spread.mean, "time_p20": spread.p20, "time_p50": spread.p50, "time_p80": spread.p80,
                 "floor": timing.median(floor), "x_floor": timing.ratio(own, floor),
@@ -353,7 +354,9 @@ def time_calls(
         )
         for name, call in calls.items():
             try:
-                blocks[name] = timing.CudaBlock(call, plan.inner[name])
+                # Floors and reads are far from the power limit.
+                settle = settings.settle if name.isdigit() else 0.0
+                blocks[name] = timing.CudaBlock(call, plan.inner[name], settle)
             except Exception as error:
                 if name.startswith(("floor", "read")):
                     raise

@@ -6,6 +6,7 @@ participant, one after the other, and ratios are taken within a round before the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,11 +104,12 @@ class CudaBlock:
 
     Every call of a rotation has run once before the capture, so nothing is compiled, loaded or allocated for the first
     time inside it. A call that cannot be captured is launched one by one instead; `launch` says which of the two it
-    was, and `why_not_graph` the reason.
+    was, and `why_not_graph` the reason. A GPU that reaches its power limit lowers its clock over some tenths of a
+    second: with `settle` seconds, each timed replay comes right behind untimed ones that take about as long.
     """
 
-    def __init__(self, call: Call, inner: int) -> None:
-        self.call, self.inner = call, inner
+    def __init__(self, call: Call, inner: int, settle: float = 0.0) -> None:
+        self.call, self.inner, self.before = call, inner, 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.why_not_graph: str | None = None
         self.stream = capture_stream(torch.cuda.current_device())
@@ -128,22 +130,28 @@ class CudaBlock:
                 capture_stream.cache_clear()
                 torch.cuda.synchronize()
         self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self()
+        once = self() * inner
+        self.before = math.ceil(settle / once) if settle else 0
 
     @property
     def launch(self) -> str:
         return "graph" if self.graph is not None else "eager"
 
+    def _replay(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for i in range(self.inner):
+                self.call(i)
+
     def __call__(self) -> float:
         """Seconds per call of the next replay."""
         start, end = self.events
         with torch.cuda.stream(self.stream):
+            for _ in range(self.before):
+                self._replay()
             start.record()
-            if self.graph is not None:
-                self.graph.replay()
-            else:
-                for i in range(self.inner):
-                    self.call(i)
+            self._replay()
             end.record()
         end.synchronize()
         return start.elapsed_time(end) / self.inner / 1e3
