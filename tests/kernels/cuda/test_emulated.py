@@ -200,6 +200,27 @@ VALUES = {
 }
 
 
+LARGE = ["nest8s2_g128 16384", "nest8_g128 16384", "trunc8s7_g128 16384", "nest8s4_chan 8192", "int4_g64_sp16of32 8192"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_slices_by_integer_products(name: str) -> None:
+    """What is chosen for square weights, on five blocks of them: the bound, one-hot inputs, integers exactly."""
+    name, k = name.split()[0], int(name.split()[1])
+    with emulated(sms=2, schedule=SCHEDULES[len(name) % 3]):
+        weight = testing.random_weight(parse(name), 320, k)
+        chosen = decode.choose_config(replace(shape_of(weight), n=k), 1, k // 64, 132)
+        assert chosen.digits
+        weight.parts["scales"][64:] = 1
+        weight = weight.to_layout(KERNEL.layout)
+        plan = decode.Plan(weight, chosen)
+        check(plan, 1, weight, False)
+        x = torch.randint(-4, 5, (1, k), generator=torch.Generator().manual_seed(2)).to(weight.dtype)
+        out = testing.poisoned(1, 320, weight.dtype, "cpu")
+        plan(x, None, out)
+        assert torch.equal(out[:, 64:], testing.exact(x, weight)[:, 64:].to(weight.dtype))
+
+
 @pytest.mark.parametrize("bits,m,stage_units", [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 4)])
 def test_tables_of_any_range_are_what_indices_select(bits: int, m: int, stage_units: int) -> None:
     with emulated(sms=2, schedule=SCHEDULES[bits]):

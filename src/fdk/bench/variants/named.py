@@ -44,8 +44,15 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 
 SIXTEEN = "16384x16384"
-PAIRED: Change = {"digits": True, "paired": True, "scales_once": True}
-SEVERAL: Change = {"digits": True, "paired": True, "bulk": False}
+BYTES: Change = {
+    "digits": True,
+    "paired": True,
+    "row_warps": 1,
+    "k_warps": 16,
+    "stages": 1,
+    "stage_units": 1,
+    "scales_once": False,
+}
 
 DEEPER: tuple[Change, ...] = (
     {"stages": 2},
@@ -265,59 +272,34 @@ SETS: dict[str, Named] = {
         ),
     ),
     "nested": Named(
-        "Slices at 16384 x 16384, one token: do integer products of the gathered planes, which leave half of the "
-        "instructions, bring 2 to 4 bits to 1.4 x the floor, and how many bytes need to be on their way?",
-        45,
-        (
-            Trial(
-                problems("decode", "trunc8s2_g128 nest8s2_g128 trunc8s3_g128 nest8s3_g128 trunc8s4_g128", SIXTEEN, "1"),
-                each({}, scales_once=True)
-                + each({"paired": False}, {}, {"late": True}, {"stages": 2}, **PAIRED)
-                + each({"stage_units": 4}, {"k_warps": 8}, **PAIRED)
-                + each({"scales_once": False, "row_warps": 1, "k_warps": 16, "batch": 2}, **PAIRED),
-            ),
-            Trial(
-                problems("decode", "nest8s4_g128 nest8s6_g128 nest8_g128", SIXTEEN, "1"),
-                each({}, scales_once=True)
-                + each({}, {"stages": 1, "stage_units": 2}, {"k_warps": 8, "stages": 1}, **PAIRED),
-            ),
-        ),
-    ),
-    "nested-small": Named(
-        "The same where a CTA has one block of rows or less.",
+        "One token: five planes and more at 16384 x 16384, and do integer products of slices pay where a CTA has more "
+        "than two blocks, or fewer than 2^26 weights?",
         40,
         (
             Trial(
-                problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s3_g128 nest8s4_g128 nest8_g128", "8192x8192", "1"),
-                each({"k_warps": 8}, {"k_warps": 16}, stages=1, stage_units=1, scales_once=True)
-                + each({}, {"stage_units": 2}, {"stage_units": 2, "late": True}, **PAIRED, k_warps=16, stages=1)
-                + each({"stages": 1}, {"stages": 2}, **PAIRED, k_warps=8, stage_units=2),
+                problems("decode", "nest8s4_g128 nest8s6_g128 nest8_g128", SIXTEEN, "1"),
+                (
+                    {"stage_units": 1, "stages": 1},
+                    {"stage_units": 1, "stages": 2},
+                    {"digits": False, "paired": False, "k_warps": 4, "row_warps": 2, "stage_units": 1, "stages": 3},
+                ),
             ),
             Trial(
-                problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s4_g128", "4096x4096", "1"),
-                each({}, scales_once=True) + each({}, {"late": True}, **PAIRED),
-            ),
-        ),
-    ),
-    "sparse": Named(
-        "16:32 sparse integers, one token: do integer products, of half as many instructions, beat dense int4?",
-        25,
-        (
-            Trial(problems("decode", "int4_g64", "8192x8192 20480x5120", "1"), ({"bulk": False},)),
-            Trial(
-                problems("decode", "int4_g64_sp16of32", "8192x8192", "1"),
-                each({"paired": False}, {}, {"late": True}, {"stage_units": 2}, **PAIRED, bulk=False)
-                + each({"stage_units": 2}, {"k_warps": 8, "stage_units": 2}, **PAIRED)
-                + each({"stages": 3}, {"stage_units": 2}, **PAIRED, bulk=False, k_warps=8),
+                problems("decode", "nest8s2_g128 nest8s4_g128", "14336x4096", "1"),
+                each({}, {"stage_units": 2}, {"row_warps": 2, "k_warps": 8, "batch": 1}, **BYTES, batch=2),
             ),
             Trial(
-                problems("decode", "int4_g64_sp16of32", "20480x5120", "1"),
-                each({}, bulk=False)
-                + each({}, {"bulk": False}, {"late": True}, {"stage_units": 1, "stages": 2}, digits=True, paired=True)
-                + each({"bulk": False}, {"stages": 1}, **PAIRED, row_warps=5, k_warps=2, batch=1, stage_units=2)
-                + each({"stages": 1}, {"stages": 2}, **SEVERAL, row_warps=1, k_warps=8, batch=5, stage_units=1),
+                problems("decode", "nest8s2_g128 nest8s4_g128", "4096x14336", "1"),
+                each({"k_warps": 14}, {"k_warps": 14, "stage_units": 2}, {"k_warps": 8, "stages": 2}, **BYTES),
             ),
-            Trial(problems("decode", "int4_g64_sp16of32", "4096x4096", "1"), each({}, {"bulk": False}, **PAIRED)),
+            Trial(
+                problems("decode", "nest8s2_g128 nest8s4_g128", "28672x8192", "1"),
+                each({}, {"stages": 2}, {"stage_units": 2}, **BYTES, batch=7),
+            ),
+            Trial(
+                problems("decode", "nest8s2_g128 nest8s4_g128", "20480x5120", "1"),
+                each({"k_warps": 10}, {"k_warps": 8, "stages": 2}, **BYTES, batch=5),
+            ),
         ),
     ),
     "early": Named(

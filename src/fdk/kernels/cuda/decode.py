@@ -367,12 +367,26 @@ _CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
 _CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
 
 
-def _warps(shape: Shape, tokens: int, blocks: int, cta_units: int) -> tuple[int, int]:
+def _bytes_pay(shape: Shape, tokens: int, blocks: int) -> bool:
+    """Whether integer products of slices and of sparse integers, whose bytes are made from planes or masks, pay.
+
+    Measured on an H200, 2026-11-22, at 4096^2 to 16384^2 and 20480 x 5120: docs/findings.md.
+    """
+    if tokens > 1 or not shape.allows_digits:
+        return False
+    # Digits cost what bytes save on the planes of 4096^2; more than two blocks a CTA were not measured.
+    return shape.sparse or (shape.nested and shape.n * shape.k >= 1 << 26 and blocks <= 2)
+
+
+def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
+    tokens, blocks = config.tokens, config.blocks
     if tokens <= 4:
         row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
         warps = 8
-        if shape.nested:
+        if shape.nested and config.digits:
+            warps, row_warps = 16, 1
+        elif shape.nested:
             # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
             warps = 16 if tokens == 1 and shape.bits <= 4 and blocks == 1 and cta_units > 32 else 8
         elif tokens == 1 and shape.lean:
@@ -429,7 +443,10 @@ def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[t
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
     if shape.kind in (UINT_U8, UINT_FLOAT):
         return [(1, 2), (1, 1)]
-    if config.digits:
+    if config.digits and shape.nested:
+        # Registers of 16 warps do not hold two units of seven planes beside where the next block starts.
+        return [(2, 1), (1, 2), (1, 1)][shape.bits > 6 and config.steps > 1 :]
+    if config.digits and not shape.sparse:
         if config.alone:
             found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
             return found[config.warps > 12 :]
@@ -474,6 +491,8 @@ def _x_chunks(shape: Shape, config: Config) -> int:
 
 def _with_loads(shape: Shape, config: Config) -> Config:
     """`config` with how its scales, codes and sums of activations come to its warps; on an H200: docs/findings.md."""
+    if config.digits and (shape.nested or shape.sparse):
+        return replace(config, scales_once=config.allows_scales_once(shape), bulk=not shape.sparse)
     if config.epilogue != PLAIN or config.digits or config.tokens > 8:
         return config
     slices = config.cluster * config.phases * config.k_warps
@@ -547,7 +566,9 @@ def choose_config(
         cta_units = -(-shape.units // cluster)
         alone = hopper and (chained or _nested_alone(shape, tokens, per_cluster, cta_units))
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
-        if tokens == 1 and shape.allows_digits and not (shape.nested or shape.sparse):
+        if hopper and not chained and _bytes_pay(shape, tokens, per_cluster):
+            start = replace(start, digits=True, paired=True)
+        elif tokens == 1 and shape.allows_digits and not (shape.nested or shape.sparse):
             large = shape.n * shape.k >= 1 << 25
             # Making digits pays where a CTA has many units for each that it makes them of.
             two = shape.bits == 2 and shape.kind == INT and large and (cluster == 1 or per_cluster >= 4) and not chained
@@ -556,7 +577,7 @@ def choose_config(
         if chained:
             most, row_warps = _chain_warps(start, shape, cta_units)
         else:
-            most, row_warps = _warps(shape, tokens, per_cluster, cta_units)
+            most, row_warps = _warps(shape, start, cta_units)
         for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
             config = replace(start, k_warps=k_warps, row_warps=row_warps)
             filled = _fill(shape, config, capability)

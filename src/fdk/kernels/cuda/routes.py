@@ -24,6 +24,7 @@ _DECODE_START, _DECODE_CLOCKS_PER_US, _DECODE_X_BYTES_PER_US = 2.1, 1830, 58e3
 _UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
 _NESTED_CLOCKS, _PLANE_CLOCKS = 49, 25  # a unit of planes, and each of them
 _SPARSE_CLOCKS = {decode.SPARSE_INT: 195, decode.SPARSE_TABLE: 300}
+_NESTED_BYTES_CLOCKS, _PLANE_BYTES_CLOCKS, _SPARSE_BYTES_CLOCKS = 22, 24.5, 115  # of integer products
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 57, 32: 190, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 110, 32: 230, 64: 510}
 
@@ -53,7 +54,11 @@ class Route:
         return self.name == "dense" or (self.name == "prefill" and self.config.rounds)
 
 
-def _unit_clocks(shape: decode.Shape) -> float:
+def _unit_clocks(shape: decode.Shape, digits: bool) -> float:
+    if digits and shape.sparse:
+        return _SPARSE_BYTES_CLOCKS
+    if digits and shape.nested:
+        return _NESTED_BYTES_CLOCKS + _PLANE_BYTES_CLOCKS * shape.bits
     if shape.sparse:
         return _SPARSE_CLOCKS[shape.kind]
     return _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
@@ -66,7 +71,7 @@ def decode_us(
     tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
     config = decode.choose_config(shape, rows, blocks, sms, capability)
     cta_units = -(-shape.units // config.cluster)
-    clocks = config.blocks * cta_units * (_unit_clocks(shape) + tokens_clocks[config.tokens])
+    clocks = config.blocks * cta_units * (_unit_clocks(shape, config.digits) + tokens_clocks[config.tokens])
     x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
     total = m // rows * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
     if rest := m % rows:
