@@ -171,8 +171,7 @@ def test_attention_of_several_clusters_a_head(monkeypatch, splits) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", [None, "lut4_g64"])
-def test_a_row_by_dense_weights(monkeypatch, plan) -> None:
-    monkeypatch.setattr("fdk.models.step._DENSE_ROW", (8, 512, 4))
+def test_a_row_by_dense_weights(plan) -> None:
     model = random_llama(small_config(vocab_size=1003), plan and QuantisationConfig(format=plan), "cuda", seed=2)
     tokens = torch.randint(0, 512, (1, 20), generator=torch.Generator().manual_seed(0)).cuda()
     follows(Step(model, 1, 60), PlainStep(model, 1, 60), tokens, 30)

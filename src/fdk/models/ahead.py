@@ -109,7 +109,7 @@ def step_sources(folder: Path, batch: int, target: Target) -> list[jit.Source]:
 
 
 _NAMES = ("qkv", "o", "gate_up", "down")
-_LENGTHS = 8192
+_LENGTHS = 1 << 15
 """Positions of a cache from which on the attention's configuration does not change."""
 
 

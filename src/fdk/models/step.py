@@ -19,10 +19,11 @@ from fdk.models.merge import merge_
 _PROGRAMS = 264
 # Programs wait for their loads one block after the other, so chunks are short; many chunks take long to add up.
 _CHUNKS, _MOST_SPLITS = (64, 512), 64
-_BLOCK, _WARPS, _STAGES = 64, 8, 3
+# Positions at once, warps, copies in flight: of a short cache, whose programs should all find a place, and of chunks.
+_SHORT, _LONG = (32, 4, 2), (64, 8, 3)
 _LOGITS = 2048
-# Outputs, columns at once and warps of a program that multiplies one row of x by dense weights; None: torch does.
-_DENSE_ROW: tuple[int, int, int] | None = None
+# Outputs, columns at once and warps of a program that multiplies one row of x by dense weights.
+_DENSE_ROW = (4, 1024, 4)
 PADDED = "they are padded, and the kernels of the attention read every position up to the last"
 
 
@@ -190,7 +191,9 @@ class Step:
 
     def _multiply(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer(x); one row by dense weights in this chain of launches: weights are on their way before x is."""
-        if _DENSE_ROW is None or self.batch > 1 or type(layer) is not nn.Linear or not layer.weight.is_contiguous():
+        dependent = self.common["PDL"] or self.common["INTERPRETED"]
+        dense = type(layer) is nn.Linear and layer.weight.is_contiguous() and layer.in_features % 8 == 0
+        if self.batch > 1 or not dense or not dependent:
             return layer(x)
         from fdk.models.fused import multiply_row
 
@@ -268,6 +271,7 @@ class Step:
             return out
         from fdk.models import fused
 
+        block, warps, stages = _SHORT if self.splits == 1 else _LONG
         fused.attend[(self.batch * config.num_key_value_heads, self.splits)](
             qkv,
             keys,
@@ -289,9 +293,9 @@ class Step:
             ROWS=self.rows,
             CHUNK=self.chunk,
             SPLITS=self.splits,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-            num_stages=_STAGES,
+            BLOCK=block,
+            num_warps=warps,
+            num_stages=stages,
             **self.common,
         )
         return out

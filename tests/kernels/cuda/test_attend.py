@@ -17,7 +17,7 @@ def test_configurations_are_possible(head_dim: int, heads: int, key_heads: int, 
     config = attend.choose_config(head_dim, heads, key_heads, length, True)
     assert config.threads <= 1024 and config.shared_bytes <= 228 * 1024
     assert heads * head_dim // 4 % config.cluster == 0
-    assert config.cluster == 1 or config.cluster * key_heads <= 132
+    assert config.cluster == 1 or config.splits * config.cluster * key_heads <= 132
 
 
 def test_no_configuration_for_other_heads() -> None:

@@ -14,6 +14,12 @@ from fdk.kernels.cuda import driver, jit
 _MOST_OWN = 4
 """Query heads of a warp: their queries and sums fill its registers."""
 
+_LONG = 1024
+"""Positions of a cache above which one cluster a head is not enough."""
+
+_MOST_SPLITS = 16
+"""Clusters of a head: the last one adds up the sums of all."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -89,11 +95,14 @@ def choose_config(
         for cluster in (8, 4, 2)
         if cluster * key_heads <= sms and cluster * 2048 // head_dim <= length and heads * head_dim // 4 % cluster == 0
     )
-    cluster = next(fitting, 1)
-    warps = 8 if (cluster == 1 or length > 1024) and head_warps == 1 else 4
-    turns = -(-length // (cluster * warps * (1024 // head_dim)))
-    stages = min(turns, 2 if length <= 1024 else 3, max(1, 24 // (head_warps * warps)))
-    return Config(head_dim, heads, bf16, head_warps, warps, cluster, stages, norm)
+    cluster, splits = next(fitting, 1), 1
+    if length > _LONG and heads * head_dim // 4 % 2 == 0 and (most := min(sms // (2 * key_heads), _MOST_SPLITS)) > 1:
+        # Pairs of CTAs find places on all multiprocessors, which clusters of 8 for few heads leave half empty.
+        cluster, splits = 2, most
+    warps = 8 if (cluster == 1 or length > _LONG) and head_warps == 1 else 4
+    turns = -(-length // (splits * cluster * warps * (1024 // head_dim)))
+    stages = min(turns, 2 if length <= _LONG else 3, max(1, 24 // (head_warps * warps)))
+    return Config(head_dim, heads, bf16, head_warps, warps, cluster, stages, norm, splits)
 
 
 class Params(ctypes.Structure):

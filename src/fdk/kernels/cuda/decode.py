@@ -594,6 +594,9 @@ def choose_config(
             score *= 0.9 ** (filled.phases - 1) * (0.25 + 0.09375 * min(8, filled.warps))
             if best is None or score > best[0]:
                 best = (score, filled)
+    if best and chained and hopper and tokens == 1:
+        # Fewer instructions; here registers decide nothing about where CTAs run.
+        return replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
     return best[1] if best else None
 
 
