@@ -597,6 +597,8 @@ def choose_config(
     if best and chained and hopper and tokens == 1:
         # Fewer instructions; here registers decide nothing about where CTAs run.
         return replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
+    if best and chained and best[1].warps > 12:
+        return replace(best[1], uniform=False)  # 128 registers are not enough for what the compiler then keeps
     return best[1] if best else None
 
 
