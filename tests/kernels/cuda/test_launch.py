@@ -39,7 +39,7 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
                     or (m == 64 and (capability != (9, 0) or shape.sparse))
                 )
                 continue
-            assert m <= config.tokens and not (config.digits and (shape.nested or shape.sparse))
+            assert m <= config.tokens and (not config.digits or shape.allows_digits)
             assert config.shared_bytes(shape, hopper) <= most_shared
             assert config.threads <= 1024
             assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)
@@ -57,10 +57,12 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
         (decode.TABLE, 1, 8192, 8192, 1, False, False),
         (decode.TABLE, 1, 8192, 8192, 8, True, False),
         (decode.UINT_U8, 4, 4096, 4096, 8, True, False),
-        (decode.UINT_U8, 4, 8192, 8192, 8, False, False),
+        (decode.UINT_U8, 4, 8192, 8192, 8, True, False),
+        (decode.UINT_U8, 4, 28672, 8192, 8, False, False),
         (decode.TABLE, 4, 8192, 8192, 1, False, True),
         (decode.TABLE, 4, 4096, 4096, 1, False, False),
         (decode.TABLE, 8, 4096, 4096, 1, False, True),
+        (decode.TABLE, 8, 8192, 8192, 8, False, True),
         (decode.TABLE, 2, 8192, 8192, 1, False, False),
         (decode.SPARSE_INT, 3, 8192, 8192, 1, False, True),
     ],
@@ -69,6 +71,15 @@ def test_sums_and_scales_come_as_measured_to_win(kind, bits, n, k, m, sums, once
     config = decode.choose_config(Shape(n, k, bits, 64, True, kind), m, n // 64, 132)
     assert (config.x_sums, config.scales_once) == (sums, once)
     assert config.bulk == (kind != decode.SPARSE_INT)
+
+
+@pytest.mark.parametrize("kind", [decode.UINT_U8, decode.UINT_FLOAT])
+@pytest.mark.parametrize("m", [1, 2, 4, 8])
+@pytest.mark.parametrize("n,k", SHAPES[:5])
+def test_zeros_fill_a_multiprocessor_or_are_alone_on_it(n: int, k: int, m: int, kind: int) -> None:
+    config = decode.choose_config(Shape(n, k, 4, 64, True, kind), m, n // 64, 132)
+    ahead = config.stages * config.stage_units * config.warps
+    assert config.alone or config.warps > 8 or config.blocks * k // 64 // config.cluster <= 2 * ahead
 
 
 @pytest.mark.parametrize("tables", [1, 3])

@@ -183,79 +183,33 @@ SETS: dict[str, Named] = {
         60,
         indices(1),
     ),
-    "alone": Named(
-        "Where two CTAs of a launch fit on a multiprocessor though each has more work than is read ahead: does one "
-        "alone, by asking for half the shared memory, spread launches evenly?",
-        45,
-        (
-            Trial(
-                problems("decode", "lut2_g64", "8192x8192 14336x4096 4096x14336", "1"),
-                each({}, {"scales_once": True}, alone=True),
-            ),
-            Trial(problems("decode", "int2_g64 lut1_g64", "4096x14336", "1"), ({"alone": True},)),
-            Trial(problems("decode", "int4_g64_sp16of32", "8192x8192", "2"), ({"alone": True},)),
-            Trial(problems("decode", "int4_g64_sp16of32", "14336x4096", "8"), ({"alone": True},)),
-        ),
-    ),
     "zeros": Named(
-        "Zero points at one to eight tokens: CTAs alone, warps and stages as without zeros, sums of activations in the "
-        "loop, integer products?",
-        120,
+        "Zero points: scales and zeros in one piece each, integer products, and 16 warps of two and four tokens, where "
+        "16 warps and sums in the loop have won at one and eight?",
+        75,
         (
             Trial(
                 problems("decode", "uint4_g64 uint2_g64 uint8_g64", "8192x8192", "1")
-                + problems("decode", "uint4_g64", "4096x14336", "1"),
-                each({}, {"x_sums": True}, alone=True)
-                + each(
-                    {"stages": 1},
-                    {"stages": 1, "x_sums": True},
-                    {"stages": 2, "x_sums": True},
-                    {"stages": 1, "scales_once": True},
-                    {"stages": 1, "x_sums": True, "scales_once": True},
-                    k_warps=16,
-                ),
+                + problems("decode", "uint4_g64", "4096x14336 14336x4096", "1"),
+                ({"scales_once": True},),
             ),
             Trial(
-                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "1"),
-                each({"stages": 1, "stage_units": 2}, {"stages": 3}, k_warps=16, digits=True),
+                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "2 4"),
+                (*each({}, {"scales_once": True}, k_warps=16, stages=1, alone=False), {"scales_once": True}),
             ),
-            Trial(
-                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "2 4"), each({}, {"x_sums": True}, alone=True)
-            ),
-            Trial(
-                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "8"),
-                ({"x_sums": True}, *each({}, {"x_sums": True}, k_warps=8, stages=1)),
-            ),
-            Trial(
-                problems("decode", "uint4_g64", "14336x4096", "1"),
-                each({}, {"x_sums": True}, alone=True)
-                + each({}, {"x_sums": True}, k_warps=16, row_warps=1, stages=1, batch=2)
-                + each({}, {"x_sums": True}, k_warps=8, stages=1),
-            ),
-            Trial(
-                problems("decode", "uint4_g64", "14336x4096", "8"),
-                each({}, {"x_sums": True}, alone=True) + each({}, {"x_sums": True}, k_warps=4, stages=1),
-            ),
-            Trial(
-                problems("decode", "uint4_g64 uint2_g64 uint8_g64", "4096x4096", "1"),
-                ({"stages": 4}, {"k_warps": 16, "stages": 2, "min_ctas": 1}),
-            ),
-            Trial(
-                problems("decode", "uint4_g64 uint2_g64 uint8_g64", "4096x4096", "8"),
-                ({"x_sums": False}, {"alone": True}),
-            ),
+            Trial(problems("decode", "uint4_g64 uint2_g64", "8192x8192", "8"), ({"scales_once": True},)),
+            Trial(problems("decode", "uint4_g64", "14336x4096", "2"), ({"k_warps": 8, "stages": 1, "alone": False},)),
+            Trial(problems("decode", "uint4_g64", "28672x8192", "8"), ({"k_warps": 2, "stages": 1}, {"alone": False})),
+            Trial(problems("decode", "uint4_g64 uint2_g64", "4096x4096", "2 4"), ({"stages": 4}, {"stages": 3})),
+            Trial(problems("decode", "uint4_g64", "4096x4096", "8"), ({"stages": 4},)),
+            Trial(problems("decode", "uint4_g64 uint2_g64", "14336x4096", "16"), ({"x_sums": True}, {"alone": True})),
         ),
     ),
     "loads": Named(
-        "How far the rules reach by which codes, scales and sums of activations come to warps: cp.async where a CTA "
-        "has several blocks one after the other, scales in one piece at more tokens, sums in the loop for more units?",
-        90,
+        "Sums of activations in the loop for one bit: where a warp has 32 units, and where nobody measured them?",
+        25,
         (
-            Trial(problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"), ({"bulk": False},)),
-            Trial(problems("decode", "lut3_g64 lut8_g64", "14336x4096", "1"), ({"bulk": False},)),
-            Trial(problems("decode", "lut4_g64 lut8_g64", "8192x8192", "2 4 8"), ({"scales_once": True},)),
-            Trial(problems("decode", "lut1_g64", "8192x8192", "2 4"), ({"x_sums": True},)),
-            Trial(problems("decode", "lut1_g64", "4096x14336 28672x8192", "8"), ({"x_sums": True},)),
+            Trial(problems("decode", "lut1_g64", "28672x8192", "8"), ({"x_sums": True},)),
             Trial(problems("decode", "lut1_g64", "4096x4096", "2 4"), ({"x_sums": False},)),
             Trial(problems("decode", "lut1_g64", "14336x4096", "8"), ({"x_sums": False},)),
         ),

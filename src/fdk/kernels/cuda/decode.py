@@ -92,9 +92,13 @@ class Shape:
         return 2 if self.group % 32 == 0 else 4
 
     @property
+    def zeros(self) -> bool:
+        return self.kind in (UINT_U8, UINT_FLOAT)
+
+    @property
     def lean(self) -> bool:
-        """Whether a unit has one scale per row and no zeros, so that 16 warps have registers enough for it."""
-        return self.subs == 1 and self.kind not in (UINT_U8, UINT_FLOAT)
+        """Whether a unit has one scale per row and no zeros, so that 16 warps have registers enough for many tokens."""
+        return self.subs == 1 and not self.zeros
 
     @property
     def unit_groups(self) -> int:
@@ -261,9 +265,7 @@ class Config:
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
         one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
-        summed = self.digits or (
-            not (self.x_sums or self.indices) and (shape.kind in (UINT_U8, UINT_FLOAT) or one_bit_sums)
-        )
+        summed = self.digits or (not (self.x_sums or self.indices) and (shape.zeros or one_bit_sums))
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
@@ -389,10 +391,10 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
         elif shape.nested:
             # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
             warps = 16 if tokens == 1 and shape.bits <= 4 and blocks == 1 and cta_units > 32 else 8
-        elif tokens == 1 and shape.lean:
+        elif tokens == 1 and shape.subs == 1:
             # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
-            if shape.bits >= 3 and cta_units * blocks > 32:
-                warps, row_warps = 16, 1 if blocks == 2 else row_warps
+            if (shape.bits >= 3 or (shape.zeros and blocks == 1)) and cta_units * blocks > 32:
+                warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
             elif shape.bits <= 2 and shape.allows_digits and blocks == 1 and cta_units >= 128:
                 warps = 16
         return min(max(4, warps // row_warps), cta_units), row_warps
@@ -400,7 +402,9 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
     few = tokens <= 16 and shape.lean and not shape.nested
     narrow = (shape.bits == 1 and row_warps > 1) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
-    warps = 16 if few and (row_warps > 4 or narrow) else 8
+    # Zeros leave registers for 16 warps of eight tokens if codes take few.
+    zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4 and 1 < row_warps <= 4
+    warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
     return max(1, min(warps // row_warps, cta_units)), row_warps
 
 
@@ -430,19 +434,26 @@ def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int
     return -(-cta_units // share), row_warps
 
 
-def _nested_alone(shape: Shape, tokens: int, blocks: int, cta_units: int) -> bool:
-    """Whether CTAs of nested weights, which have no table, need their multiprocessor to themselves.
+def _alone(shape: Shape, config: Config, cta_units: int) -> bool:
+    """Whether CTAs of nested weights, which have no table, or of zeros need their multiprocessor to themselves.
 
-    Where two fit, launches of large weights took 1.4 to 1.7 times as long: docs/findings.md.
+    Where two fit, launches of large weights took 1.3 to 1.7 times as long: docs/findings.md.
     """
-    return shape.nested and tokens <= 4 and cta_units * blocks > 64
+    large = cta_units * config.blocks > 64
+    if shape.zeros:
+        return large and config.tokens <= 8 and config.warps <= 8
+    return shape.nested and large and config.tokens <= 4
 
 
 def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
-    if shape.kind in (UINT_U8, UINT_FLOAT):
-        return [(1, 2), (1, 1)]
+    if shape.zeros:
+        if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
+            return [(1, 2), (1, 1)]
+        if config.tokens == 1 and per_warp <= 4 and shape.bits <= 4:
+            return [(1, 4), (1, 2), (1, 1)]  # everything is on its way before the launch in front has ended
+        return [(1, 1)] if config.warps > 8 and config.steps == 1 else [(1, 2), (1, 1)]
     if config.digits and shape.nested:
         # Registers of 16 warps do not hold two units of seven planes beside where the next block starts.
         return [(2, 1), (1, 2), (1, 1)][shape.bits > 6 and config.steps > 1 :]
@@ -483,7 +494,7 @@ def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[t
 def _x_chunks(shape: Shape, config: Config) -> int:
     """Pieces of at least four units that a slice's activations come in; one where sums of them are needed first."""
     slices = config.cluster * config.phases * config.k_warps
-    if config.tokens < 16 or config.phases > 1 or shape.kind in (UINT_U8, UINT_FLOAT) or shape.units % slices:
+    if config.tokens < 16 or config.phases > 1 or shape.zeros or shape.units % slices:
         return 1
     mine = shape.units // slices
     return next((n for n in (4, 3, 2) if mine % (n * config.stage_units) == 0 and mine >= 4 * n), 1)
@@ -497,15 +508,14 @@ def _with_loads(shape: Shape, config: Config) -> Config:
         return config
     slices = config.cluster * config.phases * config.k_warps
     units_per_warp = config.steps * -(-shape.units // slices)
-    # Four more products a unit cost less than a barrier of the CTA while a warp has few units.
-    zeros = shape.kind in (UINT_U8, UINT_FLOAT)
-    own_sums = zeros or (shape.bits == 1 and shape.kind in (TABLE, INT))
-    config = replace(config, x_sums=own_sums and shape.subs == 1 and units_per_warp <= 8)
+    # Four more products a unit cost less than a pass over x and a barrier of the CTA while a warp has few units.
+    own_sums = shape.zeros or (shape.bits == 1 and shape.kind in (TABLE, INT))
+    config = replace(config, x_sums=own_sums and shape.subs == 1 and units_per_warp <= 16)
     # Scales in one piece halve the copies of a warp that refills single units, which pays from the second refill on.
     refills = units_per_warp - config.stages if config.stage_units == 1 else 0
-    if config.tokens == 1 and not zeros and refills >= 2 and config.allows_scales_once(shape):
+    if not shape.zeros and refills >= 2 and units_per_warp <= 16 and config.allows_scales_once(shape):
         # Without small copies, sparse weights come faster by cp.async, whose refills no fence holds up.
-        return replace(config, scales_once=True, bulk=not shape.sparse)
+        return replace(config, scales_once=True, bulk=not shape.sparse or config.tokens > 1)
     return config
 
 
@@ -564,7 +574,7 @@ def choose_config(
         if epilogue.gated:
             per_cluster += per_cluster % 2
         cta_units = -(-shape.units // cluster)
-        alone = hopper and (chained or _nested_alone(shape, tokens, per_cluster, cta_units))
+        alone = hopper and chained
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
         if hopper and not chained and _bytes_pay(shape, tokens, per_cluster):
             start = replace(start, digits=True, paired=True)
@@ -580,6 +590,7 @@ def choose_config(
             most, row_warps = _warps(shape, start, cta_units)
         for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
             config = replace(start, k_warps=k_warps, row_warps=row_warps)
+            config = replace(config, alone=alone or (hopper and _alone(shape, config, cta_units)))
             filled = _fill(shape, config, capability)
             if filled is None:
                 continue
