@@ -103,8 +103,8 @@ def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, ba
     monkeypatch.setattr(cuda, "_device_facts", lambda index: target)
     monkeypatch.setattr(jit, "compile_ahead", ahead_of_time.extend)
     fused = chain.fuse(list(layers()), batch, 1e-5)
-    assert all(fused) and fused[0].qkv is None and fused[1].qkv.eps == fused[1].gate_up.eps == 1e-5
-    assert fused[0].down is not None and fused[1].down is None and fused[0].o.eps == 0
+    assert all(fused) and fused[0].qkv.eps == 0 and fused[1].qkv.eps == fused[1].gate_up.eps == 1e-5
+    assert fused[0].adds and not fused[1].adds and fused[0].o.eps == 0
     assert fused[1].qkv.plan.config.epilogue.squares == fused[0].down.plan.squares
     assert fused[1].gate_up.plan.config.epilogue.squares == fused[1].o.plan.squares
     found = [source for source in ahead.step_sources(folder, batch, target) if source[0] == "decode.cuh"]

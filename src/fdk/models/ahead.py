@@ -90,7 +90,6 @@ def step_sources(folder: Path, batch: int, target: Target) -> list[jit.Source]:
         repr(source): source
         for layer, chosen in zip(layers, epilogues(wanted, squares, tables), strict=True)
         for product, epilogue in zip(layer or (), chosen or (), strict=bool(chosen))
-        if epilogue
         for source in (chain_source(product, epilogue, target),)
     }
     heads = batch * config.num_key_value_heads

@@ -72,12 +72,17 @@ class Fused:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """A layer's products; `qkv` is None behind a norm of its own, `down` in front of one."""
+    """A layer's products; `qkv` behind a norm of its own, and `down` in front of one, have no epilogue."""
 
-    qkv: Fused | None
+    qkv: Fused
     o: Fused
     gate_up: Fused
-    down: Fused | None
+    down: Fused
+
+    @property
+    def adds(self) -> bool:
+        """Whether `down` adds to the residual."""
+        return self.down.plan.config.epilogue.residual
 
 
 def reason_against(layer: nn.Module, rows: int) -> str | None:
@@ -100,12 +105,12 @@ def worth(times: Iterable[tuple[float, float]]) -> bool:
 
 
 class Epilogues(NamedTuple):
-    """What becomes of the sums of a layer's products; None for a plain product."""
+    """What becomes of the sums of a layer's products."""
 
-    qkv: decode.Epilogue | None
+    qkv: decode.Epilogue
     o: decode.Epilogue
     gate_up: decode.Epilogue
-    down: decode.Epilogue | None
+    down: decode.Epilogue
 
 
 def epilogues(
@@ -119,15 +124,16 @@ def epilogues(
     squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up; gated:
     whether the product of those two is gated.
     """
-    residual, found, before = decode.Epilogue(residual=True), [], 0
+    residual, plain = decode.Epilogue(residual=True), decode.Epilogue(chained=True)
+    found, before = [], 0
     for i, (fused, leads) in enumerate(zip(wanted, [*wanted[1:], False], strict=True)):
         if not fused:
             found.append(None)
             before = 0
             continue
-        qkv = decode.Epilogue(squares=before) if before else None
+        qkv = decode.Epilogue(squares=before) if before else plain
         gate_up = decode.Epilogue(squares=squares(i, "o"), gated=gated, tables=tables(i) if gated else 1)
-        found.append(Epilogues(qkv, residual, gate_up, residual if leads else None))
+        found.append(Epilogues(qkv, residual, gate_up, residual if leads else plain))
         before = squares(i, "down") if leads else 0
     return found
 
@@ -169,12 +175,11 @@ def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer |
             (layer.weight, rows, epilogue)
             for products, chosen in zip(layers, plan, strict=True)
             for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
-            if epilogue
         )
     found: list[FusedLayer | None] = []
     for products, chosen in zip(layers, plan, strict=True):
         made = [
-            None if epilogue is None else Fused.of(layer, rows, epilogue, 0.0 if epilogue.residual else eps, tiles)
+            Fused.of(layer, rows, epilogue, eps if epilogue.squares else 0.0, tiles)
             for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
         ]
         found.append(FusedLayer(*made) if made else None)

@@ -177,14 +177,15 @@ class Step:
                 normed = self._norm(x, self._multiply(products.o, attended), layer.post_attention_layernorm)
                 inner = self._gate(self._multiply(products.gate_up, normed.values))
             else:
-                qkv = self._multiply(products.qkv, normed.values) if fused.qkv is None else fused.qkv(normed)
-                normed = fused.o.add_to(x, self._attend(qkv, index), layer.post_attention_layernorm.weight)
+                attended = self._attend(fused.qkv(normed), index)
+                normed = fused.o.add_to(x, attended, layer.post_attention_layernorm.weight)
                 inner = fused.gate_up(normed)
                 inner = inner if fused.gate_up.plan.config.epilogue.gated else self._gate(inner)
-            if fused is None or fused.down is None:
-                normed = self._norm(x, self._multiply(products.down, inner), next_norm, count=last)
-            else:
+            if fused is not None and fused.adds:
                 normed = fused.down.add_to(x, inner, next_norm.weight)
+            else:
+                out = self._multiply(products.down, inner) if fused is None else fused.down(Normed(inner))
+                normed = self._norm(x, out, next_norm, count=last)
         logits = self._multiply(self.model.lm_head, normed.values)
         self._choose(logits)
         return logits

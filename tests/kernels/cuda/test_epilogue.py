@@ -68,6 +68,15 @@ def test_residual_sum_and_the_next_norm(where: str, name: str, m: int, shape: tu
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_product_between_others(where: str, name: str, m: int) -> None:
+    weight = weight_of(where, name, 192, 960, seed=m, tables=3 if "lut" in name else 1)
+    plan = KERNEL.chained(weight, m, Epilogue(chained=True))
+    run = lambda x, _, bias, out: plan(x, bias, out)  # noqa: E731
+    assert testing.check_product(run, inputs(where, m, 960), weight, inputs(where, 1, 192, 3)[0], False) is None
+
+
 def norms(where: str, m: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums of squares [m, count] of each row, and what they add up to in float64."""
     squares = torch.rand(m, count, generator=torch.Generator().manual_seed(m)).to(where) * 64

@@ -153,12 +153,14 @@ class Epilogue:
     gated     rows are those of a gate and of what it multiplies: half as many outputs, silu(gate) * up
     tables    tables of a gated product: 2 if gate and up have their own
     residual  the product is added to a residual, whose next norm it prepares
+    chained   none of these, for a product between others of a chain
     """
 
     squares: int = 0
     gated: bool = False
     tables: int = 1
     residual: bool = False
+    chained: bool = False
 
 
 PLAIN = Epilogue()
