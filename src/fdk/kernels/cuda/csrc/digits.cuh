@@ -50,38 +50,39 @@ __device__ constexpr int row_shift(int h) {
 // A operands of the two steps of a row tile, codes as bytes.
 template <int WORDS>
 __device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[WORDS], int tile, const Lookup& lookup) {
-    constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
-    u32 fields[FIELD];
-    if constexpr (NESTED) slice_fields<BITS, FDK_SLICE>(fields, words, tile);
     if constexpr (SPARSE) {
         const ByteExpansion expand(lookup);
         expand(a, words, tile);
-    }
+    } else if constexpr (NESTED) {
+        constexpr u32 MASK = 0x01010101u * ((1u << FDK_SLICE) - 1);
+        u32 fields[FIELD];
+        slice_fields<BITS, FDK_SLICE>(fields, words, tile);
 #pragma unroll
-    for (int step = 0; step < (SPARSE ? 0 : 2); ++step) {
-        if constexpr (NESTED) {
+        for (int i = 0; i < 8; ++i) {
+            const int bit = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
+            a[i / 4][i % 4] = FDK_SLICE == 8 ? fields[bit % FIELD] : fields[bit % FIELD] & MASK << bit / FIELD * FIELD;
+        }
+    } else {
+        constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int bit = 4 * step + 2 * (i % 2) + i / 2;
-                constexpr u32 MASK = 0x01010101u * ((1u << FDK_SLICE) - 1);
-                a[step][i] = FDK_SLICE == 8 ? fields[bit % FIELD] : fields[bit % FIELD] & MASK << bit / FIELD * FIELD;
+        for (int step = 0; step < 2; ++step) {
+            if constexpr (BITS == 1) {
+                const u32 w = words[tile];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[step][i] = w & (0x01010101u << (7 - i % 2 - 2 * (2 * step + i / 2)));
+            } else if constexpr (BITS == 2) {
+                const u32 w = rotate_left(words[tile * 2 + step], BACK);
+                a[step][0] = w & 0x03030303u, a[step][1] = w & 0x30303030u;
+                a[step][2] = w & 0x0c0c0c0cu, a[step][3] = w & 0xc0c0c0c0u;
+            } else if constexpr (BITS == 4) {
+                const u32 w0 = rotate_left(words[tile * 4 + 2 * step], BACK), w1 = rotate_left(words[tile * 4 + 2 * step + 1], BACK);
+                const u32 low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
+                a[step][0] = low & 0x0f0f0f0fu, a[step][1] = high & 0x0f0f0f0fu;
+                a[step][2] = low & 0xf0f0f0f0u, a[step][3] = high & 0xf0f0f0f0u;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[step][i] = rotate_left(words[tile * 8 + step * 4 + i], BACK);
             }
-        } else if constexpr (BITS == 1) {
-            const u32 w = words[tile];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[step][i] = w & (0x01010101u << (7 - i % 2 - 2 * (2 * step + i / 2)));
-        } else if constexpr (BITS == 2) {
-            const u32 w = rotate_left(words[tile * 2 + step], BACK);
-            a[step][0] = w & 0x03030303u, a[step][1] = w & 0x30303030u;
-            a[step][2] = w & 0x0c0c0c0cu, a[step][3] = w & 0xc0c0c0c0u;
-        } else if constexpr (BITS == 4) {
-            const u32 w0 = rotate_left(words[tile * 4 + 2 * step], BACK), w1 = rotate_left(words[tile * 4 + 2 * step + 1], BACK);
-            const u32 low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
-            a[step][0] = low & 0x0f0f0f0fu, a[step][1] = high & 0x0f0f0f0fu;
-            a[step][2] = low & 0xf0f0f0f0u, a[step][3] = high & 0xf0f0f0f0u;
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[step][i] = rotate_left(words[tile * 8 + step * 4 + i], BACK);
         }
     }
 }
