@@ -82,6 +82,13 @@ def test_zeros_fill_a_multiprocessor_or_are_alone_on_it(n: int, k: int, m: int, 
     assert config.alone or config.warps > 8 or config.blocks * k // 64 // config.cluster <= 2 * ahead
 
 
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_fewer_tokens_of_zeros_run_as_eight_where_those_are_faster(m: int) -> None:
+    large, small = (Shape(size, size, 4, 64, True, decode.UINT_U8) for size in (8192, 4096))
+    assert decode.choose_config(large, m, 128, 132) == decode.choose_config(large, 8, 128, 132)
+    assert decode.choose_config(small, m, 64, 132).tokens == decode.token_tile(m)
+
+
 @pytest.mark.parametrize("tables", [1, 3])
 def test_ranges_cover_every_block_once(tables: int) -> None:
     weight = testing.random_weight(parse("lut4_g64"), 1000, 256, tables=tables, seed=3).to_layout("fragments")

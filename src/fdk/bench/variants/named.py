@@ -193,12 +193,18 @@ SETS: dict[str, Named] = {
                 + problems("decode", "uint4_g64", "4096x14336 14336x4096", "1"),
                 ({"scales_once": True},),
             ),
-            Trial(
-                problems("decode", "uint4_g64 uint2_g64", "8192x8192", "2 4"),
-                (*each({}, {"scales_once": True}, k_warps=16, stages=1, alone=False), {"scales_once": True}),
+            *(
+                Trial(
+                    problems("decode", "uint4_g64 uint2_g64", "8192x8192", str(m)),
+                    each({}, {"scales_once": True}, tokens=m, cluster=1, k_warps=16, row_warps=1),
+                )
+                for m in (2, 4)
             ),
             Trial(problems("decode", "uint4_g64 uint2_g64", "8192x8192", "8"), ({"scales_once": True},)),
-            Trial(problems("decode", "uint4_g64", "14336x4096", "2"), ({"k_warps": 8, "stages": 1, "alone": False},)),
+            Trial(
+                problems("decode", "uint4_g64", "14336x4096", "2"),
+                ({"tokens": 2, "cluster": 1, "k_warps": 8, "row_warps": 2},),
+            ),
             Trial(problems("decode", "uint4_g64", "28672x8192", "8"), ({"k_warps": 2, "stages": 1}, {"alone": False})),
             Trial(problems("decode", "uint4_g64 uint2_g64", "4096x4096", "2 4"), ({"stages": 4}, {"stages": 3})),
             Trial(problems("decode", "uint4_g64", "4096x4096", "8"), ({"stages": 4},)),

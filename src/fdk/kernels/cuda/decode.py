@@ -567,6 +567,11 @@ def choose_config(
     uniform = hopper and tokens >= 16
     if shape.sparse and (tokens > 32 or epilogue.tables > 1):
         return None  # registers do not hold the words of a unit beside the sums of 64 tokens; one table of values
+    if hopper and tokens in (2, 4) and shape.zeros and not chained:
+        # Fewer tokens took longer than eight where those have 16 warps.
+        eight = choose_config(shape, 8, blocks, sms, capability)
+        if eight and eight.warps > 8:
+            return eight
     if tokens > 32 and capability != (9, 0):
         return None  # registers do not hold the sums of 64 tokens; two launches of 32 have not been measured on 9.0
     best = None
