@@ -250,7 +250,7 @@ SETS: dict[str, Named] = {
             ),
             Trial(
                 problems("decode", "nest8s2_g128 nest8s4_g128", "4096x14336", "1"),
-                each({"k_warps": 14}, {"k_warps": 14, "stage_units": 2}, {"k_warps": 8, "stages": 2}, **BYTES),
+                each({"stages": 2}, {"k_warps": 14, "stage_units": 2}, {"k_warps": 8, "stages": 2}, **BYTES),
             ),
             Trial(
                 problems("decode", "nest8s2_g128 nest8s4_g128", "28672x8192", "1"),
