@@ -42,7 +42,7 @@ CONFIGS = [
     Config(192, 3, 4, rounds=True, parts=2, stream=True, unrolled=True),
     Config(64, 1, 8, k_groups=2, split=2, unrolled=True),
     Config(64, 2, 4, k_groups=2, ahead=False, turns=True, unrolled=True),
-    Config(64, 2, 4, unrolled=True, keep=True),
+    Config(64, 2, 4, unrolled=True),
 ]
 
 
@@ -75,9 +75,16 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
     for bits, kind in ((8, decode.TABLE), (8, decode.INT)):
         assert chosen(replace(table, bits=bits, kind=kind), 1024) == Config(256, 2, 4, rounds=True, unrolled=True)
-    for shape, m in ((table, 1024), (table, 64), (replace(table, bits=3), 384), (replace(table, k=8128), 384)):
+    assert chosen(table, 64) == Config(64, 2, 8, split=2, k_groups=2, rounds=True, unrolled=True)
+    assert chosen(replace(table, bits=6), 1024).unrolled and chosen(replace(table, group=32), 128).unrolled
+    for shape, m in ((table, 1024), (replace(table, group=32), 384), (replace(table, k=8128), 384)):
         assert not chosen(shape, m).unrolled
+    # Registers do not last for eight units of other widths in a row.
+    for bits, unrolled in ((4, True), (5, False)):
+        assert chosen(replace(table, n=28672, bits=bits), 64).unrolled == unrolled
     three = chosen(replace(table, n=14336, k=4096), 384)
+    # Cut tiles gain nothing, so that larger ones stay ahead.
+    assert chosen(replace(table, n=28672), 768).tokens == 256
     assert three.blocks == 3 and not three.unrolled
 
 

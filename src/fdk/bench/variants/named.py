@@ -585,68 +585,6 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "lut4_g64 lut1_g64", "8192x8192 4096x4096", "32"), ({"uniform": False},)),
         ),
     ),
-    "prefill-few": Named(
-        "16 to 64 rows, as models multiply for so many sequences: does an unrolled loop gain here too, and what would "
-        "scales on weights instead of sums?",
-        55,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 4096x14336 28672x8192", "16 32 64")
-                + problems("prefill", "lut4_g64", "8192x8192", "48")
-                + problems("prefill", "lut1_g64", "4096x4096 8192x8192 14336x4096", "64"),
-                each(
-                    {},
-                    {"unrolled": True},
-                    {"unrolled": True, "rounds": True, "ahead": True, "turns": False},
-                    {"rounds": True, "ahead": True, "turns": False},
-                    stages=8,
-                ),
-            ),
-        ),
-    ),
-    "prefill-waves": Named(
-        "Where waves are not whole or products short: do whole tiles, weights that stay in the second-level cache, or "
-        "tiles of another shape beat what is chosen?",
-        60,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "14336x4096", "512 768 1024 4096"),
-                (
-                    *each({"stream": False}, {"keep": True}, {"keep": True, "stream": False}, unrolled=True, pair=1),
-                    {"keep": True, "unrolled": True},
-                ),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "14336x4096", "384"),
-                (
-                    {"keep": True},
-                    *each({"stream": True}, {"stream": False}, blocks=2, parts=1, keep=True, unrolled=True),
-                ),
-            ),
-            Trial(problems("prefill", "lut4_g64", "14336x4096", "256"), ({"stream": True, "unrolled": True},)),
-            Trial(
-                problems("prefill", "lut4_g64", "4096x4096", "512")
-                + problems("prefill", "lut4_g64", "8192x8192", "256"),
-                (
-                    {"tokens": 128, "split": 1, "wide": True, "unrolled": True},
-                    {"tokens": 128, "split": 1, "wide": True, "unrolled": True, "keep": True},
-                    {"split": 1, "stream": True, "unrolled": True},
-                ),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "4096x4096", "512"),
-                ({"blocks": 3, "tokens": 176, "parts": 2, "unrolled": True},),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "4096x4096", "384"),
-                (
-                    {"unrolled": True},
-                    {"blocks": 3, "tokens": 128, "unrolled": True},
-                    {"tokens": 96, "split": 1, "stages": 8, "wide": False, "unrolled": True},
-                ),
-            ),
-        ),
-    ),
     "prefill-start": Named(
         "What does a launch gain whose copy engine has the tensor map of x before it may read x?",
         30,
@@ -656,45 +594,6 @@ SETS: dict[str, Named] = {
                 + problems("prefill", "lut4_g64", "8192x8192 14336x4096", "16 64 256")
                 + problems("prefill", "lut1_g64", "4096x4096", "64"),
                 ({"map_ahead": True},),
-            ),
-        ),
-    ),
-    "prefill-tiles": Named(
-        "Are two blocks x 192 tokens, whose loop is unrolled, as much ahead of larger tiles as predicted?",
-        20,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192 14336x4096 4096x14336 28672x8192", "768")
-                + problems("prefill", "lut4_g64", "5120x5120", "512"),
-                ({"tokens": 256, "wide": False, "stream": True},),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "28672x8192", "192 384")
-                + problems("prefill", "lut8_g64", "14336x4096", "384"),
-                ({"blocks": 3, "parts": 2, "unrolled": False},),
-            ),
-        ),
-    ),
-    "prefill-widths": Named(
-        "Do unrolled loops gain with other widths and groups what they gain with 4 and 8 bits in groups of 64?",
-        50,
-        (
-            Trial(
-                problems(
-                    "prefill", "lut1_g64 lut2_g64 lut3_g64 lut6_g64 uint4_g64 lut4_g32 nest8s4_g128", "8192x8192", "128"
-                ),
-                ({"stages": 8, "wide": False, "unrolled": True},),
-            ),
-            Trial(
-                problems(
-                    "prefill", "lut1_g64 lut2_g64 lut3_g64 lut6_g64 uint4_g64 lut4_g32 nest8s4_g128", "8192x8192", "384"
-                )
-                + problems("prefill", "lut6_g64 int6_g64 nest8s4_g128", "8192x8192", "1024"),
-                ({"stages": 4, "unrolled": True},),
-            ),
-            Trial(
-                problems("prefill", "int8_g64 lut8_g64 lut4_g128 int4_chan", "8192x8192", "384"),
-                each({"unrolled": False}, {"unrolled": True}, stages=4),
             ),
         ),
     ),

@@ -19,7 +19,7 @@ from fdk.weight import QuantisedWeight
 TOKENS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Tokens of a tile: few enough that a layer compiles a handful of kernels, close enough that padding costs little."""
 
-EXACT_TOKENS = 64
+EXACT_TOKENS = 32
 """Up to this many tokens scales of groups multiply float32 sums; above, weights, as cuBLAS on dense ones would."""
 
 _SMS = 132
@@ -48,8 +48,9 @@ _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
 # What a unit of bit planes takes more for each of them beyond 2.5.
 _PLANE = 0.012
-# What an unrolled loop saves of a round: by most tokens of a tile, at 4 bits; at 8 bits.
-_UNROLLED, _UNROLLED_EIGHT = {128: 0.02, 192: 0.04, 256: 0.0}, 0.03
+# What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
+# where tiles are cut along k.
+_UNROLLED, _UNROLLED_LONG = {64: 0.0, 128: 0.02, 192: 0.04, 256: 0.0}, 0.03
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
 # Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
@@ -93,7 +94,6 @@ class Config:
     apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
     prepared    weights are dequantised once, to memory, as operands; the product then only loads them
     epilogue    what becomes of the sums: `squares` and `residual` of decode.Epilogue, for a tile of all tokens
-    keep        copies of weights do not ask for an early eviction from the second-level cache
     map_ahead   fetch the tensor map of x before the wait for the kernel in front
     band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
     """
@@ -113,7 +113,6 @@ class Config:
     unrolled: bool = False
     apart: bool = False
     prepared: bool = False
-    keep: bool = False
     map_ahead: bool = False
     band: int = 8
     epilogue: decode.Epilogue = decode.PLAIN
@@ -190,7 +189,6 @@ class Config:
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
             "FDK_APART": int(self.apart),
-            "FDK_KEEP": int(self.keep),
             "FDK_MAP": int(self.map_ahead),
             "FDK_SQUARES": self.epilogue.squares,
             "FDK_RESIDUAL": int(self.epilogue.residual),
@@ -253,9 +251,10 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups
-    if config.unrolled:
+    if config.unrolled and (shape.bits > 4 or not config.stream):
         saved = next(saved for most, saved in _UNROLLED.items() if config.tokens <= most)
-        a_round -= _UNROLLED_EIGHT if shape.bits == 8 else saved
+        long = shape.bits > 4 and not shape.nested and config.tokens > 64
+        a_round -= max(saved, _UNROLLED_LONG) if long else saved
     if config.stream:
         tiles = row_tiles(blocks, config) * -(-m // config.tokens)
         clusters, streamed = clusters_and_streamed(shape, config, tiles, sms)
@@ -286,20 +285,23 @@ def _wide(shape: Shape, config: Config) -> bool:
 def _unrolled(shape: Shape, config: Config) -> Config:
     """`config` with its loop over units unrolled if that was measured to win (docs/findings.md), else as it is.
 
-    Shorter than the tensor cores' own time are then the loops of tiles of fewer tokens, where a warpgroup waits for its
-    look-ups, and of 8 bits; a ring of less than four stages a k group costs more than all that.
+    Where a warpgroup's own look-ups take longer than its turn of the tensor cores, it does: up to 224 tokens a tile,
+    and above 4 bits. A ring of less than four stages a k group costs more than all that.
     """
     late = shape.groups > 1 and not config.rounds
-    gains = shape.bits == 8 or (shape.bits == 4 and (config.tokens < 256 or config.stream))
-    measured = shape.kind in (TABLE, INT) and shape.subs == 1 and not late
-    if not measured or not gains or config.warpgroups != 2 or config.tokens < 96:
+    # Registers of four blocks last for eight units in a row of the widths that lie in whole words.
+    light = shape.bits in (1, 2, 4) and shape.kind in (TABLE, INT)
+    few = 32 < config.tokens <= 64 and (config.blocks < 3 or (config.blocks == 4 and light))
+    many = config.tokens >= 96 and config.warpgroups == 2 and (shape.subs == 1 or config.k_groups == 2)
+    long = config.tokens < 256 or config.stream or (shape.bits > 4 and not shape.nested)
+    if late or not (few or (many and long)):
         return config
-    for wide in (True, False) if config.wide else (False,):
-        filled = _fill(shape, replace(config, wide=wide))
-        for stages in (8, 6, 4):
-            fits = filled is not None and 4 * config.k_groups <= stages <= filled.stages
-            if fits and stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0:
-                return replace(config, wide=wide, stages=stages, unrolled=True)
+    for stages, wide in ((8, True), (6, True), (4, True), (8, False), (6, False), (4, False)):
+        unrolled = replace(config, wide=wide, stages=stages, turns=False, unrolled=True)
+        whole = stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0
+        measured = (stages == 8 and not wide) if few else stages >= 4 * config.k_groups and wide <= config.wide
+        if whole and measured and unrolled.shared_bytes(shape) <= MAX_SHARED:
+            return unrolled
     return config
 
 
@@ -320,12 +322,14 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         split, stream = 2 if cut == "split" else 1, cut == "stream"
         if split * k_groups * 2 > shape.units or (stream and (late or k_groups > 1 or per_cta not in _SHARES)):
             continue
+        if rounds and tokens <= 64 and (per_cta, k_groups) in ((2, 1), (3, 1)):
+            continue  # the fit is that of one scale per row; with more of them four warpgroups were measured
         # Half of a unit at a time needs fewer registers; planes of nested weights are gathered all at once.
         parts = 2 if per_cta == 3 and tokens > 160 else 1
         if shape.nested and per_cta == 3 and tokens > 128:
             continue
         ahead = not (warpgroups == 4 and late and tokens > 32)
-        turns = warpgroups == 4 and tokens == 64
+        turns = warpgroups == 4 and tokens == 64 and not rounds
         config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, turns, rounds, parts, stream=stream)
         waves = _waves(m, blocks, sms, config)
         if waves > 1 and split * k_groups > 1:

@@ -18,7 +18,7 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served; kind
 //       8, of 16 bits: `codes` are operands that dequantise_weights.cuh has left)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_KEEP FDK_MAP
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_MAP
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -47,7 +47,6 @@ constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
-constexpr bool KEEP = FDK_KEEP;  // weights stay in the second-level cache, for the tiles of other tokens
 constexpr bool APART = FDK_APART;  // x and codes of a stage lie apart, on both sides of a large table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 constexpr int SQUARES = FDK_SQUARES;
@@ -347,7 +346,7 @@ struct Producer {
                     const i64 block = min(tile.block + w, last);
                     const u32 to = smem + turn.codes() + Smem::CODES + w * Smem::BLOCK_BYTES;
                     const char* const from = p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE;
-                    if constexpr (PREPARED || KEEP)
+                    if constexpr (PREPARED)
                         copy_bulk_shared(to, from, Smem::CODE_BYTES, barrier);
                     else
                         copy_bulk(to, from, Smem::CODE_BYTES, barrier, policy);
