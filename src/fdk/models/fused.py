@@ -131,6 +131,48 @@ def multiply_row(
 
 
 @triton.jit
+def multiply_rows(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    count,
+    n,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """out [count, n] = x [count, K] weight [n, K]^T + bias [n] (if BIAS) with dense weights; a program for ROWS of n.
+
+    TOKENS: count padded to what a tensor core multiplies.
+    """
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    token = tl.arange(0, TOKENS)
+    follow(PDL)
+    weights = weight_ptr + row.to(tl.int64)[:, None] * K + column[None, :]
+    xs = x_ptr + token[None, :] * K + column[:, None]
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    for start in range(0, K, BLOCK):
+        there = start + column < K
+        weight = tl.load(weights + start, mask=(row < n)[:, None] & there[None, :], other=0)
+        x = tl.load(xs + start, mask=there[:, None] & (token < count)[None, :], other=0)
+        if INTERPRETED:
+            acc += tl.dot(weight.to(tl.float32), x.to(tl.float32))
+        else:
+            acc = tl.dot(weight, x, acc)
+    if BIAS:
+        acc += tl.load(bias_ptr + row, mask=row < n, other=0).to(tl.float32)[:, None]
+    out = out_ptr + token[None, :].to(tl.int64) * n + row[:, None]
+    tl.store(out, rounded(acc, kind, INTERPRETED), mask=(row < n)[:, None] & (token < count)[None, :])
+
+
+@triton.jit
 def rotated(
     pointer,
     cos,

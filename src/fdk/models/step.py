@@ -24,6 +24,8 @@ _SHORT, _LONG = (32, 4, 2), (64, 8, 3)
 _LOGITS = 2048
 # Outputs, columns at once and warps of a program that multiplies one row of x by dense weights.
 _DENSE_ROW = (4, 1024, 4)
+# The same of up to 16 rows, and stages of its loop; None: torch multiplies them.
+_DENSE_ROWS: tuple[int, int, int, int] | None = None
 PADDED = "they are padded, and the kernels of the attention read every position up to the last"
 
 
@@ -194,8 +196,10 @@ class Step:
         """layer(x); one row by dense weights in this chain of launches: weights are on their way before x is."""
         dependent = self.common["PDL"] or self.common["INTERPRETED"]
         dense = type(layer) is nn.Linear and layer.weight.is_contiguous() and layer.in_features % 8 == 0
-        if self.batch > 1 or not dense or not dependent:
+        if not dense or not dependent or self.batch > (1 if _DENSE_ROWS is None else 16):
             return layer(x)
+        if self.batch > 1:
+            return self._multiply_rows(layer, x)
         from fdk.models.fused import multiply_row
 
         (n, k), (rows, block, warps) = layer.weight.shape, _DENSE_ROW
@@ -211,6 +215,29 @@ class Step:
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,
+            **self.common,
+        )
+        return out
+
+    def _multiply_rows(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        from fdk.models.fused import multiply_rows
+
+        (n, k), (rows, block, warps, stages) = layer.weight.shape, _DENSE_ROWS
+        out, bias = x.new_empty(self.batch, n), layer.bias
+        multiply_rows[(-(-n // rows),)](
+            x,
+            layer.weight,
+            x if bias is None else bias,
+            out,
+            self.batch,
+            n,
+            K=k,
+            BIAS=bias is not None,
+            TOKENS=16,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+            num_stages=stages,
             **self.common,
         )
         return out
