@@ -23,6 +23,8 @@ from fdk.nn import Linear
 _BETWEEN_US = 1.3
 # Whether layers that the prefill kernel serves leave their norms to it too.
 _TILES = False
+# Whether, in a chain, the prefill kernel multiplies gate and up where it is the faster one, and the gate is a kernel.
+_TILED_GATES = False
 
 
 class Products(NamedTuple):
@@ -176,12 +178,16 @@ def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer |
             for products, chosen in zip(layers, plan, strict=True)
             for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
         )
+
+    def fused(layer: Linear, epilogue: decode.Epilogue) -> Fused:
+        without = decode.Epilogue(squares=epilogue.squares)
+        if _TILED_GATES and epilogue.gated and KERNEL.tiled_config(layer.weight, rows, without):
+            return Fused.of(layer, rows, without, eps, tiles=True)
+        return Fused.of(layer, rows, epilogue, eps if epilogue.squares else 0.0, tiles)
+
     found: list[FusedLayer | None] = []
     for products, chosen in zip(layers, plan, strict=True):
-        made = [
-            Fused.of(layer, rows, epilogue, eps if epilogue.squares else 0.0, tiles)
-            for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
-        ]
+        made = [fused(layer, one) for layer, one in zip(products, chosen or (), strict=bool(chosen))]
         found.append(FusedLayer(*made) if made else None)
     return found
 
