@@ -296,8 +296,7 @@ FAULTS = {
         "w.prefetch(ahead, stage, stage == 0);",
         "w.prefetch(ahead, stage, false);",
     ),
-    "two indices of a nibble": (SELECTED, "indices.cuh", "0xccccccccu", "0xffffffffu"),
-    "the neighbour's index": (SELECTED, "indices.cuh", "odd ? w : w << 2, odd", "w, odd"),
+    "the neighbour's index": (SELECTED, "indices.cuh", "32 - 7);", "32 - 5);"),
     "the scales of another unit": (SELECTED, "indices.cuh", "lane % SLOTS * 64", "(lane + 1) % SLOTS * 64"),
     "another lane's table values": (SELECTED, "indices.cuh", "t / 2 != g % 2 ? 0", "t / 2 == g % 2 ? 0"),
     "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
@@ -346,7 +345,7 @@ def noticed(chosen: decode.Config | prefill.Config, schedule: Schedule) -> bool:
         m = 1 if indices else m
         weight = testing.random_weight(parse("lut2_g64" if indices else "lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
         try:
-            plan = plan_of(weight, chosen)
+            plan = decode.Plan(weight, chosen, asked=True) if indices else plan_of(weight, chosen)
             run = lambda x, _, bias, out: plan(x, bias, out)  # noqa: E731
             return testing.check_product(run, inputs(m, 1024), weight, None, m > 8) is not None
         except EmulationError:
@@ -356,6 +355,22 @@ def noticed(chosen: decode.Config | prefill.Config, schedule: Schedule) -> bool:
 @pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT, SELECTED])
 def test_without_a_fault_nothing_is_noticed(chosen) -> None:
     assert not any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_device_is_asked_for_equal_indices_and_served_without(right: bool, monkeypatch) -> None:
+    _, file, old, new = FAULTS["the neighbour's index"]
+    sources = jit.sources()
+    monkeypatch.setattr(
+        jit, "sources", lambda: sources if right else {**sources, file: sources[file].replace(old, new)}
+    )
+    monkeypatch.setattr(device, "_kernel", cache(device._kernel.__wrapped__))
+    with emulated(sms=4) as gpu:
+        weight = testing.random_weight(parse("lut2_g64"), 100, 1024).to_layout(KERNEL.layout)
+        plans = [decode.Plan(weight, SELECTED) for _ in range(2)]
+        assert [plan.config.indices for plan in plans] == [right, right]
+        assert len(gpu.executed) == 1
+        check(plans[0], 1, weight, False)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

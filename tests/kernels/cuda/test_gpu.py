@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fdk import testing
+from fdk import reference, testing
 from fdk.formats import parse
-from fdk.kernels.cuda import KERNEL, _routes, stream_floor, warmup
+from fdk.kernels.cuda import KERNEL, _routes, decode, stream_floor, warmup
 
 pytestmark = pytest.mark.gpu
 
@@ -148,6 +148,39 @@ def test_packing_on_the_gpu_equals_packing_on_the_cpu() -> None:
     moved = type(weight)(weight.geometry, there).to_layout("fragments")
     for name, part in weight.to_layout("fragments").parts.items():
         assert torch.equal(moved.parts[name].cpu(), part)
+
+
+@pytest.mark.parametrize(
+    "name,n,k,dtype",
+    [
+        ("lut2_g64", 8192, 8192, torch.bfloat16),
+        ("lut2_g128", 4096, 14336, torch.float16),
+        ("lut1_g64", 4096, 4096, torch.bfloat16),
+        ("int1_chan", 4100, 4096, torch.float16),
+    ],
+)
+def test_codes_as_indices_of_sparse_products(name: str, n: int, k: int, dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("chosen on compute capability 9.0 alone")
+    weight = weight_of(name, n, k, dtype=dtype, tables=3 if "lut" in name else 1)
+    assert decode.equal_indices(weight.device)
+    route = _routes(weight.geometry, None, 1, weight.device)[0]
+    assert route.name == "decode" and route.config.indices
+    call, x = KERNEL._bind(weight, 1, (route,)), inputs(1, k, dtype)
+    assert testing.check_product(lambda x, _, bias, out: call(x, bias, out), x, weight, None, route.rounds) is None
+    columns, dense = torch.tensor([0, 1, 77, k - 1]), reference.dequantise(weight)
+    for column, probe in zip(columns.tolist(), testing.one_hot_probe(k, columns, dtype, "cuda:0"), strict=True):
+        out = testing.poisoned(1, n, dtype, "cuda:0")
+        call(probe[None].contiguous(), None, out)
+        assert torch.equal(out[0], dense[:, column])
+    first, again = (testing.poisoned(1, n, dtype, "cuda:0") for _ in range(2))
+    call(x, None, first)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda:0")
+    for _ in range(200):
+        again.fill_(float("nan"))
+        call(x, None, again)
+        wrong += (again != first).any()
+    assert int(wrong) == 0
 
 
 def test_streaming_floor_writes_every_output() -> None:

@@ -53,7 +53,7 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
 @pytest.mark.parametrize(
     "kind,bits,n,k,m,sums,once",
     [
-        (decode.TABLE, 1, 4096, 4096, 1, True, False),
+        (decode.TABLE, 1, 4096, 4096, 2, True, False),
         (decode.TABLE, 1, 8192, 8192, 1, False, False),
         (decode.TABLE, 1, 8192, 8192, 8, True, False),
         (decode.UINT_U8, 4, 4096, 4096, 8, True, False),
@@ -87,6 +87,31 @@ def test_fewer_tokens_of_zeros_run_as_eight_where_those_are_faster(m: int) -> No
     large, small = (Shape(size, size, 4, 64, True, decode.UINT_U8) for size in (8192, 4096))
     assert decode.choose_config(large, m, 128, 132) == decode.choose_config(large, 8, 128, 132)
     assert decode.choose_config(small, m, 64, 132).tokens == decode.token_tile(m)
+
+
+@pytest.mark.parametrize(
+    "bits,n,k,m,warps,ring",
+    [
+        (2, 8192, 8192, 1, (8, 1), (2, 4)),
+        (2, 28672, 8192, 1, (2, 7), (2, 4)),
+        (2, 14336, 4096, 1, (8, 2), (1, 4)),
+        (2, 4096, 14336, 1, (14, 1), (1, 4)),
+        (1, 4096, 4096, 1, (8, 1), (1, 4)),
+        (2, 4096, 4096, 1, None, None),
+        (2, 8192, 8192, 2, None, None),
+        (1, 8192, 8192, 1, None, None),
+        (4, 8192, 8192, 1, None, None),
+    ],
+)
+def test_codes_are_indices_where_measured_to_win(bits, n, k, m, warps, ring) -> None:
+    shape, facts = Shape(n, k, bits, 64, True, decode.TABLE), (m, n // 64, 132, (9, 0), decode.PLAIN)
+    config = decode.choose_config(shape, *facts)
+    assert config.indices == (warps is not None)
+    if warps:
+        assert (config.k_warps, config.row_warps) == warps and (config.stages, config.stage_units) == ring
+    # Neither where a device was found to treat equal indices otherwise, nor where none was asked.
+    assert decode.choose_config(shape, *facts, False).indices == (bits == 1 and warps is not None)
+    assert not decode.choose_config(shape, m, n // 64, 132, (10, 0)).indices
 
 
 @pytest.mark.parametrize("tables", [1, 3])

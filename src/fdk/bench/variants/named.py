@@ -61,127 +61,49 @@ DEEPER: tuple[Change, ...] = (
     {"stages": 3, "early": 2},
 )
 
-# Up to a warp's whole slice of k is on its way from the start; or two CTAs share a multiprocessor.
-INDICES_8192 = each(
-    {"k_warps": 8, "stages": 1, "stage_units": 4},
-    {"k_warps": 8, "stages": 2, "stage_units": 4},
-    {"k_warps": 8, "stages": 4, "stage_units": 4},
-    {"k_warps": 8, "stages": 4, "stage_units": 2},
-    {"k_warps": 8, "stages": 2, "stage_units": 4, "min_ctas": 2, "alone": False},
-    {"k_warps": 16, "stages": 1, "stage_units": 4},
-    {"k_warps": 16, "stages": 2, "stage_units": 4},
-    {"k_warps": 16, "stages": 2, "stage_units": 4, "late": True},
-    {"k_warps": 16, "stages": 2, "stage_units": 2},
-    {"k_warps": 16, "stages": 2, "stage_units": 4, "uniform": True},
-    {"k_warps": 16, "stages": 2, "stage_units": 4, "uniform": True, "scales_once": True},
-    {"k_warps": 16, "stages": 2, "stage_units": 4, "uniform": True, "early": 1},
-    digits=False,
-    indices=True,
-    late=False,
-    scales_once=False,
-    x_sums=False,
-    alone=True,
-)
-INDICES_14336X4096 = each(
-    {"k_warps": 4, "row_warps": 2, "stages": 1, "stage_units": 4},
-    {"k_warps": 4, "row_warps": 2, "stages": 2, "stage_units": 4},
-    {"k_warps": 4, "row_warps": 2, "stages": 4, "stage_units": 4},
-    {"k_warps": 8, "row_warps": 2, "stages": 1, "stage_units": 4},
-    {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 4},
-    {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 4, "late": True},
-    {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 4, "uniform": True},
-    {"k_warps": 16, "row_warps": 1, "stages": 2, "stage_units": 4, "batch": 2},
-    digits=False,
-    indices=True,
-    late=False,
-    scales_once=False,
-    x_sums=False,
-    alone=True,
-)
-INDICES_4096X14336 = each(
-    {"k_warps": 7, "stages": 2, "stage_units": 4},
-    {"k_warps": 8, "stages": 2, "stage_units": 2},
-    {"k_warps": 14, "stages": 1, "stage_units": 4},
-    {"k_warps": 14, "stages": 2, "stage_units": 4},
-    {"k_warps": 14, "stages": 2, "stage_units": 4, "late": True},
-    {"k_warps": 14, "stages": 2, "stage_units": 4, "uniform": True},
-    {"k_warps": 14, "stages": 2, "stage_units": 2},
-    {"k_warps": 16, "stages": 2, "stage_units": 1},
-    digits=False,
-    indices=True,
-    late=False,
-    scales_once=False,
-    x_sums=False,
-    alone=True,
-)
-INDICES_28672X8192 = each(
-    {"k_warps": 4, "row_warps": 4, "stages": 1, "stage_units": 4},
-    {"k_warps": 4, "row_warps": 4, "stages": 2, "stage_units": 2},
-    {"k_warps": 4, "row_warps": 4, "stages": 2, "stage_units": 4},
-    {"k_warps": 4, "row_warps": 4, "stages": 2, "stage_units": 4, "late": True},
-    {"k_warps": 2, "row_warps": 7, "stages": 2, "stage_units": 4, "batch": 1},
-    {"k_warps": 2, "row_warps": 7, "stages": 2, "stage_units": 4, "batch": 1, "uniform": True},
-    {"k_warps": 16, "row_warps": 1, "stages": 2, "stage_units": 4, "batch": 7},
-    digits=False,
-    indices=True,
-    late=False,
-    scales_once=False,
-    x_sums=False,
-    alone=True,
-)
+INDICES = {
+    "8192x8192": (
+        {"k_warps": 8, "stages": 1},
+        {"k_warps": 8, "stages": 2, "uniform": False},
+        {"k_warps": 8, "stages": 2, "scales_once": True},
+        {"k_warps": 8, "stages": 3},
+        {"k_warps": 8, "stages": 4, "stage_units": 2},
+    ),
+    "14336x4096": (
+        {"k_warps": 4, "stages": 1},
+        {"k_warps": 4, "stages": 2},
+        {"k_warps": 8, "stages": 2},
+        {"k_warps": 8, "stages": 2, "stage_units": 2},
+    ),
+    "4096x14336": (
+        {"k_warps": 7, "stages": 2},
+        {"k_warps": 8, "stages": 2, "stage_units": 2},
+        {"k_warps": 14, "stages": 2, "stage_units": 2},
+    ),
+    "28672x8192": (
+        {"k_warps": 2, "row_warps": 7, "stages": 1},
+        {"k_warps": 2, "row_warps": 7, "stages": 3},
+        {"k_warps": 4, "row_warps": 4, "stages": 1},
+        {"k_warps": 16, "row_warps": 1, "stages": 1, "batch": 7},
+    ),
+}
 INDICES_4096 = each(
-    {"k_warps": 8, "stages": 1, "stage_units": 4},
-    {"k_warps": 8, "stages": 2, "stage_units": 2},
-    {"k_warps": 8, "stages": 4, "stage_units": 1},
-    {"k_warps": 4, "stages": 2, "stage_units": 4},
-    digits=False,
+    {"stages": 1, "stage_units": 4},
+    {"stages": 2, "stage_units": 2},
+    {"stages": 1, "stage_units": 4, "uniform": True},
     indices=True,
-    scales_once=False,
-    x_sums=False,
 )
-
-
-def indices(bits: int) -> tuple[Trial, ...]:
-    """What sparse products gain at one token, and at two."""
-    sizes = {
-        "8192x8192": INDICES_8192,
-        "14336x4096": INDICES_14336X4096,
-        "4096x14336": INDICES_4096X14336,
-        "28672x8192": INDICES_28672X8192,
-        "4096x4096": INDICES_4096,
-    }
-    one = tuple(Trial(problems("decode", f"lut{bits}_g64", size, "1"), changes) for size, changes in sizes.items())
-    two = (
-        each({"k_warps": 8, "stages": 2, "stage_units": 4}, {"k_warps": 16, "stages": 2, "stage_units": 2}),
-        each(
-            {"k_warps": 4, "row_warps": 2, "stages": 2, "stage_units": 4},
-            {"k_warps": 8, "row_warps": 2, "stages": 2, "stage_units": 2},
-        ),
-    )
-    return one + tuple(
-        Trial(
-            problems("decode", f"lut{bits}_g64", size, "2"),
-            each(*changes, indices=True, scales_once=False, x_sums=False),
-        )
-        for size, changes in zip(("8192x8192", "14336x4096"), two, strict=True)
-    )
 
 
 SETS: dict[str, Named] = {
     "two-bit": Named(
-        "Two bits, one and two tokens: do sparse products, whose indices are the codes, do without the look-ups that "
-        "bound them, and at which rings?",
-        75,
+        "Two bits whose codes are the indices of sparse products: which rings, and do they win at 4096 x 4096 too?",
+        40,
         (
-            *indices(2),
-            Trial(problems("decode", "int2_g64 uint2_g64", "8192x8192", "1"), INDICES_8192[-4:-2]),
-            Trial(problems("decode", "int2_g64 uint2_g64", "28672x8192", "1"), INDICES_28672X8192[-2:-1]),
+            *(Trial(problems("decode", "lut2_g64", size, "1"), each(*tried)) for size, tried in INDICES.items()),
+            Trial(problems("decode", "lut2_g64", "4096x4096 2048x4096", "1"), INDICES_4096),
+            Trial(problems("decode", "lut1_g64", "2048x4096", "1"), each(*INDICES_4096, x_sums=False)),
         ),
-    ),
-    "one-bit-indices": Named(
-        "The same for one bit, where they take the place of integer products and the digits those are made of.",
-        60,
-        indices(1),
     ),
     "zeros": Named(
         "Zero points: scales and zeros in one piece each, integer products, and 16 warps of two and four tokens, where "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdk.kernels.cuda import driver, jit
+from fdk.packing.bits import pack_codes
 from fdk.packing.fragments import BLOCK, block_counts, units
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
@@ -122,7 +123,7 @@ class Shape:
 
     @property
     def allows_indices(self) -> bool:
-        """Whether sparse products can serve it: codes of one or two bits, one scale of a unit."""
+        """Whether sparse products can serve it: codes of one or two bits, one scale of a unit for each row."""
         return self.bits <= 2 and not self.nested and self.subs == 1
 
     def stage_groups(self, stage_units: int) -> int:
@@ -194,7 +195,6 @@ class Config:
     uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     octets       look up one bit eight codes at a time, which needs no sums of activations
     paired       integer products: two row tiles share an accumulator, and pairs of digits are added up before scaling
-    indices      codes as the indices of sparse products (csrc/indices.cuh): one and two tokens of one and two bits
     """
 
     tokens: int
@@ -450,6 +450,9 @@ def _alone(shape: Shape, config: Config, cta_units: int) -> bool:
 def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
+    if config.indices:
+        # Where everything would be on its way from the start, half of it first is faster.
+        return [(4, 2 if per_warp > 8 else 1)]
     if shape.zeros:
         if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
             return [(1, 2), (1, 1)]
@@ -506,7 +509,7 @@ def _with_loads(shape: Shape, config: Config) -> Config:
     """`config` with how its scales, codes and sums of activations come to its warps; on an H200: docs/findings.md."""
     if config.digits and (shape.nested or shape.sparse):
         return replace(config, scales_once=config.allows_scales_once(shape), bulk=not shape.sparse)
-    if config.epilogue != PLAIN or config.digits or config.tokens > 8:
+    if config.epilogue != PLAIN or config.digits or config.indices or config.tokens > 8:
         return config
     slices = config.cluster * config.phases * config.k_warps
     units_per_warp = config.steps * -(-shape.units // slices)
@@ -552,11 +555,45 @@ def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config |
     return None
 
 
+def _allows_indices(shape: Shape, tokens: int, capability: tuple[int, int], equal_indices: bool) -> bool:
+    """Whether sparse products have been measured to win: two bits where large, one bit at 4096^2; docs/findings.md.
+
+    At two bits they are bound by the tensor cores, at 60 clocks a unit against 86 of look-ups; at one bit integer
+    products have fewer, once their digits are made.
+    """
+    if tokens > 1 or capability != (9, 0) or not shape.allows_indices or shape.kind not in (TABLE, INT):
+        return False
+    weights, large = shape.n * shape.k, 1 << 25
+    if shape.bits == 2:
+        return equal_indices and shape.kind == TABLE and weights >= large
+    return large // 2 <= weights < large
+
+
+def _with_indices(shape: Shape, start: Config, cta_units: int) -> Config | None:
+    """`start` with sparse products and their warps: whole stages of four units each; None if those are few."""
+    blocks = start.blocks
+    row_warps = max(range(1, min(blocks, 8) + 1), key=lambda r: (blocks / -(-blocks // r) / r, r))
+    slices = [warps for warps in range(1, 16 // row_warps + 1) if cta_units % (4 * warps) == 0]
+    k_warps = 8 if 8 in slices else max(slices, default=0)
+    if k_warps * row_warps < 8:
+        return None
+    large = shape.n * shape.k >= 1 << 25
+    return replace(start, indices=True, k_warps=k_warps, row_warps=row_warps, alone=large, uniform=large)
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
-    shape: Shape, m: int, blocks: int, sms: int, capability: tuple[int, int] = (9, 0), epilogue: Epilogue = PLAIN
+    shape: Shape,
+    m: int,
+    blocks: int,
+    sms: int,
+    capability: tuple[int, int] = (9, 0),
+    epilogue: Epilogue = PLAIN,
+    equal_indices: bool = True,
 ) -> Config | None:
     """The configuration for m tokens of a weight with that many blocks of rows; None if none fits shared memory.
+
+    equal_indices: whether the device multiplies by equal indices as csrc/indices.cuh needs it (`equal_indices` below).
 
     Measured on an H200 (CUDA 13.0), 2026-11-21, at 4096^2 to 28672 x 8192, 1 to 8 bits, m = 1 to 64: docs/findings.md.
     """
@@ -595,9 +632,14 @@ def choose_config(
             most, row_warps = _chain_warps(start, shape, cta_units)
         else:
             most, row_warps = _warps(shape, start, cta_units)
-        for k_warps in sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True):
-            config = replace(start, k_warps=k_warps, row_warps=row_warps)
-            config = replace(config, alone=alone or (hopper and _alone(shape, config, cta_units)))
+        warps = sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True)
+        tried = [replace(start, k_warps=k_warps, row_warps=row_warps) for k_warps in warps]
+        if not chained and _allows_indices(shape, tokens, capability, equal_indices):
+            selected = _with_indices(shape, replace(start, digits=False, late=False), cta_units)
+            tried = tried if selected is None else [selected]
+        for config in tried:
+            k_warps = config.k_warps
+            config = replace(config, alone=config.alone or (hopper and _alone(shape, config, cta_units)))
             filled = _fill(shape, config, capability)
             if filled is None:
                 continue
@@ -704,19 +746,47 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
 
 
+def _of_equal_indices(device: torch.device) -> tuple[QuantisedWeight, Tensor, Tensor]:
+    """A weight of two bits, x [1, 256] and their product [1, 64], exact: every nibble of codes at every place."""
+    codes = torch.randint(0, 4, (64, 256), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    table = torch.tensor([[1, -2, 4, -7]], dtype=torch.bfloat16)
+    parts = {"codes": pack_codes(codes, 2), "scales": torch.ones(64, 4, dtype=torch.bfloat16), "table": table}
+    weight = QuantisedWeight.from_parts("lut2_g64", 256, parts).to_layout("fragments")
+    x = (torch.arange(256) * 37 % 61 - 30)[None].to(torch.bfloat16)
+    product = (x.float() @ table.float()[0, codes.long()].T).to(torch.bfloat16)
+    return weight.to(device), x.to(device), product.to(device)
+
+
+@cache
+def equal_indices(device: torch.device) -> bool:
+    """Whether a sparse product of this device selects one row twice by two equal indices, which PTX leaves undefined.
+
+    Compute capability 9.0 does (H200, 2026-11-22). One launch and a comparison, once for each device.
+    """
+    weight, x, product = _of_equal_indices(device)
+    out = torch.full_like(product, float("nan"))
+    Plan(weight, Config(1, 1, 2, 1, 1, 2, 1, 1, 1, indices=True), asked=True)(x, None, out)
+    return torch.equal(out, product)
+
+
 class Plan:
     """A weight bound to a configuration on its device: what is left for a call are four fields and a launch."""
 
-    def __init__(self, weight: QuantisedWeight, config: Config) -> None:
+    def __init__(self, weight: QuantisedWeight, config: Config, asked: bool = False) -> None:
+        """asked: that the device has been asked for `equal_indices`, or is just being asked."""
         zeros = weight.parts.get("zeros")
         assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in weight.parts.values())
         self.shape = shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+        self.device = weight.device
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if config.indices and self.shape.bits == 2 and not asked and not equal_indices(self.device):
+            capability = torch.cuda.get_device_capability(self.device)
+            blocks = sum(block_counts(weight.geometry))
+            config = choose_config(self.shape, config.tokens, blocks, sms, capability, config.epilogue, False)
         self.config = config
         self.template, grid = params_for(weight, config)
-        self.device = weight.device
         # CTAs without work keep every multiprocessor equally full: where one is left empty, the next launch puts two
         # of its CTAs there, and they take twice as long as all others.
-        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.grid = max(grid, sms // config.cluster * config.cluster)
         self.squares = squares_left(self.shape.n, config)
         with torch.cuda.device(self.device):

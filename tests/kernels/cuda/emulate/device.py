@@ -123,7 +123,7 @@ class Device:
 
 
 _CACHES = (
-    *(decode.load, dense.load, prefill.load, attend.load, stream._load, flags.of_device),
+    *(decode.load, decode.equal_indices, dense.load, prefill.load, attend.load, stream._load, flags.of_device),
     *(cuda._device_facts, routes.routes, kernels.choose),
 )
 

@@ -7,9 +7,9 @@
 // Its eight columns of B would all say the same; each is zero but for some of the rows of weights and one of the units,
 // so that sums of four units, which have scales of their own, lie in different lanes and are scaled all at once.
 //
-//   2 bits   A nibble holds two neighbours of a row, whose indices may be equal, which an operand's may not. So each is
-//            multiplied apart: with it in the upper half of a nibble, its complement in the lower half and zero there in
-//            A. Nibbles belong to rows 8h + g in turn, columns 2 slot + h of B to one of them.
+//   2 bits   A nibble holds two neighbours of a row: words are indices as they are. Equal ones, which PTX calls undefined,
+//            select the same row of B twice on compute capability 9.0; the host asks each device before it relies on that
+//            (decode.py, equal_indices). Nibbles belong to rows 8h + g in turn, columns 2 slot + h of B to one of them.
 //   1 bit    Bits 0 and 2 of a nibble (1 and 3, shifted) are those of two steps in the same row: with bit 1 cleared and
 //            bit 3 set they are indices into T[0], T[1], T[0], T[1].
 //
@@ -111,22 +111,15 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
         } else {
             const u32 b = g / 2 == index ? lookup.pair : 0;
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < 2; ++i) {
+                u32 indices[4];
 #pragma unroll
-                for (int odd = 0; odd < 2; ++odd) {
-                    u32 indices[4], upper[2][4];
+                for (int tile = 0; tile < 4; ++tile) indices[tile] = rotate_left(u.words[tile * 2 + i], 32 - 7);  // they are packed rotated left by 7
 #pragma unroll
-                    for (int tile = 0; tile < 4; ++tile) {
-                        const u32 w = rotate_left(u.words[tile * 2 + i], 32 - 7);  // they are packed rotated left by 7
-                        indices[tile] = combine<CHOOSE_OR_NOT>(odd ? w : w << 2, odd ? w >> 2 : w, 0xccccccccu);
-                    }
+                for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 0>(d[tile], a[i][0], b, indices[tile]);
 #pragma unroll
-                    for (int r = 0; r < 8; ++r) upper[r / 4][r % 4] = odd ? a[i][r / 4][r % 4] & 0xffff0000u : a[i][r / 4][r % 4] << 16;
-#pragma unroll
-                    for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 0>(d[tile], upper[0], b, indices[tile]);
-#pragma unroll
-                    for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 1>(d[tile], upper[1], b, indices[tile]);
-                }
+                for (int tile = 0; tile < 4; ++tile) mma_sparse<BF16, 1>(d[tile], a[i][1], b, indices[tile]);
+            }
         }
         if (index == STAGE_UNITS - 1) {
 #pragma unroll

@@ -39,7 +39,6 @@ __device__ __forceinline__ u32 combine(u32 a, u32 b, u32 c) {
     return d;
 }
 constexpr int CHOOSE = 0xe4;        // (a & c) | (b & ~c)
-constexpr int CHOOSE_OR_NOT = 0xb1;  // (a & c) | (~b & ~c)
 constexpr int MASK_OR = 0xea;       // (a & b) | c
 constexpr int NOT_MASK_OR = 0xae;   // (~a & b) | c
 constexpr int MASK_XOR = 0x6a;      // (a & b) ^ c
@@ -122,7 +121,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 }
 
 // The same with k = 32 and half of a's columns left out: of each four, two are kept, in the registers that a dense a[16 x 16] has.
-// Where they belong say 2 bits each of `indices`, in a nibble of which they must differ: rows g in the low half of the word,
+// Where they belong say 2 bits each of `indices`, two that should differ a nibble: rows g in the low half of the word,
 // rows g + 8 in the high one, columns 0 to 15 in lanes 4g + 2 PAIR, columns 16 to 31 in lanes 4g + 2 PAIR + 1. b as in four
 // registers of a lane, here all the same: rows 2t, 2t+1 of each eight.
 template <bool BF16, int PAIR>
