@@ -39,7 +39,9 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
                     or (m == 64 and (capability != (9, 0) or shape.sparse))
                 )
                 continue
-            assert m <= config.tokens and (not config.digits or shape.allows_digits)
+            assert m <= config.tokens
+            assert not config.digits or shape.allows_digits
+            assert not config.indices or shape.allows_indices
             assert config.shared_bytes(shape, hopper) <= most_shared
             assert config.threads <= 1024
             assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)
