@@ -190,13 +190,12 @@ SETS: dict[str, Named] = {
         150,
         (
             Trial(
-                problems("decode", "lut4_g64 lut3_g64 lut2_g64", "8192x8192", "1")
-                + problems("decode", "lut4_g64 lut2_g64", "4096x14336", "1"),
+                problems("decode", "lut4_g64 lut3_g64", "8192x8192", "1")
+                + problems("decode", "lut4_g64", "4096x14336", "1"),
                 (*DEEPER, {"stages": 3, "early": 1, "scales_once": True}),
             ),
             Trial(
-                problems("decode", "lut4_g64 lut2_g64", "14336x4096", "1")
-                + problems("decode", "lut4_g64", "28672x8192", "1"),
+                problems("decode", "lut4_g64", "14336x4096", "1") + problems("decode", "lut4_g64", "28672x8192", "1"),
                 DEEPER,
             ),
             Trial(
@@ -336,7 +335,7 @@ SETS: dict[str, Named] = {
                 ({"uniform": True}, {"uniform": True, "scales_once": True}),
             ),
             Trial(
-                problems("decode", "lut4_g64 lut2_g64 lut8_g64 lut1_g64", "28672x8192", "1")
+                problems("decode", "lut4_g64 lut8_g64 lut1_g64", "28672x8192", "1")
                 + problems("decode", "lut1_g64", "8192x8192", "1"),
                 ({"uniform": True},),
             ),
