@@ -7,7 +7,7 @@ from importlib import import_module
 
 from fdk.errors import UnsupportedError
 
-TRIED = "0.32 and 0.33"
+TRIED = "0.26, 0.32 and 0.33"
 
 
 def _version() -> str:
