@@ -447,7 +447,7 @@ def _alone(shape: Shape, config: Config, cta_units: int) -> bool:
     return shape.nested and large and config.tokens <= 4
 
 
-def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[tuple[int, int]]:
+def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
     if config.indices:
@@ -486,8 +486,8 @@ def _stages(shape: Shape, config: Config, capability: tuple[int, int]) -> list[t
         if config.tokens <= 4:
             return [(4, 1), (2, 1), (1, 2)]
         crowded = config.row_warps > 4 and config.tokens >= 16 and not config.alone
-        # Two units beside the sums of 32 tokens are more than registers hold, but for tables on capability 9.0.
-        crowded |= config.tokens == 32 and (capability != (9, 0) or shape.kind == INT)
+        # Two units beside the sums of 32 tokens are more than registers hold.
+        crowded |= config.tokens == 32
         return [(1, 2)] if crowded else [(2, 1), (1, 2)]
     if shape.bits <= 4 and config.tokens <= 16:
         # Two units at once take more registers than 16 warps leave in these cases.
@@ -534,7 +534,7 @@ def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config |
         ):
             continue
         slices = config.cluster * phases * config.k_warps
-        for stage_units, stages in _stages(shape, config, capability):
+        for stage_units, stages in _stages(shape, config):
             if not shape.allows_stage_units(stage_units, slices):
                 continue
             for batch in batches:
