@@ -54,6 +54,8 @@ CASES = [
     ("lut4_g64", Config(64, 2, 8, split=3, k_groups=2, ahead=False, turns=True)),
     ("lut1_g64", Config(64, 2, 12, split=4, k_groups=2, ahead=False, turns=True)),
     ("lut4_g64", Config(64, 3, 10, split=7)),
+    ("lut4_g64", Config(64, 3, 8, rounds=True, unrolled=True)),
+    ("lut1_g64", Config(48, 3, 8, rounds=True, unrolled=True)),
     ("lut4_g64", Config(64, 1, 12, split=2, k_groups=3)),
     ("uint4_g32", Config(48, 4, 8, split=8, ahead=False)),
 ]

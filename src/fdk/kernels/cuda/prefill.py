@@ -289,9 +289,9 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     and above 4 bits. A ring of less than four stages a k group costs more than all that.
     """
     late = shape.groups > 1 and not config.rounds
-    # Registers of four blocks last for eight units in a row of the widths that lie in whole words.
+    # Registers of three and four blocks last for eight units in a row of the widths that lie in whole words.
     light = shape.bits in (1, 2, 4) and shape.kind in (TABLE, INT)
-    few = 32 < config.tokens <= 64 and (config.blocks < 3 or (config.blocks == 4 and light))
+    few = 32 < config.tokens <= 64 and (config.blocks < 3 or light)
     many = config.tokens >= 96 and config.warpgroups == 2 and (shape.subs == 1 or config.k_groups == 2)
     long = config.tokens < 256 or config.stream or (shape.bits > 4 and not shape.nested)
     if late or not (few or (many and long)):
@@ -349,6 +349,11 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         us = _us(shape, m, blocks, sms, config)
         if found is None or us < found[0]:
             found = (us, config)
+    if found and rounds and m <= 64 < found[1].tokens and not found[1].stream:
+        # The same tile with as many tokens as there are does less of everything; how much less has no fit.
+        fewer = replace(found[1], tokens=next(tokens for tokens in TOKENS if tokens >= m), wide=False)
+        if (filled := _fill(shape, fewer)) is not None:
+            found = (found[0], _unrolled(shape, filled))
     return found
 
 
