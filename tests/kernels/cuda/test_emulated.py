@@ -280,7 +280,12 @@ FAULTS = {
         "first_unit = (units * k_warp - 1) / K_WARPS;",
     ),
     "no wait for the kernel in front": (ALONE, "decode.cuh", "    wait_for_previous_kernel();\n", ""),
-    "no wait for the cluster": (CLUSTERED, "decode.cuh", "if (!COUNTED_SUMS || step == 0) cluster_wait();", ""),
+    "no wait for the cluster": (
+        CLUSTERED,
+        "decode.cuh",
+        "if (!MET_EARLY && (!COUNTED_SUMS || step == 0)) cluster_wait();",
+        "",
+    ),
     "no wait for sums": (CLUSTERED, "decode.cuh", "            barrier_wait(sums_barrier, 0);\n", ";\n"),
     "too few bytes expected": (CLUSTERED, "decode.cuh", "ROW_WARPS * 64 * M * 4);", "ROW_WARPS * 64 * M * 4 - 16);"),
     "a wrong entry of the table": (

@@ -95,6 +95,8 @@ INDICES_4096 = each(
 )
 
 
+DIGITS: Change = {"digits": True, "paired": True, "uniform": True, "late": True, "x_sums": False, "scales_once": False}
+
 SETS: dict[str, Named] = {
     "two-bit": Named(
         "Two bits whose codes are the indices of sparse products: which rings, and do they win at 4096 x 4096 too?",
@@ -207,122 +209,55 @@ SETS: dict[str, Named] = {
         ),
     ),
     "one-bit": Named(
-        "One bit, one token: what do half as many sums in integer products save, and do uniform copies, warps that "
-        "read their whole slice at once, blocks taken one after the other, or two CTAs beside each other save more?",
-        60,
+        "One bit: do fewer warps with more stages hold at 8192 x 8192 what they have reached at times, alone on their "
+        "multiprocessor or beside the next launch, and do integer products serve two tokens at other sizes?",
+        20,
         (
             Trial(
                 problems("decode", "lut1_g64", "8192x8192", "1"),
-                each({}, {"stage_units": 8}, {"late": False}, paired=True)
-                + each(
-                    {},
-                    {"stage_units": 8},
-                    {"scales_once": True},
-                    {"scales_once": True, "stage_units": 8},
-                    {"stages": 2},
+                (
+                    {"k_warps": 8},
+                    {"k_warps": 8, "stages": 2},
                     {"k_warps": 8, "stages": 3},
                     {"k_warps": 8, "stages": 3, "min_ctas": 2, "alone": False},
-                    {"k_warps": 8, "stages": 3, "min_ctas": 2, "late": False},
+                    {"stages": 3, "stage_units": 2},
                     {"stages": 3, "stage_units": 2, "min_ctas": 2, "alone": False},
-                    {"stages": 3, "stage_units": 2, "min_ctas": 2, "late": False},
-                    paired=True,
-                    uniform=True,
                 ),
             ),
+            Trial(problems("decode", "lut1_g64", "4096x14336", "1"), ({"alone": True}, {"stages": 1})),
             Trial(
-                problems("decode", "lut1_g64", "28672x8192", "1"),
-                each({}, {"uniform": True}, paired=True)
-                + each({"stages": 1}, {}, {"stages": 3}, row_warps=1, k_warps=16, batch=7, paired=True, uniform=True)
-                + each({"stages": 1}, {}, {"stages": 3}, row_warps=7, k_warps=2, batch=1, paired=True, uniform=True),
+                problems("decode", "lut1_g64", "14336x4096", "2"),
+                each({"stage_units": 2}, {"stage_units": 4}, k_warps=8, stages=1, **DIGITS),
             ),
             Trial(
-                problems("decode", "lut1_g64", "14336x4096", "1"),
-                each(
-                    {},
-                    {"k_warps": 8},
-                    {"k_warps": 8, "stage_units": 8},
-                    {"stages": 2},
-                    {"row_warps": 1, "k_warps": 16, "batch": 2},
-                    paired=True,
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "4096x14336", "1"),
-                each(
-                    {},
-                    {"stages": 1, "stage_units": 7},
-                    {"k_warps": 16, "stages": 1, "stage_units": 7},
-                    {"k_warps": 14, "stages": 2, "stage_units": 4, "uniform": True},
-                    {"k_warps": 14, "stages": 2, "stage_units": 2},
-                    paired=True,
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "4096x4096", "1"),
-                each({}, {"stages": 1, "stage_units": 4}, digits=True, paired=True, uniform=True)
-                + each({"x_sums": True}, uniform=True),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "8192x8192", "2"),
-                each({}, {"k_warps": 16, "stage_units": 2}, digits=True, paired=True, late=True, uniform=True),
+                problems("decode", "lut1_g64", "28672x8192", "2"),
+                each({}, {"stage_units": 4}, row_warps=7, k_warps=2, stages=1, stage_units=2, batch=1, **DIGITS),
             ),
         ),
     ),
     "integers": Named(
-        "One token: do integer products with half as many sums now beat look-ups at 2, 4 and 8 bits, with and without "
-        "zero points?",
-        75,
+        "One token: do integer products beat look-ups of integers where that has not been measured?",
+        30,
         (
             Trial(
-                problems("decode", "int2_g64", "8192x8192", "1"),
-                each({}, {"stage_units": 4}, {"stages": 2}, paired=True, uniform=True),
+                problems("decode", "uint4_g64 uint2_g64 uint8_g64 int8_g64", "14336x4096", "1"),
+                each({}, {"stages": 2}, row_warps=2, k_warps=8, stages=1, stage_units=1, batch=1, **DIGITS),
             ),
             Trial(
-                problems("decode", "int2_g64", "28672x8192", "1"),
-                each(
-                    {},
-                    {"row_warps": 1, "k_warps": 16, "batch": 7},
-                    {"row_warps": 7, "k_warps": 2, "batch": 1},
-                    {"row_warps": 7, "k_warps": 2, "batch": 1, "stages": 2, "stage_units": 4},
-                    paired=True,
-                    uniform=True,
-                ),
+                problems("decode", "uint4_g64 uint2_g64 int2_g64", "4096x14336", "1"),
+                each({}, {"stage_units": 2}, k_warps=14, stages=2, stage_units=1, **DIGITS),
             ),
             Trial(
-                problems("decode", "int2_g64", "14336x4096", "1"),
-                each({}, {"k_warps": 8}, {"k_warps": 8, "stage_units": 2, "stages": 2}, paired=True, uniform=True),
+                problems("decode", "uint8_g64 int8_g64", "4096x14336", "1"),
+                each({"stages": 1}, {"stages": 2}, k_warps=14, stage_units=1, **DIGITS),
             ),
             Trial(
-                problems("decode", "int2_g64 int4_g64 uint4_g64 int8_g64", "4096x4096", "1"),
-                each({}, {"stages": 1}, {"stages": 2, "stage_units": 2}, digits=True, paired=True, uniform=True),
+                problems("decode", "uint4_g64 uint2_g64", "4096x4096", "1"),
+                each({}, {"stage_units": 2}, stages=2, stage_units=1, x_sums=False, digits=True, paired=True),
             ),
             Trial(
-                problems("decode", "int4_g64 uint4_g64 uint2_g64 int8_g64 uint8_g64", "8192x8192", "1"),
-                each(
-                    {"k_warps": 8, "stages": 1, "stage_units": 2},
-                    {"k_warps": 8, "stages": 2, "stage_units": 1},
-                    {"k_warps": 8, "stages": 2, "stage_units": 2},
-                    {"k_warps": 16, "stages": 1, "stage_units": 2},
-                    {"k_warps": 16, "stages": 2, "stage_units": 1},
-                    digits=True,
-                    paired=True,
-                    uniform=True,
-                    late=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "int4_g64 uint4_g64", "28672x8192", "1"),
-                each(
-                    {"row_warps": 7, "k_warps": 2, "stages": 2, "stage_units": 2},
-                    {"row_warps": 4, "k_warps": 4, "batch": 1, "stages": 2, "stage_units": 1},
-                    batch=1,
-                    digits=True,
-                    paired=True,
-                    uniform=True,
-                    late=True,
-                ),
+                problems("decode", "uint2_g64", "28672x8192", "1"),
+                each({}, row_warps=4, k_warps=4, stages=2, stage_units=1, **DIGITS),
             ),
         ),
     ),
@@ -335,18 +270,13 @@ SETS: dict[str, Named] = {
                 ({"uniform": True}, {"uniform": True, "scales_once": True}),
             ),
             Trial(
-                problems("decode", "lut4_g64 lut8_g64 lut1_g64", "28672x8192", "1")
-                + problems("decode", "lut1_g64", "8192x8192", "1"),
+                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"),
                 ({"uniform": True},),
             ),
             Trial(
                 problems("decode", "lut4_g64 lut2_g64 lut8_g64", "8192x8192", "8")
                 + problems("decode", "lut2_g64 lut8_g64", "28672x8192", "8"),
                 ({"uniform": True},),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "4096x4096", "1"),
-                each({}, {"octets": True, "x_sums": False, "stage_units": 2}, uniform=True),
             ),
             Trial(
                 problems("decode", "lut1_g64", "4096x4096 8192x8192 28672x8192", "8"),

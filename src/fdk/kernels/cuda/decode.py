@@ -181,6 +181,8 @@ class Config:
     alone      ask for so much shared memory that a multiprocessor takes one CTA of the launch
     late       let the next launch start once the activations are here, not at once
     digits     integer products (csrc/digits.cuh) instead of bf16 or fp16 ones
+    paired     of those: two row tiles share an accumulator, and pairs of digits are added up before scaling
+    uniform    tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
     epilogue   what becomes of the sums
@@ -192,9 +194,7 @@ class Config:
 
     early        stages asked for before the wait for the kernel in front, 0 for all: the others follow the activations
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
-    uniform      tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     octets       look up one bit eight codes at a time, which needs no sums of activations
-    paired       integer products: two row tiles share an accumulator, and pairs of digits are added up before scaling
     """
 
     tokens: int
@@ -271,7 +271,7 @@ class Config:
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
-        head += 256 * self.stage_units - 240 if self.paired and self.tokens == 1 else 0
+        head += 256 * self.stage_units - 240 if self.digits and self.paired and self.tokens == 1 else 0
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
             head += (
@@ -323,7 +323,7 @@ class Config:
             "FDK_OCTETS": int(self.octets),
             "FDK_UNIFORM": int(self.uniform),
             "FDK_INDICES": int(self.indices),
-            "FDK_PAIRED": int(self.paired),
+            "FDK_PAIRED": int(self.digits and self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),
         }
@@ -393,12 +393,11 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
         elif shape.nested:
             # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
             warps = 16 if tokens == 1 and shape.bits <= 4 and blocks == 1 and cta_units > 32 else 8
-        elif tokens == 1 and shape.subs == 1:
+        elif (
+            tokens == shape.subs == 1 and cta_units * blocks > 32 and (shape.bits >= 3 or (shape.zeros and blocks == 1))
+        ):
             # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
-            if (shape.bits >= 3 or (shape.zeros and blocks == 1)) and cta_units * blocks > 32:
-                warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
-            elif shape.bits <= 2 and shape.allows_digits and blocks == 1 and cta_units >= 128:
-                warps = 16
+            warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
         return min(max(4, warps // row_warps), cta_units), row_warps
     row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
     # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
@@ -408,6 +407,36 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4 and 1 < row_warps <= 4
     warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
     return max(1, min(warps // row_warps, cta_units)), row_warps
+
+
+def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: bool) -> bool:
+    """Whether integer products serve one token of a weight faster, outside of chains; where not measured, not."""
+    if shape.bits == 1:
+        return large or shape.kind in (TABLE, INT)
+    if not large:
+        if shape.bits == 4:
+            return shape.kind == INT and cta_units <= 32
+        return shape.kind == INT or shape.bits == 8
+    if shape.bits == 2 and shape.kind == INT:
+        # Making digits pays where a CTA has many units for each that it makes them of.
+        return cluster == 1 or blocks >= 4
+    # Look-ups of 4 bits without zero points wait for memory alone.
+    return cluster == blocks == 1 and shape.kind in (INT, UINT_U8) and (shape.bits, shape.kind) != (4, INT)
+
+
+def _two_digits_pay(shape: Shape) -> bool:
+    """The same for two tokens, which fill the columns of a product; measured at 8192^2."""
+    return shape.bits == 1 and shape.kind in (TABLE, INT) and shape.subs == 1 and shape.units >= 128
+
+
+def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
+    """(k_warps, row_warps) of integer products, outside of chains; 16 warps where they have work."""
+    one_bit = shape.bits == 1 and shape.kind in (TABLE, INT)
+    if blocks == 1:
+        few = 128 if shape.bits <= 2 else 64
+        return (16 if cta_units >= few else 14 if one_bit and cta_units >= 112 else min(8, cta_units)), 1
+    row_warps = blocks if blocks <= (8 if one_bit else 4) else 4
+    return min(16 // row_warps, cta_units), row_warps
 
 
 def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int]:
@@ -454,6 +483,8 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         # Where everything would be on its way from the start, half of it first is faster.
         return [(4, 2 if per_warp > 8 else 1)]
     if shape.zeros:
+        if config.digits and config.epilogue == PLAIN and config.blocks == 1 and config.k_warps > 8:
+            return [(2, 1), (1, 2), (1, 1)]
         if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
             return [(1, 2), (1, 1)]
         if config.tokens == 1 and per_warp <= 4 and shape.bits <= 4:
@@ -466,10 +497,12 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         if config.alone:
             found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
             return found[config.warps > 12 :]
-        if shape.bits > 1:
-            wide = [(4, 1), (2, 2)] if config.warps <= 8 else [(2, 2 if config.steps > 1 else 1)]
-            return [*(wide if shape.bits == 2 else []), (1, 3), (1, 2), (1, 1)]
-        return [(4, 2 if config.steps > 1 else 1), (2, 2), (1, 4), (1, 2), (1, 1)]
+        single = config.blocks == 1 and config.k_warps > 8
+        if shape.bits == 1 and config.tokens == 1:
+            # More on its way before the launch in front has ended only delays activations.
+            first = (2, 2) if single and config.cluster > 1 else (4, 2 if config.steps > 1 else 1)
+            return [first, (2, 2), (1, 4), (1, 2), (1, 1)]
+        return [(2, 1) if single else (1, 3) if shape.bits == 4 else (2, 2), (1, 3), (1, 2), (1, 1)]
     if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
         return [(1, 1)]
     if config.warps > 12 and config.alone:
@@ -611,6 +644,7 @@ def choose_config(
             return eight
     if tokens > 32 and capability != (9, 0):
         return None  # registers do not hold the sums of 64 tokens; two launches of 32 have not been measured on 9.0
+    coded = shape.nested or shape.sparse  # whose integer products have configurations of their own
     best = None
     for cluster in (1, 2, 4, 8) if hopper else (1,):
         at_once = clusters_at_once(sms, cluster)
@@ -622,20 +656,27 @@ def choose_config(
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
         if hopper and not chained and _bytes_pay(shape, tokens, per_cluster):
             start = replace(start, digits=True, paired=True)
-        elif tokens == 1 and shape.allows_digits and not (shape.nested or shape.sparse):
+        elif tokens == 1 and shape.allows_digits and not coded:
             large = shape.n * shape.k >= 1 << 25
-            # Making digits pays where a CTA has many units for each that it makes them of.
-            two = shape.bits == 2 and shape.kind == INT and large and (cluster == 1 or per_cluster >= 4) and not chained
-            if two or (shape.bits == 1 and (large or chained)) or (shape.bits == 8 and not large):
-                start = replace(start, digits=True, late=large and not chained)
+            if chained:
+                digits = shape.bits == 1 or (shape.bits == 8 and not large)
+            else:
+                digits = _digits_pay(shape, cluster, per_cluster, cta_units, large)
+            if digits:
+                start = replace(start, digits=True, paired=shape.bits == 1 or not chained)
+                start = start if chained else replace(start, uniform=hopper, late=large)
+        elif not chained and tokens == 2 and cluster == per_cluster == 1 and _two_digits_pay(shape):
+            start = replace(start, digits=True, paired=True, uniform=hopper, late=True)
         if chained:
             most, row_warps = _chain_warps(start, shape, cta_units)
+        elif start.digits and not coded:
+            most, row_warps = _digit_warps(shape, per_cluster, cta_units)
         else:
             most, row_warps = _warps(shape, start, cta_units)
         warps = sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True)
         tried = [replace(start, k_warps=k_warps, row_warps=row_warps) for k_warps in warps]
         if not chained and _allows_indices(shape, tokens, capability, equal_indices):
-            selected = _with_indices(shape, replace(start, digits=False, late=False), cta_units)
+            selected = _with_indices(shape, replace(start, digits=False, paired=False, late=False), cta_units)
             tried = tried if selected is None else [selected]
         for config in tried:
             k_warps = config.k_warps
@@ -643,6 +684,9 @@ def choose_config(
             filled = _fill(shape, config, capability)
             if filled is None:
                 continue
+            if filled.paired and filled.min_ctas == 1 and cluster == 1 and not coded:
+                # Where CTAs of two launches fit beside each other, some launches took 1.4 times as long.
+                filled = replace(filled, alone=hopper)
             score = blocks / (per_cluster * at_once)
             # In a chain more warps are worth more than an even share of k for each.
             score *= 1 if chained and k_warps == most else cta_units / k_warps / -(-cta_units // k_warps)

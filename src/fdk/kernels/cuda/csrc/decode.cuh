@@ -21,6 +21,8 @@ namespace fdk {
 // Where no buffer is used twice, sums from other CTAs are counted as they arrive; the cluster's barrier would make every
 // thread wait until all its stores, those to global memory included, are seen by the whole GPU.
 constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
+// Then the other CTAs need only have begun, which they have before the kernel in front has ended.
+constexpr bool MET_EARLY = COUNTED_SUMS && !Smem::SINGLE;
 
 extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char smem[];
@@ -104,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         for (int i = threadIdx.x; i < Smem::NO_DIGIT_BYTES / 16; i += THREADS) *reinterpret_cast<u32x4*>(smem + Smem::NO_DIGITS + i * 16) = {};
     }
     __syncthreads();  // table and barriers are ready
+    if constexpr (MET_EARLY) cluster_wait();
     wait_for_previous_kernel();
     const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 || (SPARSE && DIGITS) ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
@@ -140,7 +143,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 return sum;
             });
         } else {
-            for (int i = threadIdx.x; i < ROW_WARPS * SLOT / 4; i += THREADS) {
+            constexpr int PIECES = ROW_WARPS * SLOT / 4, TRIPS = (PIECES + THREADS - 1) / THREADS;
+#pragma unroll(TRIPS <= 4 ? TRIPS : 1)
+            for (int trip = 0; trip < TRIPS; ++trip) {
+                const u32 i = trip * THREADS + threadIdx.x;
+                if (PIECES % THREADS != 0 && i >= PIECES) break;
                 const int rw = ROW_WARPS == 1 ? 0 : i / (SLOT / 4), at = i % (SLOT / 4) * 4;
                 f32x4 sum = *reinterpret_cast<const f32x4*>(slot(step, rw, 0) + at);
 #pragma unroll
@@ -200,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             __syncthreads();
             if constexpr (CLUSTER > 1) {
                 if constexpr (Smem::SINGLE) cluster_arrive_relaxed();  // no CTA needs its activations any more
-                if (!COUNTED_SUMS || step == 0) cluster_wait();
+                if (!MET_EARLY && (!COUNTED_SUMS || step == 0)) cluster_wait();
                 if (!COUNTED_SUMS && step > 0) finish(step - 1);
             }
             reduce(step);
@@ -209,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     }
     if constexpr (BATCH > 1) {
         __syncthreads();
-        if constexpr (CLUSTER > 1) cluster_wait();
+        if constexpr (CLUSTER > 1 && !MET_EARLY) cluster_wait();
         for (int step = 0; step < steps; ++step) reduce(step);
     }
     if constexpr (CLUSTER > 1) {
