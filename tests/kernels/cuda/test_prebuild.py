@@ -9,6 +9,7 @@ from fdk.formats import parse
 from fdk.kernels import cuda
 from fdk.kernels.cuda import decode, dense, jit, prebuild, prefill
 from fdk.kernels.cuda.prebuild import Product, Target
+from fdk.packing.layouts import Geometry
 
 TARGETS = [Target((9, 0), 132), Target((9, 0), 114), Target((8, 9), 58), Target((8, 0), 108), Target((10, 0), 148)]
 FORMATS = [
@@ -55,6 +56,16 @@ def test_a_kernel_of_several_products_is_one_source() -> None:
     geometry = testing.random_weight(parse("lut4_g64"), 256, 512).geometry
     few = prebuild.sources([Product(geometry, None, m) for m in (5, 6, 7, 8)], TARGETS[0])
     assert len(few) == 1 and few[0][0] == "decode.cuh" and few[0][2] == "sm_90a"
+
+
+def test_what_a_device_is_asked_with_is_compiled_ahead_too() -> None:
+    geometry = Geometry(parse("lut2_g64"), 8192, 8192, torch.bfloat16, (8192,))
+    served, asked = prebuild.sources([Product(geometry, None, 1)], TARGETS[0])
+    assert served[1]["FDK_INDICES"] == asked[1]["FDK_INDICES"] == 1
+    assert (asked[1]["FDK_N"], asked[1]["FDK_K"]) == (64, 256)
+    weight, x, product = decode._of_equal_indices(torch.device("cpu"))
+    assert decode.shape_of(weight.geometry, None) == decode.ASKED[0]
+    assert x.shape == (1, 256) and product.shape == (1, 64)
 
 
 def test_what_the_kernels_do_not_serve_needs_none() -> None:

@@ -790,6 +790,15 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
 
 
+# What a device is asked with, before it serves weights that need the answer.
+ASKED = Shape(64, 256, 2, 64, True, TABLE), Config(1, 1, 2, 1, 1, 2, 1, 1, 1, indices=True)
+
+
+def asks(shape: Shape, config: Config) -> bool:
+    """Whether a configuration relies on `equal_indices`."""
+    return config.indices and shape.bits == 2
+
+
 def _of_equal_indices(device: torch.device) -> tuple[QuantisedWeight, Tensor, Tensor]:
     """A weight of two bits, x [1, 256] and their product [1, 64], exact: every nibble of codes at every place."""
     codes = torch.randint(0, 4, (64, 256), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -809,7 +818,7 @@ def equal_indices(device: torch.device) -> bool:
     """
     weight, x, product = _of_equal_indices(device)
     out = torch.full_like(product, float("nan"))
-    Plan(weight, Config(1, 1, 2, 1, 1, 2, 1, 1, 1, indices=True), asked=True)(x, None, out)
+    Plan(weight, ASKED[1], asked=True)(x, None, out)
     return torch.equal(out, product)
 
 
@@ -823,7 +832,7 @@ class Plan:
         self.shape = shape_of(weight.geometry, None if zeros is None else zeros.dtype)
         self.device = weight.device
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        if config.indices and self.shape.bits == 2 and not asked and not equal_indices(self.device):
+        if not asked and asks(self.shape, config) and not equal_indices(self.device):
             capability = torch.cuda.get_device_capability(self.device)
             blocks = sum(block_counts(weight.geometry))
             config = choose_config(self.shape, config.tokens, blocks, sms, capability, config.epilogue, False)

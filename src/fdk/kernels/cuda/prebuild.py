@@ -64,6 +64,9 @@ def sources(products: Iterable[Product], target: Target) -> list[jit.Source]:
                 module = decode if route.name == "decode" else prefill
                 source = module.source(shape, route.config, target.capability)
             found[repr(source)] = source
+            if route.name == "decode" and decode.asks(shape, route.config):
+                asked = decode.source(*decode.ASKED, target.capability)
+                found[repr(asked)] = asked
     return list(found.values())
 
 
