@@ -75,6 +75,7 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
     for bits, kind in ((8, decode.TABLE), (8, decode.INT)):
         assert chosen(replace(table, bits=bits, kind=kind), 1024) == Config(256, 2, 4, rounds=True, unrolled=True)
+    assert chosen(table, 16) == Config(16, 2, 16, split=2, k_groups=2, wide=True, unrolled=True)
     assert chosen(table, 64) == Config(64, 2, 8, split=2, k_groups=2, rounds=True, unrolled=True)
     assert chosen(replace(table, bits=6), 1024).unrolled and chosen(replace(table, group=32), 128).unrolled
     for shape, m in ((table, 1024), (replace(table, group=32), 384), (replace(table, k=8128), 384)):

@@ -275,8 +275,8 @@ SETS: dict[str, Named] = {
             ),
             Trial(
                 problems("decode", "lut4_g64 lut2_g64 lut8_g64", "8192x8192", "8")
-                + problems("decode", "lut2_g64 lut8_g64", "28672x8192", "8"),
-                ({"uniform": True},),
+                + problems("decode", "lut2_g64", "28672x8192", "8"),
+                ({"uniform": False},),
             ),
             Trial(
                 problems("decode", "lut1_g64", "4096x4096 8192x8192 28672x8192", "8"),
@@ -290,150 +290,28 @@ SETS: dict[str, Named] = {
         ),
     ),
     "sixteen": Named(
-        "Sixteen tokens by decoding: fewer instructions a copy, cheaper addresses, more warps of one unit each?",
-        110,
-        (
-            Trial(
-                problems("decode", "lut4_g64", "8192x8192", "16"),
-                each(
-                    {"uniform": False},
-                    {"scales_once": True},
-                    {"x_chunks": 8},
-                    {"k_warps": 8, "stage_units": 1, "x_chunks": 2},
-                    {"k_warps": 8, "stage_units": 1, "x_chunks": 2, "scales_once": True, "bulk": False},
-                    {"phases": 4, "x_chunks": 1, "wide": True},
-                    {"phases": 4, "x_chunks": 1, "wide": True, "k_warps": 8, "stage_units": 1, "stages": 2},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "28672x8192", "16"),
-                each(
-                    {"uniform": False},
-                    {"stages": 1},
-                    {"bulk": False},
-                    {"k_warps": 1, "stage_units": 2, "stages": 1},
-                    {"phases": 4, "x_chunks": 1, "wide": True},
-                    {"phases": 4, "x_chunks": 1, "wide": True, "k_warps": 1, "stage_units": 2, "stages": 1},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "14336x4096", "16"),
-                each(
-                    {},
-                    {"k_warps": 4, "stage_units": 1, "x_chunks": 2},
-                    {"wide": True},
-                    {"wide": True, "k_warps": 4, "stage_units": 1, "x_chunks": 2},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "4096x14336", "16"),
-                each(
-                    {},
-                    {"k_warps": 14, "stage_units": 1},
-                    {"phases": 7, "k_warps": 8},
-                    {"phases": 7, "k_warps": 8, "wide": True},
-                    {"phases": 7, "k_warps": 16, "stage_units": 1, "stages": 2},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "22528x3072", "16"),
-                each(
-                    {},
-                    {"stage_units": 2, "stages": 1},
-                    {"wide": True},
-                    {"wide": True, "stage_units": 2, "stages": 1},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "4096x4096", "16"),
-                each({}, {"k_warps": 16, "stage_units": 1}, {"wide": True}, uniform=True),
-            ),
-            Trial(
-                problems("decode", "lut2_g64 lut3_g64 int4_g64", "8192x8192 28672x8192", "16"),
-                ({"uniform": False},),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "8192x8192", "16"),
-                each({"uniform": False}, {"phases": 4, "x_chunks": 1, "wide": True, "k_warps": 8}, uniform=True),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "28672x8192", "16"),
-                each(
-                    {},
-                    {"phases": 4, "x_chunks": 1, "stages": 2},
-                    {"phases": 4, "x_chunks": 1, "wide": True},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "4096x14336", "16"),
-                each(
-                    {},
-                    {"k_warps": 14},
-                    {"phases": 7, "k_warps": 16},
-                    {"phases": 7, "k_warps": 16, "wide": True},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "14336x4096 22528x3072 4096x4096", "16"),
-                each({}, {"wide": True}, uniform=True),
-            ),
-        ),
-    ),
-    "octets": Named(
-        "One bit and sixteen tokens: look-ups of eight codes, or sums of activations, instead of selecting values?",
+        "Sixteen tokens: where do unrolled loops of the prefill kernel beat decoding at widths other than 4 bits, and "
+        "which of the two a wide table more?",
         60,
         (
             Trial(
-                problems("decode", "lut1_g64", "8192x8192 28672x8192 14336x4096 4096x14336 22528x3072 4096x4096", "16"),
-                each(
-                    {},
-                    {"octets": True, "stage_units": 2, "stages": 1},
-                    {"octets": True, "stage_units": 1, "stages": 2},
-                    uniform=True,
-                ),
+                problems("prefill", "lut1_g64 lut8_g64 int8_g64", "8192x8192 14336x4096 22528x3072", "16")
+                + problems("prefill", "lut1_g64", "28672x8192 4096x14336", "16"),
+                ({"unrolled": False},),
             ),
             Trial(
-                problems("decode", "lut1_g64", "8192x8192", "16"),
-                each(
-                    {"octets": True, "k_warps": 4, "stage_units": 4},
-                    {"octets": True, "stage_units": 4},
-                    {"x_sums": True, "k_warps": 4},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "28672x8192 14336x4096 4096x14336 4096x4096", "16"),
-                ({"octets": True, "uniform": True, "stage_units": 4, "stages": 1},),
-            ),
-            Trial(problems("decode", "lut1_g64", "4096x14336", "16"), ({"x_sums": True, "uniform": True},)),
-        ),
-    ),
-    "prefill-stages": Named(
-        "16 and 32 rows: do more stages and a wide table gain beside an unrolled loop, and what of one and eight bits?",
-        50,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192 14336x4096 4096x14336", "16 32"),
-                each({}, {"stages": 8, "wide": True}, unrolled=True, stages=16),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192", "16"),
-                ({"stages": 16}, {"stages": 16, "unrolled": True, "wide": True}),
-            ),
-            Trial(problems("prefill", "lut4_g64", "22528x3072", "16 32"), each({}, {"wide": True}, unrolled=True)),
-            Trial(
-                problems("prefill", "lut1_g64", "8192x8192 28672x8192 22528x3072", "32"),
+                problems("prefill", "lut2_g64 lut3_g64", "8192x8192 14336x4096", "16 32"),
                 ({"stages": 16, "unrolled": True},),
             ),
-            Trial(problems("prefill", "lut8_g64", "8192x8192", "32"), ({"stages": 8, "unrolled": True},)),
-            Trial(problems("decode", "lut4_g64 lut1_g64", "8192x8192 4096x4096", "32"), ({"uniform": False},)),
+            Trial(problems("prefill", "lut4_g64", "28672x8192 4096x4096 4096x14336", "16"), ({"wide": False},)),
+            Trial(
+                problems("decode", "lut1_g64", "14336x4096", "16"),
+                ({"k_warps": 2, "stage_units": 4, "stages": 1, "x_chunks": 4},),
+            ),
+            Trial(
+                problems("decode", "lut1_g64 lut2_g64 lut4_g64 lut8_g64", "8192x8192 14336x4096 22528x3072", "16"),
+                ({"uniform": False},),
+            ),
         ),
     ),
     "prefill-start": Named(

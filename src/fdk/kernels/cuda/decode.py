@@ -402,7 +402,9 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
     # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
     few = tokens <= 16 and shape.lean and not shape.nested
-    narrow = (shape.bits == 1 and row_warps > 1) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
+    # One bit by look-ups, at sixteen tokens, would rather have four units a warp than twice as many warps.
+    most_blocks = 2 if tokens == 16 else 1
+    narrow = (shape.bits == 1 and row_warps > most_blocks) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
     # Zeros leave registers for 16 warps of eight tokens if codes take few.
     zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4 and 1 < row_warps <= 4
     warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
@@ -518,6 +520,8 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     if shape.bits == 1:
         if config.tokens <= 4:
             return [(4, 1), (2, 1), (1, 2)]
+        if config.octets and not config.alone:
+            return [*([(4, 1)] if config.warps <= 8 else []), *([(2, 1)] if config.warps < 16 else []), (1, 2)]
         crowded = config.row_warps > 4 and config.tokens >= 16 and not config.alone
         # Two units beside the sums of 32 tokens are more than registers hold.
         crowded |= config.tokens == 32
@@ -614,6 +618,20 @@ def _with_indices(shape: Shape, start: Config, cta_units: int) -> Config | None:
     return replace(start, indices=True, k_warps=k_warps, row_warps=row_warps, alone=large, uniform=large)
 
 
+def _with_wide_table(shape: Shape, config: Config, capability: tuple[int, int]) -> Config:
+    """`config` with a wide table where sixteen tokens were measured to gain by it.
+
+    That is where activations come in no more parts for it, or many blocks of rows share them.
+    """
+    measured = config.tokens == 16 and shape.bits in (4, 8) and shape.kind in (TABLE, INT) and shape.subs == 1
+    if not measured or config.epilogue != PLAIN or capability < (9, 0):
+        return config
+    wide = _fill(shape, replace(config, wide=True), capability)
+    if wide is None or (wide.stages, wide.stage_units) != (config.stages, config.stage_units):
+        return config
+    return wide if wide.phases == config.phases or config.row_warps > 4 else config
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     shape: Shape,
@@ -654,6 +672,8 @@ def choose_config(
         cta_units = -(-shape.units // cluster)
         alone = hopper and chained
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
+        if hopper and tokens == 16 and shape.bits == 1 and shape.kind in (TABLE, INT):
+            start = replace(start, octets=True)
         if hopper and not chained and _bytes_pay(shape, tokens, per_cluster):
             start = replace(start, digits=True, paired=True)
         elif tokens == 1 and shape.allows_digits and not coded:
@@ -703,7 +723,10 @@ def choose_config(
         return replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
     if best and chained and best[1].warps > 12:
         return replace(best[1], uniform=False)  # 128 registers are not enough for what the compiler then keeps
-    return best[1] if best else None
+    if best and hopper and tokens == 8 and not chained and shape.kind in (TABLE, INT) and shape.subs == 1:
+        # Fewer instructions again, but for 14 warps and more of wider codes, which spill.
+        return replace(best[1], uniform=shape.bits <= 2 or best[1].warps <= 12)
+    return _with_wide_table(shape, best[1], capability) if best else None
 
 
 class Range(ctypes.Structure):

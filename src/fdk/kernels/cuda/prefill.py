@@ -39,6 +39,14 @@ _TIMES = {
     (4, 1, True): (2.02, 0.302, 0.00348, 1.92, 0.0079),
     (4, 1, False): (1.68, 0.352, 0.00189, 1.70, 0.0159),
 }
+# The same where scales multiply sums and the loop over units is unrolled.
+_UNROLLED_TIMES = {
+    (2, 1): (0.99, 0.236, 0.00112, 2.01, 0.0098),
+    (1, 2): (0.89, 0.25, 0.0015, 1.76, 0.0158),
+    (2, 2): (1.37, 0.249, 0.0052, 1.45, 0.0219),
+    (3, 1): (1.51, 0.223, 0.00156, 1.91, 0.0100),
+    (4, 1): (2.52, 0.245, 0.0043, 1.92, 0.0079),
+}
 # Where tiles are cut along k: one wait for sums of others, and adding up those of a token, by blocks.
 _SHARES = {2: (5.8, 0.0083), 3: (2.65, 0.014)}
 # Tokens for which registers last, by warpgroups; with late scales, whose sums take as many again.
@@ -240,18 +248,25 @@ def _waves(m: int, blocks: tuple[int, ...], sms: int, config: Config) -> int:
 def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config) -> float:
     """Time by waves of tiles, each some rounds of a unit per k group."""
     late = shape.groups > 1 and not config.rounds
-    start, per_round, per_token, meeting, per_output = _TIMES[config.blocks, config.k_groups, late]
+    unrolled_late = late and config.unrolled
+    times = (
+        _UNROLLED_TIMES[config.blocks, config.k_groups]
+        if unrolled_late
+        else _TIMES[config.blocks, config.k_groups, late]
+    )
+    start, per_round, per_token, meeting, per_output = times
     extra = 0.0
     if shape.nested:
         extra = _PLANE * max(0, shape.bits - 2.5)
     elif shape.bits > 4:
         # Three warpgroups wait for each other's look-ups.
-        extra = _SINGLE_LOOKUPS * (1.3 if config.warpgroups > 2 else 1) if shape.kind == TABLE else _ARITHMETIC
+        crowded = (1.15 if unrolled_late else 1.3) if config.warpgroups > 2 else 1
+        extra = _SINGLE_LOOKUPS * crowded if shape.kind == TABLE else _ARITHMETIC
     extra += _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
     a_round = per_round + per_token * config.tokens + extra * config.blocks * config.k_groups
-    if config.unrolled and (shape.bits > 4 or not config.stream):
+    if config.unrolled and not late and (shape.bits > 4 or not config.stream):
         saved = next(saved for most, saved in _UNROLLED.items() if config.tokens <= most)
         long = shape.bits > 4 and not shape.nested and config.tokens > 64
         a_round -= max(saved, _UNROLLED_LONG) if long else saved
@@ -289,6 +304,9 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     and above 4 bits. A ring of less than four stages a k group costs more than all that.
     """
     late = shape.groups > 1 and not config.rounds
+    if late and shape.kind in (TABLE, INT) and shape.group == 64 and shape.bits in (1, 4, 8):
+        # Other widths spill in places; where units share a scale, the compiler waits between their products.
+        return _unrolled_few(shape, config)
     # Registers of three and four blocks last for eight units in a row of the widths that lie in whole words.
     light = shape.bits in (1, 2, 4) and shape.kind in (TABLE, INT)
     few = 32 < config.tokens <= 64 and (config.blocks < 3 or light)
@@ -302,6 +320,18 @@ def _unrolled(shape: Shape, config: Config) -> Config:
         measured = (stages == 8 and not wide) if few else stages >= 4 * config.k_groups and wide <= config.wide
         if whole and measured and unrolled.shared_bytes(shape) <= MAX_SHARED:
             return unrolled
+    return config
+
+
+def _unrolled_few(shape: Shape, config: Config) -> Config:
+    """The same for few tokens, where more stages gain most and a wide table comes next."""
+    # Twelve stages beside a wide table won over twelve beside another by 9 % (22528 x 3072), sixteen over eight by 8 %.
+    for stages, wide in ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False)):
+        filled = replace(config, stages=stages, wide=wide, unrolled=True)
+        whole = stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0
+        measured = not wide or (shape.bits == 4 and config.tokens <= 32)
+        if whole and measured and filled.shared_bytes(shape) <= MAX_SHARED:
+            return filled
     return config
 
 

@@ -25,8 +25,9 @@ _UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
 _NESTED_CLOCKS, _PLANE_CLOCKS = 49, 25  # a unit of planes, and each of them
 _SPARSE_CLOCKS = {decode.SPARSE_INT: 195, decode.SPARSE_TABLE: 300}
 _NESTED_BYTES_CLOCKS, _PLANE_BYTES_CLOCKS, _SPARSE_BYTES_CLOCKS = 22, 24.5, 115  # of integer products
-_TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 57, 32: 190, 64: 500}
-_ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 110, 32: 230, 64: 510}
+_TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
+_ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 68, 32: 190, 64: 510}
+_SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide products of more tokens
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
 # the starts of both kernels.
@@ -71,7 +72,10 @@ def decode_us(
     tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
     config = decode.choose_config(shape, rows, blocks, sms, capability)
     cta_units = -(-shape.units // config.cluster)
-    clocks = config.blocks * cta_units * (_unit_clocks(shape, config.digits) + tokens_clocks[config.tokens])
+    more = tokens_clocks[config.tokens]
+    if config.tokens == 16 and shape.bits > 4 and not shape.nested:
+        more = _SINGLE_LOOKUP_CLOCKS_16
+    clocks = config.blocks * cta_units * (_unit_clocks(shape, config.digits) + more)
     x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
     total = m // rows * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
     if rest := m % rows:

@@ -26,6 +26,7 @@ constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES =
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
 constexpr bool BULK = FDK_HOPPER && FDK_BULK;  // rings are filled by bulk copies, else by cp.async
 constexpr bool UNIFORM = FDK_UNIFORM;  // the compiler knows that a warp's lanes agree on what their warp copies
+static_assert(!UNIFORM || BULK, "with cp.async, an H200 met an illegal instruction");
 
 constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
 constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
