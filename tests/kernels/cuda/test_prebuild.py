@@ -63,7 +63,9 @@ def test_what_a_device_is_asked_with_is_compiled_ahead_too() -> None:
     served, asked = prebuild.sources([Product(geometry, None, 1)], TARGETS[0])
     assert served[1]["FDK_INDICES"] == asked[1]["FDK_INDICES"] == 1
     assert (asked[1]["FDK_N"], asked[1]["FDK_K"]) == (64, 256)
-    weight, x, product = decode._of_equal_indices(torch.device("cpu"))
+    with torch.device("meta"):
+        weight, x, product = decode._of_equal_indices()
+    assert x.device == product.device == weight.device == torch.device("cpu")
     assert decode.shape_of(weight.geometry, None) == decode.ASKED[0]
     assert x.shape == (1, 256) and product.shape == (1, 64)
 

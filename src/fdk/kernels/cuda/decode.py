@@ -822,15 +822,17 @@ def asks(shape: Shape, config: Config) -> bool:
     return config.indices and shape.bits == 2
 
 
-def _of_equal_indices(device: torch.device) -> tuple[QuantisedWeight, Tensor, Tensor]:
+def _of_equal_indices() -> tuple[QuantisedWeight, Tensor, Tensor]:
     """A weight of two bits, x [1, 256] and their product [1, 64], exact: every nibble of codes at every place."""
-    codes = torch.randint(0, 4, (64, 256), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    table = torch.tensor([[1, -2, 4, -7]], dtype=torch.bfloat16)
-    parts = {"codes": pack_codes(codes, 2), "scales": torch.ones(64, 4, dtype=torch.bfloat16), "table": table}
-    weight = QuantisedWeight.from_parts("lut2_g64", 256, parts).to_layout("fragments")
-    x = (torch.arange(256) * 37 % 61 - 30)[None].to(torch.bfloat16)
-    product = (x.float() @ table.float()[0, codes.long()].T).to(torch.bfloat16)
-    return weight.to(device), x.to(device), product.to(device)
+    drawn = torch.randint(
+        0, 4, (64, 256), generator=torch.Generator("cpu").manual_seed(0), dtype=torch.uint8, device="cpu"
+    )
+    table = torch.tensor([[1, -2, 4, -7]], dtype=torch.bfloat16, device="cpu")
+    scales = torch.ones(64, 4, dtype=torch.bfloat16, device="cpu")
+    parts = {"codes": pack_codes(drawn, 2), "scales": scales, "table": table}
+    x = (torch.arange(256, device="cpu") * 37 % 61 - 30)[None].to(torch.bfloat16)
+    product = (x.float() @ table.float()[0, drawn.long()].T).to(torch.bfloat16)
+    return QuantisedWeight.from_parts("lut2_g64", 256, parts), x, product
 
 
 @cache
@@ -839,7 +841,10 @@ def equal_indices(device: torch.device) -> bool:
 
     Compute capability 9.0 does (H200, 2026-11-22). One launch and a comparison, once for each device.
     """
-    weight, x, product = _of_equal_indices(device)
+    with torch.cuda.device(device):
+        load(*ASKED, device.index)  # first, since it says what to do where a graph is being captured
+    weight, x, product = _of_equal_indices()
+    weight, x, product = weight.to(device).to_layout("fragments"), x.to(device), product.to(device)
     out = torch.full_like(product, float("nan"))
     Plan(weight, ASKED[1], asked=True)(x, None, out)
     return torch.equal(out, product)
