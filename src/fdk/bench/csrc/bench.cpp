@@ -169,7 +169,7 @@ void write_record(const char* test, const char* provider, const char* format, co
         line, sizeof line,
         "{\"test\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"g\": %s, \"bits\": %lld, \"format\": \"%s\", \"dtype\": \"bf16\", "
         "\"provider\": \"%s\", \"kernel\": %s, \"status\": \"%s\", \"reason\": %s%s%s, \"copies\": %lld, \"inner_reps\": %lld, "
-        "\"reps\": %lld, \"launch\": \"direct\", \"bytes_rw\": %.0f, \"ops\": %.0f, \"avg_time\": %s, \"floor\": %s, \"x_bf16\": %s, "
+        "\"reps\": %lld, \"settle\": null, \"launch\": \"direct\", \"bytes_rw\": %.0f, \"ops\": %.0f, \"avg_time\": %s, \"floor\": %s, \"x_bf16\": %s, "
         "\"x_bf16_p20\": null, \"x_bf16_p80\": null, \"x_floor\": %s, \"relative_error\": null, \"chain_time\": null, "
         "\"x_chain\": null, \"read_bandwidth\": %.6g, \"copy_bandwidth\": %.6g, \"peak\": %.6g, \"reader\": \"fdk_read\", "
         "\"threads\": %lld, \"isa\": \"%s\", \"device\": %s, \"driver\": %s, \"versions\": \"bench.cpp\", \"commit\": %s, "

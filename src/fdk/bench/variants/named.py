@@ -104,7 +104,10 @@ SETS: dict[str, Named] = {
         (
             *(Trial(problems("decode", "lut2_g64", size, "1"), each(*tried)) for size, tried in INDICES.items()),
             Trial(problems("decode", "lut2_g64", "4096x4096 2048x4096", "1"), INDICES_4096),
-            Trial(problems("decode", "lut1_g64", "2048x4096", "1"), each(*INDICES_4096, x_sums=False)),
+            Trial(
+                problems("decode", "lut1_g64", "2048x4096", "1"),
+                each(*INDICES_4096, x_sums=False, digits=False, late=False),
+            ),
         ),
     ),
     "zeros": Named(
