@@ -54,12 +54,11 @@ BYTES: Change = {
     "scales_once": False,
 }
 
-DEEPER: tuple[Change, ...] = (
-    {"stages": 2},
-    {"stages": 3},
-    *each({"stages": 2}, {"stages": 3}, {"stages": 4}, early=1),
-    {"stages": 3, "early": 2},
-)
+def beside(hold: int, *changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
+    """Two CTAs on a multiprocessor, of launches that follow each other: with the places of idle CTAs held, and without."""
+    two = {"alone": False, "min_ctas": 2, **fixed}
+    return each(*changes, hold=hold, **two) + each(*changes[:1], **two) + each(*changes[:1], hold=hold, late=True, **two)
+
 
 INDICES = {
     "8192x8192": (
@@ -189,26 +188,61 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
-    "early": Named(
-        "One token: do activations arrive sooner if most of the ring is asked for behind them, so that a deeper ring "
-        "keeps memory busy while they come?",
-        150,
+    "beside": Named(
+        "One token: two CTAs on a multiprocessor, of launches that follow each other, if those without work keep their "
+        "places until the others end, so that every multiprocessor has one of each launch?",
+        120,
         (
             Trial(
-                problems("decode", "lut4_g64 lut3_g64", "8192x8192", "1")
-                + problems("decode", "lut4_g64", "4096x14336", "1"),
-                (*DEEPER, {"stages": 3, "early": 1, "scales_once": True}),
+                problems("decode", "lut1_g64", "8192x8192", "1"),
+                beside(5000, {"k_warps": 8, "stages": 3}, {"k_warps": 8, "stages": 2}, {"k_warps": 8, "stages": 4}, {})
+                + each({"hold": 3000}, {"hold": 8000}, k_warps=8, stages=3, alone=False, min_ctas=2),
             ),
             Trial(
-                problems("decode", "lut4_g64", "14336x4096", "1") + problems("decode", "lut4_g64", "28672x8192", "1"),
-                DEEPER,
+                problems("decode", "lut2_g64", "8192x8192", "1"),
+                beside(8000, {}, {"k_warps": 8, "stages": 1}, {"k_warps": 8, "stages": 3}, {"k_warps": 4, "stages": 4}),
             ),
             Trial(
-                problems("decode", "lut8_g64 lut1_g64", "8192x8192", "1")
-                + problems("decode", "lut4_g64 lut2_g64", "8192x8192", "8"),
-                ({"stages": 2}, {"stages": 2, "early": 1}),
+                problems("decode", "lut4_g64 lut3_g64", "8192x8192", "1"),
+                beside(
+                    11000,
+                    {"k_warps": 8, "stages": 2, "scales_once": False},
+                    {"k_warps": 8, "stages": 3, "scales_once": False},
+                    {"k_warps": 8, "stages": 4, "scales_once": False},
+                    {"k_warps": 8, "stages": 2, "stage_units": 2, "scales_once": False},
+                    {"k_warps": 8, "stages": 2, "scales_once": True},
+                ),
             ),
-            Trial(problems("decode", "lut4_g64 lut2_g64", "4096x4096", "1"), ({"early": 1}, {"early": 2})),
+            Trial(
+                problems("decode", "lut8_g64 int8_g64", "8192x8192", "1"),
+                beside(
+                    20000,
+                    {"k_warps": 8, "row_warps": 1, "stages": 1, "stage_units": 1, "scales_once": False},
+                    {"k_warps": 8, "row_warps": 1, "stages": 1, "stage_units": 1, "scales_once": True},
+                    {"k_warps": 8, "row_warps": 1, "stages": 2, "stage_units": 1, "scales_once": False},
+                ),
+            ),
+            Trial(
+                problems("decode", "lut4_g64 lut8_g64", "14336x4096", "1"),
+                beside(
+                    11000,
+                    {"k_warps": 8, "row_warps": 1, "stages": 1, "stage_units": 1, "batch": 2},
+                    {"k_warps": 8, "row_warps": 1, "stages": 2, "stage_units": 1, "batch": 2},
+                    {"k_warps": 4, "row_warps": 2, "stages": 2, "stage_units": 1, "batch": 1},
+                ),
+            ),
+            Trial(
+                problems("decode", "lut1_g64 lut2_g64", "14336x4096", "1"),
+                beside(6000, {"k_warps": 4, "stages": 2}, {"k_warps": 4, "stages": 3}),
+            ),
+            Trial(
+                problems("decode", "lut1_g64 lut4_g64", "4096x14336", "1"),
+                beside(6000, {"k_warps": 7, "stages": 2}, {"k_warps": 7, "stages": 3}, {"k_warps": 7, "stages": 4}),
+            ),
+            Trial(
+                problems("decode", "lut1_g64 lut2_g64 lut4_g64 lut8_g64", "4096x4096", "1"),
+                each({"hold": 2500}, {"hold": 4500}, {"hold": 2500, "late": True}),
+            ),
         ),
     ),
     "one-bit": Named(

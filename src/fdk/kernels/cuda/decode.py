@@ -192,7 +192,7 @@ class Config:
 
     Not chosen so far (docs/findings.md, `python -m fdk.bench.variants --list`):
 
-    early        stages asked for before the wait for the kernel in front, 0 for all: the others follow the activations
+    hold         clocks for which CTAs without work keep their places, so that the next launch finds one on each multiprocessor
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     octets       look up one bit eight codes at a time, which needs no sums of activations
     """
@@ -219,7 +219,7 @@ class Config:
     octets: bool = False
     uniform: bool = False
     paired: bool = False
-    early: int = 0
+    hold: int = 0
     indices: bool = False
 
     @property
@@ -304,7 +304,7 @@ class Config:
             "FDK_K_WARPS": self.k_warps,
             "FDK_ROW_WARPS": self.row_warps,
             "FDK_STAGES": self.stages,
-            "FDK_EARLY": self.early or self.stages,
+            "FDK_HOLD": self.hold,
             "FDK_STAGE_UNITS": self.stage_units,
             "FDK_STEPS": self.steps,
             "FDK_BATCH": self.batch,

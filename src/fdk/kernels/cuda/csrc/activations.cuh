@@ -21,9 +21,8 @@ __device__ __forceinline__ void wait_for_activations(const char* smem, int phase
 }
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
-// token, or by hand with zeros past K. Tokens past m repeat the last one. Runs `meanwhile` once while they are on their way.
-template <class Meanwhile>
-__device__ __forceinline__ void stage_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane, Meanwhile meanwhile) {
+// token, or by hand with zeros past K. Tokens past m repeat the last one.
+__device__ __forceinline__ void stage_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane) {
     char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
         // The warps of a slice of k bring its chunks in turn; whoever multiplies waits for those that he needs.
@@ -37,7 +36,6 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
                 copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
                                  count * 128, barrier);
         }
-        meanwhile();
         if (phase == 0) read_norms(p, smem, warp, lane);
         if constexpr (SUMS)
             for (int i = 0; i < K_WARPS * X_CHUNKS; ++i) barrier_wait(x_barrier(smem, phase, 0, i), phase % 2);
@@ -47,7 +45,6 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
         constexpr int MOST = (SHARE_UNITS * M * 16 + SHARE_THREADS - 1) / SHARE_THREADS, AHEAD = MOST < 8 ? MOST : 8;
         const Share share = Share::of(units, warp, lane);
         const int pieces = share.units * M * 16, row_pieces = max(16 * share.units, 1);
-        if (share.thread >= pieces) meanwhile();
         for (int base = share.thread; base < pieces; base += AHEAD * SHARE_THREADS) {
             u32x2 piece[AHEAD];
 #pragma unroll
@@ -66,7 +63,6 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
                     piece[a] = {e[0] | e[1] << 16, e[2] | e[3] << 16};
                 }
             }
-            if (base == share.thread) meanwhile();
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) {
                 const int i = base + a * SHARE_THREADS, token = i / row_pieces;

@@ -39,6 +39,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int end_block = min(first_block + p.blocks_per_cluster, range.end_block);
     const int steps = (blocks + ROW_WARPS - 1) / ROW_WARPS;  // the same for all warps of a cluster
 
+    if (FDK_HOLD > 0 && blocks == 0) {
+        // A place that it gave up early would go to a CTA of the next launch, whose others then share one.
+        let_next_kernel_start();
+        wait_for_previous_kernel();
+        const u32 begin = clock_low();
+        while (clock_low() - begin < FDK_HOLD) nap();
+        return;
+    }
+
     const int cta_unit = UNITS * rank / CLUSTER;
     const int units = UNITS % (CLUSTER * PHASES) == 0 ? UNITS / (CLUSTER * PHASES) : UNITS * (rank + 1) / CLUSTER - cta_unit;
     const int first_unit = units * k_warp / K_WARPS;
@@ -69,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     // Everything up to the dependency wait reads weights only.
     Cursor ahead = w.start();
 #pragma unroll
-    for (int stage = 0; stage < EARLY; ++stage) w.prefetch(ahead, stage, stage == 0);
+    for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage, stage == 0);
     if constexpr (!FDK_LATE) let_next_kernel_start();
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
@@ -114,15 +123,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
     Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
-    const auto prepare_phase = [&](int phase, auto meanwhile) {
-        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup, meanwhile);
+    const auto prepare_phase = [&](int phase) {
+        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup);
     };
-    const auto nothing = [] {};
-    prepare_phase(0, [&] {
-#pragma unroll
-        for (int stage = EARLY; stage < STAGES; ++stage) w.prefetch(ahead, stage);
-    });
-    for (int phase = 1; phase < X_BUFFERS; ++phase) prepare_phase(phase, nothing);
+    for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
@@ -181,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             if (phase > 0) {
                 order_before_bulk_copies();
                 __syncthreads();
-                prepare_phase(phase + X_BUFFERS - 1, nothing);
+                prepare_phase(phase + X_BUFFERS - 1);
             }
             const char* buffer = smem + phase % X_BUFFERS * Smem::X_BUFFER;
             if (STEPS_PER_CTA == 1 || step < w.steps) {

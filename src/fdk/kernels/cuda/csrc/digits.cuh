@@ -163,8 +163,7 @@ struct Activations {
 
 // Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
 // sum(x)[unit][token]; at MAXIMA: the largest |x| of each warp, and 2^-shift.
-template <class Meanwhile>
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations& x, int, int first_unit, int, int warp, int lane, const Lookup&, Meanwhile meanwhile) {
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations& x, int, int first_unit, int, int warp, int lane, const Lookup&) {
     float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
     u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
     const Share& share = x.share;
@@ -193,7 +192,6 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
                 if (item.token == k) largest[k] = larger_halves(largest[k], most);
         }
     }
-    meanwhile();
     read_norms(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     constexpr int SHARE_WARPS = SHARE_THREADS / 32;

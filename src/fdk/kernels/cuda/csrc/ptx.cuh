@@ -299,6 +299,14 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+__device__ __forceinline__ u32 clock_low() {
+    u32 clocks;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(clocks)::"memory");
+    return clocks;
+}
+
+__device__ __forceinline__ void nap() { asm volatile("nanosleep.u32 100;" ::: "memory"); }
+
 // Waits for the other warps that name the same barrier, 1 to 15; `threads` of them in all.
 __device__ __forceinline__ void sync_some(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

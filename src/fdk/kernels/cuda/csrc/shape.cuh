@@ -4,7 +4,7 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros,
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
-//   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_EARLY FDK_STAGE_UNITS FDK_STEPS
+//   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
 //   FDK_UNIFORM FDK_PAIRED FDK_INDICES, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
@@ -19,9 +19,6 @@ constexpr int KIND = FDK_KIND;
 constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND == 4 || KIND == 5;
 constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
 constexpr int CLUSTER = FDK_CLUSTER, K_WARPS = FDK_K_WARPS, ROW_WARPS = FDK_ROW_WARPS, STAGES = FDK_STAGES;
-// Stages that are asked for before the wait for the kernel in front; the others do not stand in the way of activations.
-constexpr int EARLY = FDK_EARLY;
-static_assert(0 < EARLY && EARLY <= STAGES, "the first stage brings what all share");
 constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES = FDK_PHASES;
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
 constexpr bool BULK = FDK_HOPPER && FDK_BULK;  // rings are filled by bulk copies, else by cp.async
