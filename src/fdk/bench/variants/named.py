@@ -209,7 +209,6 @@ SETS: dict[str, Named] = {
                     {"k_warps": 8, "stages": 2, "scales_once": False},
                     {"k_warps": 8, "stages": 3, "scales_once": False},
                     {"k_warps": 8, "stages": 4, "scales_once": False},
-                    {"k_warps": 8, "stages": 2, "stage_units": 2, "scales_once": False},
                     {"k_warps": 8, "stages": 2, "scales_once": True},
                 ),
             ),
