@@ -55,9 +55,10 @@ BYTES: Change = {
 }
 
 def beside(hold: int, *changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
-    """Two CTAs on a multiprocessor, of launches that follow each other: with the places of idle CTAs held, and without."""
+    """Two CTAs a multiprocessor, of launches in turn: with the places of idle CTAs held, and without."""
     two = {"alone": False, "min_ctas": 2, **fixed}
-    return each(*changes, hold=hold, **two) + each(*changes[:1], **two) + each(*changes[:1], hold=hold, late=True, **two)
+    first = changes[:1]
+    return each(*changes, hold=hold, **two) + each(*first, **two) + each(*first, hold=hold, late=True, **two)
 
 
 INDICES = {
