@@ -54,6 +54,7 @@ BYTES: Change = {
     "scales_once": False,
 }
 
+
 def beside(hold: int, *changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     """Two CTAs a multiprocessor, of launches in turn: with the places of idle CTAs held, and without."""
     two = {"alone": False, "min_ctas": 2, **fixed}

@@ -192,7 +192,7 @@ class Config:
 
     Not chosen so far (docs/findings.md, `python -m fdk.bench.variants --list`):
 
-    hold         clocks for which CTAs without work keep their places, so that each multiprocessor has one for the next launch
+    hold         clocks for which CTAs without work stay, so that each multiprocessor has a place for the next launch
     wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     octets       look up one bit eight codes at a time, which needs no sums of activations
     """
