@@ -32,6 +32,11 @@ def test_one_token_decodes_and_everything_has_dense_weights_behind_it(n: int, k:
         assert "dense" in {route.name for route in routes.routes(shape, m, (-(-n // 64),), 132, (8, 0))}
 
 
+def test_one_token_of_eight_bit_integers_takes_integer_products() -> None:
+    route = best(Shape(8192, 8192, 8, 64, True, decode.INT), 1)
+    assert route.name == "decode" and route.config.digits
+
+
 def test_wgmma_is_for_hopper_alone() -> None:
     shape = Shape(4096, 4096, 4, 64, True, decode.TABLE)
     for capability in ((8, 0), (8, 9), (10, 0)):

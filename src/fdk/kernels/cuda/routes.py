@@ -25,6 +25,7 @@ _UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
 _NESTED_CLOCKS, _PLANE_CLOCKS = 49, 25  # a unit of planes, and each of them
 _SPARSE_CLOCKS = {decode.SPARSE_INT: 195, decode.SPARSE_TABLE: 300}
 _NESTED_BYTES_CLOCKS, _PLANE_BYTES_CLOCKS, _SPARSE_BYTES_CLOCKS = 22, 24.5, 115  # of integer products
+_EIGHT_BITS_BYTES_CLOCKS = 200
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 68, 32: 190, 64: 510}
 _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide products of more tokens
@@ -62,7 +63,10 @@ def _unit_clocks(shape: decode.Shape, digits: bool) -> float:
         return _NESTED_BYTES_CLOCKS + _PLANE_BYTES_CLOCKS * shape.bits
     if shape.sparse:
         return _SPARSE_CLOCKS[shape.kind]
-    return _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits if shape.nested else _UNIT_CLOCKS[shape.bits - 1]
+    if shape.nested:
+        return _NESTED_CLOCKS + _PLANE_CLOCKS * shape.bits
+    # Of other widths nothing hangs on what integer products save: no other path is near.
+    return _EIGHT_BITS_BYTES_CLOCKS if digits and shape.bits == 8 else _UNIT_CLOCKS[shape.bits - 1]
 
 
 def decode_us(
