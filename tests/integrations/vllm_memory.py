@@ -63,7 +63,7 @@ def make(folder: Path, stored: bool, hidden: int, middle: int, layers: int) -> P
 
     config = transformers.LlamaConfig(
         vocab_size=320, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=64,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     if not stored:
