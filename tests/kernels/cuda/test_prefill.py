@@ -38,7 +38,7 @@ CONFIGS = [
     Config(256, 2, 4, rounds=True, unrolled=True),
     Config(192, 2, 4, split=2, rounds=True, unrolled=True),
     Config(128, 1, 4, k_groups=2, rounds=True, unrolled=True),
-    Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True, apart=True, band=3),
+    Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True),
     Config(192, 3, 4, rounds=True, parts=2, stream=True, unrolled=True),
     Config(64, 1, 8, k_groups=2, split=2, unrolled=True),
     Config(64, 2, 4, k_groups=2, ahead=False, turns=True, unrolled=True),
@@ -163,21 +163,6 @@ def test_every_way_to_split_four_bits_compiles_without_spills(compiled) -> None:
     check_code(compiled, [(shape, fitting(shape, config)) for config in CONFIGS for shape in shapes])
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_a_wide_table_leaves_four_stages_beside_the_largest_tile(compiled, bits: int) -> None:
-    shape = Shape(8192, 8192, bits, 64, True, decode.TABLE)
-    apart = Config(256, 2, 4, rounds=True, wide=True, unrolled=True, apart=True)
-    assert fits(shape, apart) and not fits(shape, replace(apart, apart=False))
-    check_code(compiled, [(shape, apart), (shape, replace(apart, pair=2, stream=True))])
-
-
-def test_what_does_not_fit_below_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="below the table"):
-        Config(256, 2, 6, unrolled=True, apart=True).shared_bytes(Shape(4096, 4096, 4, 64, True, decode.TABLE))
-    with pytest.raises(ValueError, match="below the table"):
-        Config(256, 2, 4, unrolled=True, apart=True).shared_bytes(Shape(4096, 4096, 8, 64, True, decode.INT))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("served", range(2, 9))
 def test_every_slice_compiles_without_spills(compiled, served: int) -> None:
@@ -239,7 +224,7 @@ def test_products(where: str, name: str, n: int, k: int, more: dict) -> None:
             continue
         wide = replace(config, wide=prefill._wide(shape, config))
         filled = fitting(shape, wide) or fitting(shape, config)
-        if filled is None and (config.unrolled or config.apart):
+        if filled is None and config.unrolled:
             continue
         plan = prefill.Plan(weight, filled)
         for m in rows:

@@ -6,27 +6,24 @@ import pytest
 import torch
 
 from emulate import SCHEDULES, emulated, unavailable
-from fdk import reference, testing
+from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda import dense
 from fdk.kernels.cuda.prefill import Config, Plan
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 LARGE = Config(256, 2, 4, rounds=True, unrolled=True)
-PREPARED = replace(LARGE, prepared=True)
 CASES = [
     ("lut4_g64", LARGE),
-    ("lut4_g64", Config(256, 2, 4, rounds=True, wide=True, stream=True, unrolled=True, apart=True)),
-    ("lut4_g64", Config(256, 2, 4, pair=2, rounds=True, wide=True, stream=True, unrolled=True, apart=True, band=1)),
-    ("lut2_g64", Config(256, 2, 4, rounds=True, wide=True, unrolled=True, apart=True)),
+    ("lut4_g64", Config(256, 2, 4, rounds=True, stream=True, unrolled=True)),
+    ("lut4_g64", Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True)),
+    ("lut2_g64", Config(192, 2, 4, rounds=True, wide=True, unrolled=True)),
     ("lut4_g64", Config(192, 3, 4, rounds=True, wide=True, parts=2, stream=True, unrolled=True)),
     ("uint4_g32", Config(192, 2, 2, split=2, rounds=True, unrolled=True)),
     ("lut4_g64", Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)),
     ("lut4_g64", Config(96, 1, 4, k_groups=2, split=2, rounds=True, wide=True, unrolled=True)),
-    ("lut4_g64", Config(128, 1, 8, k_groups=2, rounds=True, wide=True, unrolled=True, apart=True)),
-    ("lut4_g64", Config(256, 2, 4, split=2, rounds=True, wide=True, unrolled=True, apart=True)),
+    ("lut4_g64", Config(256, 2, 4, split=2, rounds=True, unrolled=True)),
     ("lut4_g64", Config(16, 2, 8, split=2, k_groups=2, wide=True, unrolled=True)),
     ("lut8_g128", Config(16, 4, 4, unrolled=True)),
     ("uint4_g32", Config(32, 1, 8, k_groups=2, unrolled=True)),
@@ -44,12 +41,8 @@ CASES = [
     ("uint4_g32", Config(48, 2, 4, k_groups=2, ahead=False, unrolled=True)),
     ("lut1_g128", Config(64, 2, 8, unrolled=True)),
     ("int4_g16", Config(64, 2, 4, k_groups=2, split=2, ahead=False, turns=True, unrolled=True)),
-    ("lut3_g64", Config(32, 4, 4, unrolled=True, map_ahead=True)),
+    ("lut3_g64", Config(32, 4, 4, unrolled=True)),
     ("lut8_g64", LARGE),
-    ("lut4_g64", PREPARED),
-    ("uint3_g32", replace(PREPARED, pair=2, stream=True)),
-    ("nest8s5_g128", replace(PREPARED, tokens=192, split=2, stages=2)),
-    ("lut8_chan", replace(PREPARED, unrolled=False)),
     ("lut4_g64", Config(64, 2, 11, split=5, k_groups=2, ahead=False, turns=True)),
     ("lut4_g64", Config(64, 2, 8, split=3, k_groups=2, ahead=False, turns=True)),
     ("lut1_g64", Config(64, 2, 12, split=4, k_groups=2, ahead=False, turns=True)),
@@ -72,13 +65,3 @@ def test_products(i: int) -> None:
         for _ in range(2):
             wrong = testing.check_product(run, x.to(weight.dtype), weight, bias.to(weight.dtype), config.rounds)
             assert wrong is None
-
-
-@pytest.mark.parametrize("name", ["lut4_g64", "uint3_g48", "nest8s4_g128", "int4_g64_sp16of32", "lut4_g64_sp16of32"])
-def test_operands_are_the_reference_in_another_order(name: str) -> None:
-    with emulated(schedule=SCHEDULES[len(name) % len(SCHEDULES)]):
-        weight = testing.random_weight(parse(name), 128, 384).to_layout("fragments")
-        found = dense.Plan(weight, operands=True).operands()
-    # Lane 4g + t holds rows g and g + 8 of columns 2t, 2t + 1 and then of the eight columns behind.
-    order = found.view(2, 6, 4, 4, 8, 4, 2, 2, 2).permute(0, 2, 7, 4, 1, 3, 6, 5, 8)
-    assert torch.equal(order.reshape(128, 384), reference.dequantise(weight))

@@ -352,16 +352,4 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
-    "prefill-start": Named(
-        "What does a launch gain whose copy engine has the tensor map of x before it may read x?",
-        30,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "4096x4096", "16 64 128 384")
-                + problems("prefill", "lut4_g64", "8192x8192 14336x4096", "16 64 256")
-                + problems("prefill", "lut1_g64", "4096x4096", "64"),
-                ({"map_ahead": True},),
-            ),
-        ),
-    ),
 }

@@ -30,17 +30,13 @@ _WARPS, _BUFFER, _WINDOW = 8, 16 * 144, 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """What is fixed at compile time, as in `decode.Shape`; `group` is 0 for one scale per row.
-
-    operands: write operands of `mma` in their order instead of rows.
-    """
+    """What is fixed at compile time, as in `decode.Shape`; `group` is 0 for one scale per row."""
 
     bits: int
     group: int
     bf16: bool
     kind: int
     served: int = 0
-    operands: bool = False
 
     def shared_bytes(self, hopper: bool) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/dequantise_weights.cuh, which asserts it."""
@@ -57,14 +53,13 @@ class Variant:
             "FDK_BF16": int(self.bf16),
             "FDK_KIND": self.kind,
             "FDK_SLICE": self.served,
-            "FDK_OPERANDS": int(self.operands),
             "FDK_SHARED_BYTES": self.shared_bytes(hopper),
         }
 
 
-def variant_of(shape: decode.Shape, operands: bool = False) -> Variant:
+def variant_of(shape: decode.Shape) -> Variant:
     """The variant that dequantises weights of this shape."""
-    return Variant(shape.bits, 0 if shape.groups == 1 else shape.group, shape.bf16, shape.kind, shape.served, operands)
+    return Variant(shape.bits, 0 if shape.groups == 1 else shape.group, shape.bf16, shape.kind, shape.served)
 
 
 class Params(ctypes.Structure):
@@ -123,9 +118,9 @@ def parts_of(lengths: tuple[int, ...], most: int) -> Iterator[tuple[int, int]]:
 
 
 class Plan:
-    """A weight bound to the compiled kernel on its device; `operands`: to the one that `operands()` takes."""
+    """A weight bound to the compiled kernel on its device."""
 
-    def __init__(self, weight: QuantisedWeight, operands: bool = False) -> None:
+    def __init__(self, weight: QuantisedWeight) -> None:
         parts, geometry = weight.parts, weight.geometry
         assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in parts.values())
         zeros = parts.get("zeros")
@@ -151,26 +146,13 @@ class Plan:
         self.rows.append(geometry.n)
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         with torch.cuda.device(self.device):
-            self.function = load(variant_of(shape, operands), self.device.index)
+            self.function = load(variant_of(shape), self.device.index)
 
     def dequantise(self, blocks: tuple[int, int], columns: tuple[int, int]) -> Tensor:
         """Rows of a range of blocks, columns of a range of units (with zeros past k), rounded to the weight's dtype."""
         first_row, end_row = self.rows[blocks[0]], self.rows[blocks[1]]
         stride = (columns[1] - columns[0]) * UNIT
         out = torch.empty((end_row - first_row, stride), dtype=self.geometry.dtype, device=self.device)
-        self._launch(blocks, columns, out, stride, first_row)
-        return out
-
-    def operands(self) -> Tensor:
-        """All weights, rounded to their dtype, as A operands: [blocks, units, row tiles 4, steps 4, lanes 32, 8]."""
-        shape = sum(self.counts), units(self.geometry.k), 4, 4, 32, 8
-        out = torch.empty(shape, dtype=self.geometry.dtype, device=self.device)
-        self._launch((0, shape[0]), (0, shape[1]), out, 0, 0)
-        return out
-
-    def _launch(
-        self, blocks: tuple[int, int], columns: tuple[int, int], out: Tensor, stride: int, first_row: int
-    ) -> None:
         params = Params.from_buffer_copy(self.params)
         params.out, params.stride, params.origin = out.data_ptr(), stride, first_row
         params.first_block, params.end_block = blocks
@@ -179,6 +161,7 @@ class Plan:
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
             self.function(min(items, 2 * self.sms), stream, params)
+        return out
 
     def dense(self) -> Tensor:
         """The weight [n, k], each value rounded once to its dtype."""

@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode, dense, driver, flags, jit
+from fdk.kernels.cuda import decode, driver, flags, jit
 from fdk.kernels.cuda.decode import INT, MAX_RANGES, MAX_SHARED, TABLE, UINT_FLOAT, UINT_U8, Shape
 from fdk.packing.fragments import BLOCK, block_counts
 from fdk.weight import QuantisedWeight
@@ -70,8 +70,8 @@ _BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
 # Units that a cluster gets at least where tiles are cut along k.
 _LEAST_SHARE = 8
 
-# Operands that csrc/dequantise_weights.cuh has left, as a kind of weight.
-_PREPARED = 8
+# Tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2.
+_BAND = 8
 
 # Rows of staged outputs in shared memory (csrc/prefill.cuh: OUT_STRIDE), and what the system keeps of it.
 _OUT_STRIDE, _WINDOW = 144, 1024
@@ -99,11 +99,7 @@ class Config:
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
-    apart       x and codes of a stage lie apart, which leaves room for one more beside a wide table; unrolled only
-    prepared    weights are dequantised once, to memory, as operands; the product then only loads them
     epilogue    what becomes of the sums: `squares` and `residual` of decode.Epilogue, for a tile of all tokens
-    map_ahead   fetch the tensor map of x before the wait for the kernel in front
-    band        tiles of tokens that neighbouring rows take before the next ones: what they share of x stays in L2
     """
 
     tokens: int
@@ -119,10 +115,6 @@ class Config:
     wide: bool = False
     stream: bool = False
     unrolled: bool = False
-    apart: bool = False
-    prepared: bool = False
-    map_ahead: bool = False
-    band: int = 8
     epilogue: decode.Epilogue = decode.PLAIN
 
     @property
@@ -140,31 +132,20 @@ class Config:
 
     def block_bytes(self, shape: Shape) -> int:
         """Bytes of a stage for one block of rows: codes, scales, zeros."""
-        if self.prepared:
-            return 16 * 512
         staged = shape.unit_groups if shape.groups > 1 or shape.kind == UINT_U8 else 0
         return shape.bits * 512 + staged * (128 + (64 if shape.kind == UINT_U8 else 0))
 
     def shared_bytes(self, shape: Shape) -> int:
-        """Shared memory of a CTA; the host twin of `Smem` in csrc/prefill.cuh, which asserts that they agree.
-
-        ValueError if what lies below the table (`apart`) does not fit there.
-        """
+        """Shared memory of a CTA; the host twin of `Smem` in csrc/prefill.cuh, which asserts that they agree."""
         integers = shape.kind in (INT, UINT_U8) and shape.bits >= 5 and not self.wide
-        table_bytes = 0 if integers or self.prepared else shape.table_bytes << self.wide
+        table_bytes = 0 if integers else shape.table_bytes << self.wide
         table = max(0, table_bytes - _WINDOW)
         slices = self.split * self.k_groups
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
-        out = self.warpgroups * min(self.tokens, 32 if self.apart else 64) * _OUT_STRIDE
+        out = self.warpgroups * min(self.tokens, 64) * _OUT_STRIDE
         barriers = -(-2 * self.stages * 8 // 16) * 16 + (4 * self.tokens if self.epilogue.squares else 0)
         share = -(-(self.tokens // 8) // slices)
         receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
-        if self.apart:
-            below = self.stages * codes_bytes + out + barriers
-            if below > table:
-                raise ValueError(f"{below} bytes do not fit into {table} below the table")
-            low_x = min((table - below) // x_bytes, self.stages)
-            return table + max(table_bytes + (self.stages - low_x) * x_bytes, receive)
         stage = _whole(x_bytes + codes_bytes)
         head = _whole(out + barriers)
         low = head if head <= table else 0
@@ -177,11 +158,11 @@ class Config:
         return {
             "FDK_N": shape.n,
             "FDK_K": shape.k,
-            "FDK_BITS": 16 if self.prepared else shape.bits,
-            "FDK_GROUP": shape.k if self.prepared else shape.group,
+            "FDK_BITS": shape.bits,
+            "FDK_GROUP": shape.group,
             "FDK_BF16": int(shape.bf16),
-            "FDK_KIND": _PREPARED if self.prepared else shape.kind,
-            "FDK_SLICE": 0 if self.prepared else shape.served,
+            "FDK_KIND": shape.kind,
+            "FDK_SLICE": shape.served,
             "FDK_TOKENS": self.tokens,
             "FDK_TOKEN_TILES": self.tokens // 8,
             "FDK_BLOCKS": self.blocks,
@@ -196,8 +177,6 @@ class Config:
             "FDK_STREAM": int(self.stream),
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
-            "FDK_APART": int(self.apart),
-            "FDK_MAP": int(self.map_ahead),
             "FDK_SQUARES": self.epilogue.squares,
             "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
@@ -489,7 +468,6 @@ class Plan:
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
         self.squares = self.shape.n // BLOCK
-        self.operands = dense.Plan(weight, operands=True).operands if config.prepared else None
         if config.stream:
             # After loading, which says what to do where a graph is being captured.
             self.flags = flags.of_device(self.device)
@@ -515,14 +493,11 @@ class Plan:
                 key[0], self.shape.bf16, (m, self.shape.k), (config.tokens // config.pair, BLOCK)
             )
         params.x_map = found
-        if self.operands is not None:
-            prepared = self.operands()
-            params.codes = prepared.data_ptr()
         params.bias = None if bias is None else bias.data_ptr()
         params.out = out.data_ptr()
         params.m = m
         params.token_tiles = -(-m // config.tokens)
-        params.band = min(params.token_tiles, config.band)
+        params.band = min(params.token_tiles, _BAND)
         tiles = params.row_tiles * params.token_tiles
         clusters, params.streamed = clusters_and_streamed(self.shape, config, tiles, self.sms)
         grid = clusters * config.cluster

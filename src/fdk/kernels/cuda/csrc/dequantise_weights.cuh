@@ -5,8 +5,7 @@
 // through the warp's own shared memory to rows, which leave as whole lines of 128 bytes. Bytes written are the cost, so
 // an item is loaded while the one before it is written, as far as registers allow, and nothing else overlaps.
 //
-// With OPERANDS it leaves the A operands of mma.m16n8k16 instead: [block, unit, row tile, step, lane] of 16 bytes.
-// Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND FDK_SLICE (as in shape.cuh) FDK_OPERANDS FDK_SHARED_BYTES.
+// Macros: FDK_BITS FDK_GROUP (0: one scale per row) FDK_BF16 FDK_KIND FDK_SLICE (as in shape.cuh) FDK_SHARED_BYTES.
 #pragma once
 #include "operand.cuh"
 
@@ -14,7 +13,7 @@ namespace fdk {
 
 constexpr int BITS = FDK_BITS, GROUP = FDK_GROUP, KIND = FDK_KIND;
 constexpr bool BF16 = FDK_BF16, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND == 4 || KIND == 5;
-constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7, OPERANDS = FDK_OPERANDS;
+constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SUBS = GROUP % 64 == 0 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit, at most
 constexpr int ROW = 144, BUFFER = 16 * ROW;                           // rows start in different banks
@@ -179,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
                     }
                     a[s][i] = round_pair<BF16>(scale * low, scale * high);
                 }
-                if constexpr (!SPARSE && !OPERANDS) store_matrices(buffer + s * 32, ROW, lane, a[s]);
+                if constexpr (!SPARSE) store_matrices(buffer + s * 32, ROW, lane, a[s]);
             }
             if constexpr (SPARSE) {
                 // Rows g and g + 8, columns 16t to 16t + 15, those at the outer end of their block of 32 first (sparse.cuh).
@@ -191,17 +190,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
                 }
             }
             __syncwarp();
-            if constexpr (OPERANDS) {
-                u16* const operand = p.out + ((i64(item.block) * p.units + unit) * 4 + tile) * 1024 + lane * 8;
-#pragma unroll
-                for (int s = 0; s < 4; ++s) {
-                    if constexpr (SPARSE)
-                        load_matrices(a[s][0], a[s][1], a[s][2], a[s][3], shared_address(buffer + s * 32 + lane % 16 * ROW + lane / 16 * 16));
-                    *reinterpret_cast<u32x4*>(operand + s * 256) = {a[s][0], a[s][1], a[s][2], a[s][3]};
-                }
-                __syncwarp();
-                continue;
-            }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = i * 4 + lane / 8;

@@ -15,10 +15,9 @@
 // others leave of it in global memory, in the order of k. No result depends on timing.
 //
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
-//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served; kind
-//       8, of 16 bits: `codes` are operands that dequantise_weights.cuh has left)
+//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_APART FDK_MAP
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -31,7 +30,7 @@ constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP;
 constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
-constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND == 4 || KIND == 5, PREPARED = KIND == 8;
+constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND == 4 || KIND == 5;
 constexpr bool WIDE = FDK_WIDE;
 constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
@@ -47,7 +46,6 @@ constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
-constexpr bool APART = FDK_APART;  // x and codes of a stage lie apart, on both sides of a large table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 constexpr int SQUARES = FDK_SQUARES;
 constexpr bool RESIDUAL = FDK_RESIDUAL;
@@ -72,13 +70,12 @@ constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
 static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
 static_assert(!UNROLLED || UNITS % (STAGES * SPLIT) == 0, "runs of units take whole rounds of the ring");
 static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or their halves alternate between two operands");
-static_assert(!APART || UNROLLED, "places are constants");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
 
 struct Smem {
     static constexpr int WINDOW = 1024;  // what the system keeps in front
-    static constexpr int TABLE_BYTES = NESTED || INTEGERS || PREPARED ? 0 : Table<BITS>::BYTES * (WIDE ? 2 : 1);
+    static constexpr int TABLE_BYTES = NESTED || INTEGERS ? 0 : Table<BITS>::BYTES * (WIDE ? 2 : 1);
     static constexpr int TABLE = TABLE_BYTES > WINDOW ? TABLE_BYTES - WINDOW : 0;
     static constexpr int X_BYTES = TOKENS * 128;
     static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = NESTED ? 8 * 512 : CODE_BYTES;  // read, and stored
@@ -86,11 +83,11 @@ struct Smem {
     static constexpr int STAGED_GROUPS = GROUPED || ZEROS ? UNIT_GROUPS : 0;
     static constexpr int SCALES = CODE_BYTES, ZEROS_AT = SCALES + STAGED_GROUPS * 128;
     static constexpr int BLOCK_BYTES = ZEROS_AT + STAGED_GROUPS * GROUP_ZERO_BYTES;  // of one block of rows
-    static constexpr int CODES = APART ? 0 : X_BYTES;
+    static constexpr int CODES = X_BYTES;
     static constexpr int STAGE = (X_BYTES + BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024;
 
     // Rows of staged outputs are 16 bytes apart in their banks, so that eight tokens are written without conflicts.
-    static constexpr int CHUNK = TOKENS < 64 ? TOKENS : APART ? 32 : 64, OUT_STRIDE = 144;
+    static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64, OUT_STRIDE = 144;
     static constexpr int OUT_BYTES = WARPGROUPS * CHUNK * OUT_STRIDE;
     static constexpr int NORMS_AT = (2 * STAGES * 8 + 15) / 16 * 16;  // behind the barriers, one of each token
     static constexpr int BARRIER_BYTES = NORMS_AT + (SQUARES > 0 ? TOKENS * 4 : 0);
@@ -98,30 +95,18 @@ struct Smem {
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
     static constexpr int FITTING = (TABLE - LOW_HEAD) / STAGE;
     static constexpr int LOW_STAGES = FITTING < STAGES ? FITTING : STAGES;
-    static constexpr int TOGETHER_OUT = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
+    static constexpr int OUT = LOW_HEAD ? 0 : TABLE + TABLE_BYTES;
     static constexpr int HIGH_STAGES = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
     static constexpr int RING_END = HIGH_STAGES + (STAGES - LOW_STAGES) * STAGE;
     // Sums of k slices replace the ring: each slice adds up its share of the tokens.
     static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;
-    static constexpr int RECEIVE = APART ? TABLE : HIGH_STAGES;  // no look-ups follow
+    static constexpr int RECEIVE = HIGH_STAGES;
     static constexpr int RECEIVE_BYTES = SLICES == 1 ? 0 : K_GROUPS * SLICES * SHARE_TILES * BLOCKS * 128 * 16;
-    // APART: below the table x of the last stages, then codes of all stages behind the head; above it x of the others.
-    static constexpr int CODE_STAGE = BLOCKS * BLOCK_BYTES;
-    static constexpr int FREE = TABLE - STAGES * CODE_STAGE - OUT_BYTES - BARRIER_BYTES;
-    static_assert(!APART || FREE >= 0, "what is not x fits below the table");
-    static constexpr int LOW_X = FREE / X_BYTES < STAGES ? FREE / X_BYTES : STAGES, HIGH_X = TABLE + TABLE_BYTES;
-    static constexpr int APART_CODES = LOW_X * X_BYTES, APART_HEAD = APART_CODES + STAGES * CODE_STAGE;
-    static constexpr int APART_END = HIGH_X + (STAGES - LOW_X) * X_BYTES;
-    static constexpr int OUT = APART ? APART_HEAD : TOGETHER_OUT;
     static constexpr int BARRIERS = OUT + OUT_BYTES, NORMS = BARRIERS + NORMS_AT;
-    static constexpr int STAGES_END = APART ? APART_END : RING_END;
-    static constexpr int BYTES = STAGES_END > RECEIVE + RECEIVE_BYTES ? STAGES_END : RECEIVE + RECEIVE_BYTES;
+    static constexpr int BYTES = RING_END > RECEIVE + RECEIVE_BYTES ? RING_END : RECEIVE + RECEIVE_BYTES;
 
     __device__ static __forceinline__ int stage(int i) {
         return i < LOW_STAGES ? LOW_HEAD + i * STAGE : HIGH_STAGES + (i - LOW_STAGES) * STAGE;
-    }
-    __device__ static __forceinline__ int apart_x(int i) {
-        return i < STAGES - LOW_X ? HIGH_X + i * X_BYTES : (i - (STAGES - LOW_X)) * X_BYTES;
     }
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
@@ -169,11 +154,6 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The copy engine reads a tensor map at its first copy, unless asked for it before.
-__device__ __forceinline__ void prefetch_map(const void* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // A box of x at (column, token) into shared memory; with a mask, to the same place in every CTA of it.
 template <bool MULTICAST>
 __device__ __forceinline__ void copy_box(u32 to, const void* map, int column, int token, u32 barrier, u16 mask) {
@@ -210,16 +190,13 @@ __device__ __forceinline__ void keep_registers() {
 struct Turn {
     int stage;
     u32 parity = 0;
-    int at;  // offset of the stage in shared memory where x and codes lie together
+    int at;  // offset of the stage in shared memory: x, then codes
     __device__ __forceinline__ explicit Turn(int stage = 0) : stage(stage), at(Smem::stage(stage)) {}
     __device__ __forceinline__ void next(int by = 1) {
         stage += by;
         if (stage >= STAGES) stage -= STAGES, parity ^= 1;
         at = Smem::stage(stage);
     }
-    // Offsets of x, and of what lies CODES bytes in front of the codes.
-    __device__ __forceinline__ int x() const { return APART ? Smem::apart_x(stage) : at; }
-    __device__ __forceinline__ int codes() const { return APART ? Smem::APART_CODES + stage * Smem::CODE_STAGE : at; }
 };
 
 // What a CTA works on: tokens from `token` on, and the blocks of rows from `block` on.
@@ -317,21 +294,17 @@ struct Producer {
     __device__ __forceinline__ void run_x() const {
         constexpr int PART = TOKENS / PAIR;
         const int part = PAIR > 1 ? rank * PART : 0;
-        if constexpr (FDK_MAP) {
-            if (elected()) prefetch_map(p.x_map);
-        }
         wait_for_previous_kernel();
         run([&](const Tile& tile, int unit, const Turn& turn) {
             if (elected()) {
                 const u32 barrier = full(turn.stage);
                 barrier_expect(barrier, Smem::X_BYTES);
-                copy_box<(PAIR > 1)>(smem + turn.x() + part * 128, p.x_map, unit * 64, tile.token + part, barrier, (1 << PAIR) - 1);
+                copy_box<(PAIR > 1)>(smem + turn.at + part * 128, p.x_map, unit * 64, tile.token + part, barrier, (1 << PAIR) - 1);
             }
         });
     }
     __device__ __forceinline__ void run_weights(int which) const {
         const u64 policy = evict_first_policy();
-        if constexpr (PREPARED) wait_for_previous_kernel();
         run([&](const Tile& tile, int unit, const Turn& turn) {
             const int last = p.range[tile.range].end_block - 1;
             const int mine = BLOCKS % WEIGHT_WARPS == 0 ? BLOCKS / WEIGHT_WARPS : (BLOCKS - which + WEIGHT_WARPS - 1) / WEIGHT_WARPS;
@@ -344,12 +317,9 @@ struct Producer {
                     if (i > 0 && w >= BLOCKS) break;
                     // Past the last block its neighbour is repeated; nothing of it is written.
                     const i64 block = min(tile.block + w, last);
-                    const u32 to = smem + turn.codes() + Smem::CODES + w * Smem::BLOCK_BYTES;
+                    const u32 to = smem + turn.at + Smem::CODES + w * Smem::BLOCK_BYTES;
                     const char* const from = p.codes + (block * UNITS + unit) * Smem::UNIT_STRIDE;
-                    if constexpr (PREPARED)
-                        copy_bulk_shared(to, from, Smem::CODE_BYTES, barrier);
-                    else
-                        copy_bulk(to, from, Smem::CODE_BYTES, barrier, policy);
+                    copy_bulk(to, from, Smem::CODE_BYTES, barrier, policy);
                     if constexpr (Smem::STAGED_GROUPS > 0) {
                         const i64 group = block * GROUPS + staged_group(unit);
                         copy_bulk(to + Smem::SCALES, p.scales + group * 128, Smem::STAGED_GROUPS * 128, barrier, policy);
@@ -435,9 +405,7 @@ __device__ __forceinline__ void expand(Operand& o, const Codes& c, int part, con
     constexpr int COUNT = 4 / PARTS;
     const int first = part * COUNT;
     u32 a[4][4];  // what other parts hold of it is not computed
-    if constexpr (PREPARED)
-        for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = c.words[i];
-    else if constexpr (NESTED)
+    if constexpr (NESTED)
         dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a, c.words, 0, lookup);
     else if constexpr (INTEGERS)
         to_integers<BITS, BF16>(a, c.words, 0);
@@ -636,7 +604,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 };
                 if constexpr (BITS == 1) {
                     lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
-                } else if constexpr (!NESTED && !INTEGERS && !PREPARED) {
+                } else if constexpr (!NESTED && !INTEGERS) {
                     if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
                     fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
@@ -658,7 +626,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             Operand units[AHEAD ? 2 : 1];
             Codes codes;
 
-            const auto block_at = [&](const Turn& turn) { return smem + turn.codes() + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
+            const auto block_at = [&](const Turn& turn) { return smem + turn.at + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
             const auto release = [&](int stage) {
                 __syncwarp();
                 if constexpr (PAIR > 1) {
@@ -668,7 +636,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
             };
             const auto issue = [&](Operand& u, const Turn& turn, int run, bool fresh) {
-                const u64 x = UNROLLED ? b_descriptor(base) + turn.x() / 16 : b_descriptor(base + turn.x());
+                const u64 x = UNROLLED ? b_descriptor(base) + turn.at / 16 : b_descriptor(base + turn.at);
                 if constexpr (TURNS) named_barrier(FIRST_TURN + group_index, 256);
                 wgmma_fence();
                 constexpr int COUNT = 4 / (ISSUES * PARTS);
@@ -902,7 +870,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             for (int h = 0; h < 2; ++h) {
                 const i64 row = range.first_row + i64(block - range.first_block) * 64 + r * 16 + h * 8 + g;
                 if (p.bias && block < range.end_block && row < range.end_row) bias[h] = low_half<BF16>(p.bias[row]);
-                if constexpr (!GROUPED && !PREPARED) {
+                if constexpr (!GROUPED) {
                     const i64 stored = min(block, range.end_block - 1);
                     const u16 bits = reinterpret_cast<const u16*>(p.scales)[stored * 64 + g * 8 + r * 2 + h];
                     scale[h] = low_half<BF16>(bits);
