@@ -194,7 +194,7 @@ def test_debug_shows_where(capsys, tmp_path, monkeypatch):
 
 def test_a_defect_is_one_line_too(capsys, monkeypatch):
     monkeypatch.delenv("FDK_DEBUG", raising=False)
-    monkeypatch.setattr(cli, "machine_info", lambda: 1 / 0)
+    monkeypatch.setattr("fdk.cli.info.machine_info", lambda: 1 / 0)
     status, _, err = run(capsys, "info")
     assert status == 1
     assert err == "fdk info: ZeroDivisionError: division by zero (a defect of fdk; FDK_DEBUG=1 shows where)\n"

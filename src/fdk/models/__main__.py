@@ -20,7 +20,8 @@ from fdk.bench import records, timing
 from fdk.bench.command import rebind
 from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
-from fdk.cli import progress_bar, widths_of_folder
+from fdk.cli.output import progress_bar
+from fdk.cli.widths import widths_of_folder
 from fdk.errors import FdkError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, read_overrides
 from fdk.models.adopt import as_llama

@@ -1,0 +1,112 @@
+"""The command line: its parser, the command that it asks for, and one line for every error."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from fdk.cli import convert, evaluate, explain, generate, info, interrupts, quantise, warmup
+from fdk.cli.flags import UsageError
+from fdk.errors import FdkError
+
+COMMANDS = {
+    "info": info,
+    "explain": explain,
+    "quantise": quantise,
+    "convert": convert,
+    "eval": evaluate,
+    "generate": generate,
+    "warmup": warmup,
+}
+# Commands that read their own flags: the module, what it is, the help.
+PROGRAMS = {
+    "bench": ("fdk.bench", "benchmark", "measure the kernels; the same as python -m fdk.bench"),
+    "serve-bench": ("fdk.bench.serve", "benchmark of vLLM", "measure vLLM with formats beside each other"),
+    "plot": ("fdk.bench.plots", "plots", "draw figures from records; fdk plot --help"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without the flags of bench, serve-bench and plot, which read their own."""
+    p = _Parser(prog="fdk", description="Low-bit weights: quantise models, see which kernel serves them, measure.")
+    p.add_argument("--version", action="store_true", help="print the version")
+    commands = p.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP)
+        module.add_flags(command)
+        command.set_defaults(run=module.run)
+    for name, (_, _, text) in PROGRAMS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return p
+
+
+def _run_program(command: str, argv: list[str]) -> int:
+    name, what, _ = PROGRAMS[command]
+    if importlib.util.find_spec(name) is None:
+        raise FdkError(f"this installation has no {what}; install the whole package again")
+    module = importlib.import_module(name)
+    return module.main(argv) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; every expected error is one line with its remedy (FDK_DEBUG=1 adds the traceback)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("FDK_DEBUG") == "1"
+    interrupts.seen.clear()
+    try:
+        if arguments and arguments[0] in PROGRAMS:
+            return _run_program(arguments[0], arguments[1:])
+        p = parser()
+        args = p.parse_args(arguments)
+        if args.version:
+            import fdk
+
+            print(f"fdk {fdk.__version__}")
+            return 0
+        if args.command is None:
+            p.print_help()
+            return 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"fdk {args.command}: {message}", file=sys.stderr)
+            status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _fail(arguments, str(error), 2, debug)
+    except FdkError as error:
+        return _fail(arguments, str(error), 1, debug)
+    except BrokenPipeError:
+        # The reader of our output has gone; the interpreter must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(arguments, f"{error.strerror or error}:{where}; nothing half-written was kept", 1, debug)
+    except MemoryError:
+        return _fail(arguments, "out of memory; free some, or use a smaller model", 1, debug)
+    except KeyboardInterrupt:
+        return _fail(arguments, "interrupted; nothing half-written was kept", 130, debug)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        return _fail(arguments, f"{type(error).__name__}: {text} (a defect of fdk; FDK_DEBUG=1 shows where)", 1, debug)
+
+
+def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if interrupts.seen:
+        text, status = "interrupted; nothing half-written was kept", 130
+    command = f"fdk {arguments[0]}" if arguments and arguments[0] in COMMANDS else "fdk"
+    print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
+    return status
