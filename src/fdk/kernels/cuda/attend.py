@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import driver, jit
+from fdk.kernels.cuda import decode, driver, jit
 
 _MOST_OWN = 4
 """Query heads of a warp: their queries and sums fill its registers."""
@@ -31,6 +31,7 @@ class Config:
     stages      turns of positions that are in flight, 4 KB of each warp
     splits      clusters of a key/value head, whose sums meet in global memory
     norm        queries and keys are normed before they are turned
+    hold        clocks for which clusters without a head hold their places, as in decode.Config; not chosen
     """
 
     head_dim: int
@@ -42,6 +43,7 @@ class Config:
     stages: int
     norm: bool = False
     splits: int = 1
+    hold: int = 0
 
     @property
     def threads(self) -> int:
@@ -75,6 +77,7 @@ class Config:
             "FDK_STAGES": self.stages,
             "FDK_SPLITS": self.splits,
             "FDK_NORM": int(self.norm),
+            "FDK_HOLD": self.hold,
             "FDK_SHARED_BYTES": self.shared_bytes,
         }
 
@@ -122,6 +125,7 @@ class Params(ctypes.Structure):
         ("groups", ctypes.c_int),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("heads", ctypes.c_int),
         ("partial", ctypes.c_void_p),
         ("arrived", ctypes.c_void_p),
     )
@@ -135,8 +139,11 @@ def source(config: Config, capability: tuple[int, int]) -> jit.Source:
 @cache
 def load(config: Config, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
-    cubin = jit.cubin(*source(config, torch.cuda.get_device_capability(device)))
-    return driver.Function(cubin, "fdk_attend", config.threads, config.shared_bytes, config.cluster)
+    capability = torch.cuda.get_device_capability(device)
+    cubin = jit.cubin(*source(config, capability))
+    # Where places are held, a multiprocessor has two for all launches of a chain.
+    at_least = decode.shared_for_places(2, capability) if config.hold else 0
+    return driver.Function(cubin, "fdk_attend", config.threads, max(config.shared_bytes, at_least), config.cluster)
 
 
 def attend(
@@ -164,6 +171,11 @@ def attend(
     assert config.norm == (norms is not None) and (config.splits > 1) == (workspace is not None)
     assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     shared = (tensor.data_ptr() for tensor in workspace or ())
-    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale, *shared)
+    heads = batch * groups
+    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale, heads, *shared)
+    clusters = heads * config.splits
+    if config.hold:
+        sms = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+        clusters = max(clusters, decode.clusters_at_once(sms, config.cluster))
     function = load(config, qkv.device.index)
-    function(batch * groups * config.cluster * config.splits, torch.cuda.current_stream(qkv.device).cuda_stream, params)
+    function(clusters * config.cluster, torch.cuda.current_stream(qkv.device).cuda_stream, params)

@@ -32,6 +32,11 @@ def max_shared(capability: tuple[int, int]) -> int:
     return 99 * 1024 if capability[0] == 8 or capability >= (12, 0) else MAX_SHARED
 
 
+def shared_for_places(places: int, capability: tuple[int, int]) -> int:
+    """Bytes of shared memory with which at most so many CTAs fit on a multiprocessor."""
+    return (max_shared(capability) + _SHARED_PER_CTA_EXTRA) // (places + 1)
+
+
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)
 
 
@@ -807,9 +812,8 @@ def load(shape: Shape, config: Config, device: int) -> driver.Function:
     capability = torch.cuda.get_device_capability(device)
     hopper = capability >= (9, 0)
     cubin = jit.cubin(*source(shape, config, capability))
-    # So much that no second CTA of the launch fits, or no third: launches then spread evenly over multiprocessors.
-    at_least = (max_shared(capability) + _SHARED_PER_CTA_EXTRA) // (2 if config.alone else 3)
-    shared = max(config.shared_bytes(shape, hopper), at_least)
+    # Launches then spread evenly over multiprocessors.
+    shared = max(config.shared_bytes(shape, hopper), shared_for_places(1 if config.alone else 2, capability))
     return driver.Function(cubin, "fdk_decode", config.threads, shared, config.cluster, dependent=hopper)
 
 

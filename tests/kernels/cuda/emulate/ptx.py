@@ -236,7 +236,9 @@ class _Translator:
     def op_mov(self, opcode: str, operands: list[str]) -> None:
         bits = self.bits(opcode)
         to, value = operands
-        if to.startswith("{"):
+        if value == "%clock":
+            self.emit("clock", self.operand(to, 32))
+        elif to.startswith("{"):
             self.emit(f"unpack.{bits}", *self.vector(to, bits // 2), self.operand(value, bits))
         elif value.startswith("{"):
             self.emit(f"pack.{bits}", self.operand(to, bits), *self.vector(value, bits // 2))

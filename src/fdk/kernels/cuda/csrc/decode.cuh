@@ -39,14 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int end_block = min(first_block + p.blocks_per_cluster, range.end_block);
     const int steps = (blocks + ROW_WARPS - 1) / ROW_WARPS;  // the same for all warps of a cluster
 
-    if (FDK_HOLD > 0 && blocks == 0) {
-        // A place that it gave up early would go to a CTA of the next launch, whose others then share one.
-        let_next_kernel_start();
-        wait_for_previous_kernel();
-        const u32 begin = clock_low();
-        while (clock_low() - begin < FDK_HOLD) nap();
-        return;
-    }
+    if (FDK_HOLD > 0 && blocks == 0) return hold_place(FDK_HOLD);
 
     const int cta_unit = UNITS * rank / CLUSTER;
     const int units = UNITS % (CLUSTER * PHASES) == 0 ? UNITS / (CLUSTER * PHASES) : UNITS * (rank + 1) / CLUSTER - cta_unit;

@@ -307,6 +307,15 @@ __device__ __forceinline__ u32 clock_low() {
 
 __device__ __forceinline__ void nap() { asm volatile("nanosleep.u32 100;" ::: "memory"); }
 
+// All that a CTA without work does: it keeps its place for so many clocks behind the dependency wait. Given up early, the
+// place would go to a CTA of the next launch, whose others then share one.
+__device__ __forceinline__ void hold_place(u32 clocks) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const u32 begin = clock_low();
+    while (clock_low() - begin < clocks) nap();
+}
+
 // Waits for the other warps that name the same barrier, 1 to 15; `threads` of them in all.
 __device__ __forceinline__ void sync_some(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -208,6 +208,12 @@ Outcome elect(Warp& w, const Instruction& I, u32 lanes) {
     return Outcome::NEXT;
 }
 
+// Time passes with every instruction, also of other warps.
+Outcome read_clock(Warp& w, const Instruction& I, u32 lanes) {
+    EACH(lanes, { w.r[I.at[0] + l] = u32(machine_of(w).executed); })
+    return Outcome::NEXT;
+}
+
 }  // namespace
 
 void add_barriers(Table& table) {
@@ -248,6 +254,7 @@ void add_barriers(Table& table) {
     table["vote.sync.ballot.b32"] = {ballot, Kind::MEMBERS};
     table["vote.sync.any.pred"] = {vote<true>, Kind::MEMBERS};
     table["vote.sync.all.pred"] = {vote<false>, Kind::MEMBERS};
+    table["clock"] = {read_clock};
     table["elect.sync"] = {elect, Kind::MEMBERS};
 }
 
