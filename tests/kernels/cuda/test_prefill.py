@@ -100,6 +100,18 @@ def test_what_is_not_served() -> None:
     assert prefill.choose(Shape(4096, 4096, 4, 64, True, decode.INT), 0, (64,), 132) is None
 
 
+@pytest.mark.parametrize("n,k", [(8192, 8192), (100, 104)])
+def test_any_number_of_multiprocessors_can_start_a_cluster(n: int, k: int) -> None:
+    blocks = (-(-n // 64),)
+    for group, m, sms in itertools.product((64, k), (1, 64, 300, 2048), range(1, 201)):
+        shape = Shape(n, k, 4, group if k % group == 0 else k, True, decode.TABLE)
+        config = prefill.choose(shape, m, blocks, sms)
+        assert config.cluster <= sms
+        tiles = prefill.row_tiles(blocks, config) * -(-m // config.tokens)
+        clusters, streamed = prefill.clusters_and_streamed(shape, config, tiles, sms)
+        assert clusters >= 1 and 0 <= streamed <= tiles
+
+
 @pytest.mark.parametrize("n,k", SHAPES[:6])
 def test_predicted_time_grows_with_rows(n: int, k: int) -> None:
     shape = Shape(n, k, 4, 64, True, decode.TABLE)

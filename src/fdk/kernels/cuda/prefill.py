@@ -329,6 +329,8 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         if scales_sums != late or tokens > (most if k_groups == 1 else min(most, 128)):
             continue
         split, stream = 2 if cut == "split" else 1, cut == "stream"
+        if split > sms:
+            continue  # no cluster would ever start
         if split * k_groups * 2 > shape.units or (stream and (late or k_groups > 1 or per_cta not in _SHARES)):
             continue
         if rounds and tokens <= 64 and (per_cta, k_groups) in ((2, 1), (3, 1)):
@@ -346,7 +348,7 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         many = waves >= _PAIR_WAVES
         if stream and (tokens < _STREAM_TOKENS or (2 * m * shape.k > _STREAM_X_BYTES and not many)):
             continue
-        if tokens == 256 and many and not (stream and shape.kind == TABLE and shape.bits > 4):
+        if tokens == 256 and many and sms > 1 and not (stream and shape.kind == TABLE and shape.bits > 4):
             config = replace(config, pair=2)
         plain = _fill(shape, config)
         wide = _fill(shape, replace(config, wide=True)) if _wide(shape, config) else None
