@@ -9,7 +9,7 @@ import torch
 import fdk
 from fdk import cli
 from fdk.kernels import cuda
-from fdk.kernels.cuda import decode, jit
+from fdk.kernels.cuda import decode, decode_config, jit
 from fdk.kernels.cuda.prebuild import Target
 from fdk.models import ahead, chain
 from fdk.models.llama import Llama, LlamaConfig
@@ -94,8 +94,8 @@ def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, ba
 
     class Plan:
         def __init__(self, weight, config) -> None:
-            loaded.append(decode.source(decode.shape_of(weight.geometry, None), config, target.capability))
-            self.squares, self.config = decode.squares_left(weight.shape[0], config), config
+            loaded.append(decode.source(decode_config.shape_of(weight.geometry, None), config, target.capability))
+            self.squares, self.config = decode_config.squares_left(weight.shape[0], config), config
 
     ahead_of_time, loaded = [], []
     monkeypatch.setattr(decode, "Plan", Plan)

@@ -25,7 +25,7 @@ from fdk.bench.variants.configurations import (
     unfit,
     variants,
 )
-from fdk.kernels.cuda import decode, jit, prefill
+from fdk.kernels.cuda import decode_choice, decode_config, jit, prefill
 
 SMALL = Problem("decode", "lut4_g64", 512, 1024, 1)
 
@@ -49,7 +49,7 @@ def test_the_chosen_configuration_comes_first_and_no_configuration_twice():
     base = chosen(SMALL)
     found = variants(SMALL, [{"stages": base.stages}, {"late": not base.late}, {"late": not base.late}])
     assert [variant.name for variant in found] == [CHOSEN, f"late={int(not base.late)}"]
-    assert found[0].config == base == decode.choose_config(SMALL.shape, 1, 8, 132)
+    assert found[0].config == base == decode_choice.choose_config(SMALL.shape, 1, 8, 132)
     many = Problem("prefill", "lut4_g64", 512, 1024, 128)
     assert chosen(many) == prefill.choose(many.shape, 128, (8,), 132)
 
@@ -57,7 +57,7 @@ def test_the_chosen_configuration_comes_first_and_no_configuration_twice():
 def test_another_cluster_takes_its_blocks_unless_they_are_named():
     wide = Problem("decode", "lut4_g64", 8192, 8192, 1)
     base = chosen(wide)
-    assert changed(wide, base, {"cluster": 4}).blocks == -(-128 // decode.clusters_at_once(132, 4))
+    assert changed(wide, base, {"cluster": 4}).blocks == -(-128 // decode_config.clusters_at_once(132, 4))
     assert changed(wide, base, {"cluster": 4, "blocks": 1}).blocks == 1
     with pytest.raises(VariantError, match="cluster=3"):
         changed(wide, base, {"cluster": 3})

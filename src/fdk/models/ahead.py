@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fdk.kernels.cuda import attend, decode, jit
+from fdk.kernels.cuda import attend, decode_config, jit
 from fdk.kernels.cuda.prebuild import Product, Target, chain_config, chain_source, chain_us
 from fdk.models.chain import epilogues, tables_of, worth
 from fdk.models.checkpoint import joined, layer_specs, quantisation_of
@@ -80,7 +80,9 @@ def step_sources(folder: Path, batch: int, target: Target) -> list[jit.Source]:
 
     def squares(i: int, name: str) -> int:
         product = layers[i][_NAMES.index(name)]
-        return decode.squares_left(product.geometry.n, chain_config(product, decode.Epilogue(residual=True), target))
+        return decode_config.squares_left(
+            product.geometry.n, chain_config(product, decode_config.Epilogue(residual=True), target)
+        )
 
     def tables(i: int) -> int:
         gate, up = (f"model.layers.{i}.mlp.{name}.table" for name in _MERGED[1])

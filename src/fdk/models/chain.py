@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fdk import ops
 from fdk.kernels import Problem
-from fdk.kernels.cuda import KERNEL, decode, prefill
+from fdk.kernels.cuda import KERNEL, decode, decode_config, prefill
 from fdk.nn import Linear
 
 # Microseconds that a norm or gate takes between two products of a chain on an H200 (docs/findings.md).
@@ -52,7 +52,9 @@ class Fused:
     eps: float = 0.0
 
     @classmethod
-    def of(cls, layer: Linear, rows: int, epilogue: decode.Epilogue, eps: float = 0.0, tiles: bool = False) -> Fused:
+    def of(
+        cls, layer: Linear, rows: int, epilogue: decode_config.Epilogue, eps: float = 0.0, tiles: bool = False
+    ) -> Fused:
         """`layer` with `epilogue`, for a layer that `pays` accepts, or with `tiles` `in_tiles`."""
         return cls(layer, (KERNEL.tiled if tiles else KERNEL.chained)(layer.weight, rows, epilogue), eps)
 
@@ -109,10 +111,10 @@ def worth(times: Iterable[tuple[float, float]]) -> bool:
 class Epilogues(NamedTuple):
     """What becomes of the sums of a layer's products."""
 
-    qkv: decode.Epilogue
-    o: decode.Epilogue
-    gate_up: decode.Epilogue
-    down: decode.Epilogue
+    qkv: decode_config.Epilogue
+    o: decode_config.Epilogue
+    gate_up: decode_config.Epilogue
+    down: decode_config.Epilogue
 
 
 def epilogues(
@@ -126,15 +128,15 @@ def epilogues(
     squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up; gated:
     whether the product of those two is gated.
     """
-    residual, plain = decode.Epilogue(residual=True), decode.Epilogue(chained=True)
+    residual, plain = decode_config.Epilogue(residual=True), decode_config.Epilogue(chained=True)
     found, before = [], 0
     for i, (fused, leads) in enumerate(zip(wanted, [*wanted[1:], False], strict=True)):
         if not fused:
             found.append(None)
             before = 0
             continue
-        qkv = decode.Epilogue(squares=before) if before else plain
-        gate_up = decode.Epilogue(squares=squares(i, "o"), gated=gated, tables=tables(i) if gated else 1)
+        qkv = decode_config.Epilogue(squares=before) if before else plain
+        gate_up = decode_config.Epilogue(squares=squares(i, "o"), gated=gated, tables=tables(i) if gated else 1)
         found.append(Epilogues(qkv, residual, gate_up, residual if leads else plain))
         before = squares(i, "down") if leads else 0
     return found
@@ -152,14 +154,14 @@ def in_tiles(products: Products, rows: int) -> bool:
     """Whether the prefill kernel serves a layer, so that its products take norms, though not the gate."""
     if any(reason_against(layer, rows) for layer in products):
         return False
-    norm, residual = decode.Epilogue(squares=1), decode.Epilogue(residual=True)
+    norm, residual = decode_config.Epilogue(squares=1), decode_config.Epilogue(residual=True)
     both = zip(products, (norm, residual, norm, residual), strict=True)
     return all(KERNEL.tiled_config(layer.weight, rows, epilogue) for layer, epilogue in both)
 
 
 def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer | None]:
     """The layers of a model for batches of `rows`; None for those that keep kernels of their own between products."""
-    residual = decode.Epilogue(residual=True)
+    residual = decode_config.Epilogue(residual=True)
     wanted = [pays(products, rows) for products in layers]
     tiles = _TILES and not any(wanted)
     if tiles:
@@ -169,7 +171,7 @@ def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer |
         weight = getattr(layers[i], name).weight
         if tiles:
             return weight.shape[0] // 64
-        return decode.squares_left(weight.shape[0], KERNEL.chain_config(weight, rows, residual))
+        return decode_config.squares_left(weight.shape[0], KERNEL.chain_config(weight, rows, residual))
 
     plan = epilogues(wanted, squares, lambda i: _tables(layers[i].gate_up), gated=not tiles)
     if not tiles:
@@ -179,8 +181,8 @@ def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer |
             for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
         )
 
-    def fused(layer: Linear, epilogue: decode.Epilogue) -> Fused:
-        without = decode.Epilogue(squares=epilogue.squares)
+    def fused(layer: Linear, epilogue: decode_config.Epilogue) -> Fused:
+        without = decode_config.Epilogue(squares=epilogue.squares)
         if _TILED_GATES and epilogue.gated and KERNEL.tiled_config(layer.weight, rows, without):
             return Fused.of(layer, rows, without, eps, tiles=True)
         return Fused.of(layer, rows, epilogue, eps if epilogue.squares else 0.0, tiles)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fdk.kernels.cuda import decode, dense, jit, stream
-from fdk.kernels.cuda.decode import Shape
+from fdk.kernels.cuda import decode_choice, decode_config, dense, jit, stream
+from fdk.kernels.cuda.decode_config import Shape
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100a"]
 
@@ -18,11 +18,13 @@ SHAPES = [
     (128, 1024, 128),
 ]
 KINDS = [
-    (bits, kind, 0) for bits in range(1, 9) for kind in (decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT)
+    (bits, kind, 0)
+    for bits in range(1, 9)
+    for kind in (decode_config.TABLE, decode_config.INT, decode_config.UINT_U8, decode_config.UINT_FLOAT)
 ]
-NESTED = [(min(served + 1, 8), decode.ROUNDED, served) for served in range(2, 9)]
-NESTED += [(served, decode.CUT, served) for served in range(2, 9)]
-SPARSE = [(3, decode.SPARSE_INT, 0), (3, decode.SPARSE_TABLE, 0)]
+NESTED = [(min(served + 1, 8), decode_config.ROUNDED, served) for served in range(2, 9)]
+NESTED += [(served, decode_config.CUT, served) for served in range(2, 9)]
+SPARSE = [(3, decode_config.SPARSE_INT, 0), (3, decode_config.SPARSE_TABLE, 0)]
 VARIANTS = [
     (Shape(n, k, bits, group, (bits + kind) % 3 > 0, kind, served), m)
     for bits, kind, served in KINDS + NESTED + SPARSE
@@ -32,11 +34,11 @@ VARIANTS = [
 ]
 
 
-def decode_sources(problems, arch: str) -> list[tuple[decode.Config, tuple]]:
+def decode_sources(problems, arch: str) -> list[tuple[decode_config.Config, tuple]]:
     """Configuration and what NVRTC gets, of each (shape, m) or (shape, m, epilogue)."""
     capability, found = jit.capability(arch), []
     for shape, m, *epilogue in problems:
-        config = decode.choose_config(shape, m, -(-shape.n // 64), 132, capability, *epilogue)
+        config = decode_choice.choose_config(shape, m, -(-shape.n // 64), 132, capability, *epilogue)
         assert config is not None
         found.append((config, ("decode.cuh", config.defines(shape, capability >= (9, 0)), arch)))
     return found
@@ -51,7 +53,11 @@ def check(compiled, problems, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_one_token_of_every_width(compiled, arch: str) -> None:
-    shapes = [Shape(4096, 4096, bits, 64, True, kind) for bits in range(1, 9) for kind in (decode.TABLE, decode.INT)]
+    shapes = [
+        Shape(4096, 4096, bits, 64, True, kind)
+        for bits in range(1, 9)
+        for kind in (decode_config.TABLE, decode_config.INT)
+    ]
     check(compiled, [(shape, 1) for shape in shapes], arch)
 
 
@@ -61,13 +67,13 @@ def test_epilogues(compiled, arch: str) -> None:
     for m in (1, 16):
         for bits in (1, 4):
             for n, k, epilogue in (
-                (4096, 14336, decode.Epilogue(residual=True)),
-                (6144, 4096, decode.Epilogue(squares=128)),
-                (28672, 4096, decode.Epilogue(squares=128, gated=True, tables=2)),
+                (4096, 14336, decode_config.Epilogue(residual=True)),
+                (6144, 4096, decode_config.Epilogue(squares=128)),
+                (28672, 4096, decode_config.Epilogue(squares=128, gated=True, tables=2)),
             ):
-                problems.append((Shape(n, k, bits, 64, True, decode.TABLE), m, epilogue))
-        nested = Shape(4096, 14336, 5, 64, True, decode.ROUNDED, 4)
-        problems.append((nested, m, decode.Epilogue(residual=True)))
+                problems.append((Shape(n, k, bits, 64, True, decode_config.TABLE), m, epilogue))
+        nested = Shape(4096, 14336, 5, 64, True, decode_config.ROUNDED, 4)
+        problems.append((nested, m, decode_config.Epilogue(residual=True)))
     check(compiled, problems, arch)
 
 
@@ -103,7 +109,9 @@ def check_dequantise(compiled, variants: list[dense.Variant], arch: str) -> None
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_dequantisation_of_every_width(compiled, arch: str) -> None:
-    check_dequantise(compiled, [dense.Variant(bits, 128, bits % 2 == 0, decode.TABLE) for bits in range(1, 9)], arch)
+    check_dequantise(
+        compiled, [dense.Variant(bits, 128, bits % 2 == 0, decode_config.TABLE) for bits in range(1, 9)], arch
+    )
 
 
 @pytest.mark.slow
@@ -112,7 +120,7 @@ def test_dequantisation_of_every_width(compiled, arch: str) -> None:
 def test_every_dequantisation(compiled, bits: int, arch: str) -> None:
     variants = []
     for stored, kind, served in KINDS + NESTED + SPARSE:
-        groups = (0, 128) if kind >= decode.SPARSE_INT else (0, 16, 32, 48, 128)
+        groups = (0, 128) if kind >= decode_config.SPARSE_INT else (0, 16, 32, 48, 128)
         # Registers of gathered planes differ between the two dtypes.
         dtypes = (True, False) if (stored, kind, served) in NESTED else ((bits + kind) % 2 == 0,)
         if stored == bits:

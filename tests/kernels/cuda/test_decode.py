@@ -8,7 +8,7 @@ import torch
 from fdk import reference, testing
 from fdk.formats import parse
 from fdk.kernels import Problem
-from fdk.kernels.cuda import KERNEL, _routes, decode
+from fdk.kernels.cuda import KERNEL, _routes, decode, decode_choice, decode_config
 
 
 def weight_of(where: str, name: str, n: int, k: int, **more):
@@ -43,8 +43,8 @@ def test_integer_products_are_exact_on_one_hot_inputs(where: str, name: str, m: 
     n, k = 200, 1152
     weight = weight_of(where, name, n, k, dtype=dtype, seed=m)
     zeros = weight.parts.get("zeros")
-    shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
-    config = replace(decode.choose_config(shape, m, 4, 132), digits=True, stage_units=1, stages=2, phases=1)
+    shape = decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    config = replace(decode_choice.choose_config(shape, m, 4, 132), digits=True, stage_units=1, stages=2, phases=1)
     config = replace(config, paired=shape.nested or shape.sparse)
     plan = decode.Plan(weight, config)
     x = inputs(where, m, k, dtype)
@@ -64,8 +64,10 @@ def test_activations_arrive_in_chunks_phases_and_slices(where: str, name: str, m
     n, k = 320, 4096
     weight = weight_of(where, name, n, k)
     zeros = weight.parts.get("zeros")
-    shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
-    base = replace(decode.choose_config(shape, m, 5, 132), stage_units=1, stages=2, batch=1, min_ctas=1, digits=False)
+    shape = decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    base = replace(
+        decode_choice.choose_config(shape, m, 5, 132), stage_units=1, stages=2, batch=1, min_ctas=1, digits=False
+    )
     x = inputs(where, m, k)
     for cluster, k_warps, row_warps, phases, chunks in (
         (2, 4, 1, 1, 4),

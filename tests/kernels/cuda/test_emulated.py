@@ -19,7 +19,7 @@ from emulate import SCHEDULES, EmulationError, Schedule, device, emulated, unava
 from fdk import reference, testing
 from fdk.formats import all_formats, parse
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import KERNEL, _routes, decode, jit, prefill
+from fdk.kernels.cuda import KERNEL, _routes, decode, decode_choice, decode_config, jit, prefill
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -45,9 +45,9 @@ def inputs(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -
     return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def shape_of(weight) -> decode.Shape:
+def shape_of(weight) -> decode_config.Shape:
     zeros = weight.parts.get("zeros")
-    return decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    return decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
 
 
 def check(call, m: int, weight, rounds: bool, bias: bool = False, one_hot: bool = True) -> None:
@@ -87,8 +87,8 @@ def test_every_format(name: str, m: int, schedule: Schedule, capability, dtype) 
         check(KERNEL._bind(weight, m, (found,)), m, weight, found.rounds, bias=m == 5)
 
 
-def config(tokens: int, cluster: int, k_warps: int, row_warps: int, blocks: int, **more) -> decode.Config:
-    plain = decode.Config(tokens, cluster, k_warps, row_warps, 1, 1, blocks, 1, 1)
+def config(tokens: int, cluster: int, k_warps: int, row_warps: int, blocks: int, **more) -> decode_config.Config:
+    plain = decode_config.Config(tokens, cluster, k_warps, row_warps, 1, 1, blocks, 1, 1)
     return replace(plain, **more)
 
 
@@ -204,7 +204,7 @@ def test_large_slices_by_integer_products(name: str) -> None:
     name, k = name.split()[0], int(name.split()[1])
     with emulated(sms=2, schedule=SCHEDULES[len(name) % 3]):
         weight = testing.random_weight(parse(name), 320, k)
-        chosen = decode.choose_config(replace(shape_of(weight), n=k), 1, k // 64, 132)
+        chosen = decode_choice.choose_config(replace(shape_of(weight), n=k), 1, k // 64, 132)
         assert chosen.digits
         weight.parts["scales"][64:] = 1
         weight = weight.to_layout(KERNEL.layout)
@@ -337,11 +337,11 @@ FAULTS = {
 }
 
 
-def noticed(chosen: decode.Config | prefill.Config, schedule: Schedule) -> bool:
+def noticed(chosen: decode_config.Config | prefill.Config, schedule: Schedule) -> bool:
     """Whether a product by a configuration is wrong, or an error."""
-    m, plan_of = (8, decode.Plan) if isinstance(chosen, decode.Config) else (64, prefill.Plan)
+    m, plan_of = (8, decode.Plan) if isinstance(chosen, decode_config.Config) else (64, prefill.Plan)
     with emulated(sms=4, schedule=schedule):
-        indices = isinstance(chosen, decode.Config) and chosen.indices
+        indices = isinstance(chosen, decode_config.Config) and chosen.indices
         m = 1 if indices else m
         weight = testing.random_weight(parse("lut2_g64" if indices else "lut4_g64"), 296, 1024).to_layout(KERNEL.layout)
         try:

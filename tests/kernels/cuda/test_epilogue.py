@@ -9,7 +9,7 @@ import fdk
 from fdk import reference, testing
 from fdk.formats import parse
 from fdk.kernels.cuda import KERNEL, prefill
-from fdk.kernels.cuda.decode import Epilogue
+from fdk.kernels.cuda.decode_config import Epilogue
 from fdk.kernels.cuda.prefill import Config as Tile
 
 FORMATS = ["lut1_g64", "lut3_g32", "lut4_g64", "int8_chan", "uint4_g48"]

@@ -4,8 +4,8 @@ import pytest
 
 from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda import decode
-from fdk.kernels.cuda.decode import Shape
+from fdk.kernels.cuda import decode, decode_choice, decode_config
+from fdk.kernels.cuda.decode_config import Shape
 
 SHAPES = [
     (8192, 8192),
@@ -23,14 +23,14 @@ SHAPES = [
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("n,k", SHAPES)
 def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, int]) -> None:
-    hopper, most_shared = capability >= (9, 0), decode.max_shared(capability)
+    hopper, most_shared = capability >= (9, 0), decode_config.max_shared(capability)
     blocks = -(-n // 64)
-    kinds = [decode.TABLE, decode.INT, decode.UINT_U8, decode.UINT_FLOAT]
-    kinds += [decode.CUT] * (bits > 1) + [decode.SPARSE_INT, decode.SPARSE_TABLE] * (bits == 3)
+    kinds = [decode_config.TABLE, decode_config.INT, decode_config.UINT_U8, decode_config.UINT_FLOAT]
+    kinds += [decode_config.CUT] * (bits > 1) + [decode_config.SPARSE_INT, decode_config.SPARSE_TABLE] * (bits == 3)
     for kind in kinds:
-        shape = Shape(n, k, bits, 64 if k % 64 == 0 else k, True, kind, bits if kind == decode.CUT else 0)
+        shape = Shape(n, k, bits, 64 if k % 64 == 0 else k, True, kind, bits if kind == decode_config.CUT else 0)
         for m in (1, 2, 3, 8, 16, 32, 64):
-            config = decode.choose_config(shape, m, blocks, 132, capability)
+            config = decode_choice.choose_config(shape, m, blocks, 132, capability)
             if config is None:
                 # x longer than what is left beside the table, or 64 tokens, which capability 9.0 alone serves.
                 assert (
@@ -55,40 +55,40 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
 @pytest.mark.parametrize(
     "kind,bits,n,k,m,sums,once",
     [
-        (decode.TABLE, 1, 4096, 4096, 2, True, False),
-        (decode.TABLE, 1, 8192, 8192, 1, False, False),
-        (decode.TABLE, 1, 8192, 8192, 8, True, False),
-        (decode.UINT_U8, 4, 4096, 4096, 8, True, False),
-        (decode.UINT_U8, 4, 8192, 8192, 8, True, False),
-        (decode.UINT_U8, 4, 28672, 8192, 8, False, False),
-        (decode.TABLE, 4, 8192, 8192, 1, False, True),
-        (decode.TABLE, 4, 4096, 4096, 1, False, False),
-        (decode.TABLE, 8, 4096, 4096, 1, False, True),
-        (decode.TABLE, 8, 8192, 8192, 8, False, True),
-        (decode.TABLE, 2, 8192, 8192, 1, False, False),
-        (decode.SPARSE_INT, 3, 8192, 8192, 1, False, True),
+        (decode_config.TABLE, 1, 4096, 4096, 2, True, False),
+        (decode_config.TABLE, 1, 8192, 8192, 1, False, False),
+        (decode_config.TABLE, 1, 8192, 8192, 8, True, False),
+        (decode_config.UINT_U8, 4, 4096, 4096, 8, True, False),
+        (decode_config.UINT_U8, 4, 8192, 8192, 8, True, False),
+        (decode_config.UINT_U8, 4, 28672, 8192, 8, False, False),
+        (decode_config.TABLE, 4, 8192, 8192, 1, False, True),
+        (decode_config.TABLE, 4, 4096, 4096, 1, False, False),
+        (decode_config.TABLE, 8, 4096, 4096, 1, False, True),
+        (decode_config.TABLE, 8, 8192, 8192, 8, False, True),
+        (decode_config.TABLE, 2, 8192, 8192, 1, False, False),
+        (decode_config.SPARSE_INT, 3, 8192, 8192, 1, False, True),
     ],
 )
 def test_sums_and_scales_come_as_measured_to_win(kind, bits, n, k, m, sums, once) -> None:
-    config = decode.choose_config(Shape(n, k, bits, 64, True, kind), m, n // 64, 132)
+    config = decode_choice.choose_config(Shape(n, k, bits, 64, True, kind), m, n // 64, 132)
     assert (config.x_sums, config.scales_once) == (sums, once)
-    assert config.bulk == (kind != decode.SPARSE_INT)
+    assert config.bulk == (kind != decode_config.SPARSE_INT)
 
 
-@pytest.mark.parametrize("kind", [decode.UINT_U8, decode.UINT_FLOAT])
+@pytest.mark.parametrize("kind", [decode_config.UINT_U8, decode_config.UINT_FLOAT])
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
 @pytest.mark.parametrize("n,k", SHAPES[:5])
 def test_zeros_fill_a_multiprocessor_or_are_alone_on_it(n: int, k: int, m: int, kind: int) -> None:
-    config = decode.choose_config(Shape(n, k, 4, 64, True, kind), m, n // 64, 132)
+    config = decode_choice.choose_config(Shape(n, k, 4, 64, True, kind), m, n // 64, 132)
     ahead = config.stages * config.stage_units * config.warps
     assert config.alone or config.warps > 8 or config.blocks * k // 64 // config.cluster <= 2 * ahead
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
 def test_fewer_tokens_of_zeros_run_as_eight_where_those_are_faster(m: int) -> None:
-    large, small = (Shape(size, size, 4, 64, True, decode.UINT_U8) for size in (8192, 4096))
-    assert decode.choose_config(large, m, 128, 132) == decode.choose_config(large, 8, 128, 132)
-    assert decode.choose_config(small, m, 64, 132).tokens == decode.token_tile(m)
+    large, small = (Shape(size, size, 4, 64, True, decode_config.UINT_U8) for size in (8192, 4096))
+    assert decode_choice.choose_config(large, m, 128, 132) == decode_choice.choose_config(large, 8, 128, 132)
+    assert decode_choice.choose_config(small, m, 64, 132).tokens == decode_choice.token_tile(m)
 
 
 @pytest.mark.parametrize(
@@ -106,21 +106,21 @@ def test_fewer_tokens_of_zeros_run_as_eight_where_those_are_faster(m: int) -> No
     ],
 )
 def test_codes_are_indices_where_measured_to_win(bits, n, k, m, warps, ring) -> None:
-    shape, facts = Shape(n, k, bits, 64, True, decode.TABLE), (m, n // 64, 132, (9, 0), decode.PLAIN)
-    config = decode.choose_config(shape, *facts)
+    shape, facts = Shape(n, k, bits, 64, True, decode_config.TABLE), (m, n // 64, 132, (9, 0), decode_config.PLAIN)
+    config = decode_choice.choose_config(shape, *facts)
     assert config.indices == (warps is not None)
     if warps:
         assert (config.k_warps, config.row_warps) == warps and (config.stages, config.stage_units) == ring
     # Neither where a device was found to treat equal indices otherwise, nor where none was asked.
-    assert decode.choose_config(shape, *facts, False).indices == (bits == 1 and warps is not None)
-    assert not decode.choose_config(shape, m, n // 64, 132, (10, 0)).indices
+    assert decode_choice.choose_config(shape, *facts, False).indices == (bits == 1 and warps is not None)
+    assert not decode_choice.choose_config(shape, m, n // 64, 132, (10, 0)).indices
 
 
 @pytest.mark.parametrize("tables", [1, 3])
 def test_ranges_cover_every_block_once(tables: int) -> None:
     weight = testing.random_weight(parse("lut4_g64"), 1000, 256, tables=tables, seed=3).to_layout("fragments")
-    shape = decode.shape_of(weight.geometry, None)
-    config = decode.choose_config(shape, 1, weight.parts["codes"].shape[0], 132)
+    shape = decode_config.shape_of(weight.geometry, None)
+    config = decode_choice.choose_config(shape, 1, weight.parts["codes"].shape[0], 132)
     params, ctas = decode.params_for(weight, config)
     seen = []
     ends = [params.range[i + 1].first for i in range(tables - 1)] + [ctas // config.cluster]
@@ -139,10 +139,12 @@ def test_ranges_cover_every_block_once(tables: int) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("n,k", [(256, 512), (22528, 3072), (28672, 4096), (43008, 6144)])
 def test_gated_configurations_take_gate_and_up_together(n: int, k: int, bits: int, m: int) -> None:
-    shape, blocks = Shape(n, k, bits, 64, True, decode.TABLE), n // 64
-    config = decode.choose_config(shape, m, blocks, 132, (9, 0), decode.Epilogue(squares=96, gated=True, tables=2))
+    shape, blocks = Shape(n, k, bits, 64, True, decode_config.TABLE), n // 64
+    config = decode_choice.choose_config(
+        shape, m, blocks, 132, (9, 0), decode_config.Epilogue(squares=96, gated=True, tables=2)
+    )
     assert config.blocks % 2 == 0 and config.row_warps % 2 == 0
-    assert config.shared_bytes(shape) <= decode.MAX_SHARED
+    assert config.shared_bytes(shape) <= decode_config.MAX_SHARED
     # The kernel's `block_of` and its stride from step to step.
     seen = []
     for first in range(0, blocks, config.blocks):
@@ -153,13 +155,13 @@ def test_gated_configurations_take_gate_and_up_together(n: int, k: int, bits: in
 
 
 def test_shape_of_says_what_the_zeros_are() -> None:
-    for float_zeros, kind in ((False, decode.UINT_U8), (True, decode.UINT_FLOAT)):
+    for float_zeros, kind in ((False, decode_config.UINT_U8), (True, decode_config.UINT_FLOAT)):
         weight = testing.random_weight(parse("uint4_g32"), 64, 64, float_zeros=float_zeros)
-        shape = decode.shape_of(weight.geometry, weight.parts["zeros"].dtype)
+        shape = decode_config.shape_of(weight.geometry, weight.parts["zeros"].dtype)
         assert (shape.kind, shape.subs, shape.unit_groups) == (kind, 2, 2)
 
 
 def test_tiles_serve_every_count_of_tokens() -> None:
     for m in range(1, 65):
-        assert decode.token_tile(m) >= m
+        assert decode_choice.token_tile(m) >= m
     assert decode.Params.range.offset % 8 == 0

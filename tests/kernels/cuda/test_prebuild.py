@@ -7,7 +7,7 @@ from fdk import testing
 from fdk.errors import UnsupportedError
 from fdk.formats import parse
 from fdk.kernels import cuda
-from fdk.kernels.cuda import decode, dense, jit, prebuild, prefill
+from fdk.kernels.cuda import decode, decode_config, dense, jit, prebuild, prefill
 from fdk.kernels.cuda.prebuild import Product, Target
 from fdk.packing.layouts import Geometry
 
@@ -32,7 +32,7 @@ def test_what_products_load_is_what_is_compiled_ahead(monkeypatch, name, n, k, m
         return lambda weight, *config: loaded.append(source(weight, *config))
 
     def shape_of(weight):
-        return decode.shape_of(weight.geometry, weight.parts["zeros"].dtype if "zeros" in weight.parts else None)
+        return decode_config.shape_of(weight.geometry, weight.parts["zeros"].dtype if "zeros" in weight.parts else None)
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "_device_facts", lambda index: target)
@@ -66,7 +66,7 @@ def test_what_a_device_is_asked_with_is_compiled_ahead_too() -> None:
     with torch.device("meta"):
         weight, x, product = decode._of_equal_indices()
     assert x.device == product.device == weight.device == torch.device("cpu")
-    assert decode.shape_of(weight.geometry, None) == decode.ASKED[0]
+    assert decode_config.shape_of(weight.geometry, None) == decode.ASKED[0]
     assert x.shape == (1, 256) and product.shape == (1, 64)
 
 

@@ -9,12 +9,12 @@ import torch
 
 from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, prefill
-from fdk.kernels.cuda.decode import Shape
+from fdk.kernels.cuda import decode_config, prefill
+from fdk.kernels.cuda.decode_config import Shape
 from fdk.kernels.cuda.prefill import Config
 
 SHAPES = [(8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (5120, 5120), (28672, 8192), (100, 104), (64, 128)]
-KINDS = (decode.TABLE, decode.INT, decode.UINT_U8)
+KINDS = (decode_config.TABLE, decode_config.INT, decode_config.UINT_U8)
 ROWS = (1, 8, 16, 33, 64, 65, 96, 128, 200, 256, 300, 384, 512, 768, 1000, 2048, 8192)
 
 # One of every way that the kernel splits its work, at the widest tile that `choose` gives it.
@@ -60,7 +60,7 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
             shape = Shape(n, k, bits, group if k % group == 0 else k, True, kind)
             for m in ROWS:
                 config = chosen(shape, m)
-                assert config.shared_bytes(shape) <= decode.MAX_SHARED
+                assert config.shared_bytes(shape) <= decode_config.MAX_SHARED
                 assert config.stages >= 2 * config.k_groups and config.threads <= 1024
                 assert config.tokens % (8 * config.pair) == 0 and (config.pair == 1 or config.split == 1)
                 assert shape.units >= 2 * config.split * config.k_groups or config.split * config.k_groups == 1
@@ -69,11 +69,11 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
 
 
 def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
-    table = Shape(8192, 8192, 4, 64, True, decode.TABLE)
+    table = Shape(8192, 8192, 4, 64, True, decode_config.TABLE)
     assert chosen(table, 384) == Config(192, 2, 4, rounds=True, wide=True, unrolled=True)
     # Eight stages of two k groups leave no room for a wide table, and four are too few.
     assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
-    for bits, kind in ((8, decode.TABLE), (8, decode.INT)):
+    for bits, kind in ((8, decode_config.TABLE), (8, decode_config.INT)):
         assert chosen(replace(table, bits=bits, kind=kind), 1024) == Config(256, 2, 4, rounds=True, unrolled=True)
     assert chosen(table, 16) == Config(16, 2, 16, split=2, k_groups=2, wide=True, unrolled=True)
     assert chosen(table, 64) == Config(64, 2, 8, split=2, k_groups=2, rounds=True, unrolled=True)
@@ -90,21 +90,21 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
 
 
 def test_what_is_not_served() -> None:
-    shape = Shape(4096, 4096, 4, 64, True, decode.UINT_FLOAT)
+    shape = Shape(4096, 4096, 4, 64, True, decode_config.UINT_FLOAT)
     assert "fractional" in prefill.unsupported(shape, (64,))
-    assert "masks" in prefill.unsupported(Shape(4096, 4096, 3, 64, True, decode.SPARSE_INT), (64,))
-    assert "multiple of 8" in prefill.unsupported(Shape(4096, 4100, 4, 4100, True, decode.INT), (64,))
-    assert "tables" in prefill.unsupported(Shape(4096, 4096, 4, 64, True, decode.TABLE), (1,) * 17)
+    assert "masks" in prefill.unsupported(Shape(4096, 4096, 3, 64, True, decode_config.SPARSE_INT), (64,))
+    assert "multiple of 8" in prefill.unsupported(Shape(4096, 4100, 4, 4100, True, decode_config.INT), (64,))
+    assert "tables" in prefill.unsupported(Shape(4096, 4096, 4, 64, True, decode_config.TABLE), (1,) * 17)
     assert prefill.choose(shape, 64, (64,), 132) is None
     assert prefill.predict_us(shape, 64, (64,), 132) is None
-    assert prefill.choose(Shape(4096, 4096, 4, 64, True, decode.INT), 0, (64,), 132) is None
+    assert prefill.choose(Shape(4096, 4096, 4, 64, True, decode_config.INT), 0, (64,), 132) is None
 
 
 @pytest.mark.parametrize("n,k", [(8192, 8192), (100, 104)])
 def test_any_number_of_multiprocessors_can_start_a_cluster(n: int, k: int) -> None:
     blocks = (-(-n // 64),)
     for group, m, sms in itertools.product((64, k), (1, 64, 300, 2048), range(1, 201)):
-        shape = Shape(n, k, 4, group if k % group == 0 else k, True, decode.TABLE)
+        shape = Shape(n, k, 4, group if k % group == 0 else k, True, decode_config.TABLE)
         config = prefill.choose(shape, m, blocks, sms)
         assert config.cluster <= sms
         tiles = prefill.row_tiles(blocks, config) * -(-m // config.tokens)
@@ -114,14 +114,14 @@ def test_any_number_of_multiprocessors_can_start_a_cluster(n: int, k: int) -> No
 
 @pytest.mark.parametrize("n,k", SHAPES[:6])
 def test_predicted_time_grows_with_rows(n: int, k: int) -> None:
-    shape = Shape(n, k, 4, 64, True, decode.TABLE)
+    shape = Shape(n, k, 4, 64, True, decode_config.TABLE)
     for m in range(16, 8192, 8):
         now, later = (prefill.predict_us(shape, rows, (n // 64,), 132) for rows in (m, m + m // 10))
         assert now <= 1.05 * later, (m, now, later)
 
 
 def test_whole_tiles_fill_all_clusters() -> None:
-    shape = Shape(4096, 4096, 4, 64, True, decode.TABLE)
+    shape = Shape(4096, 4096, 4, 64, True, decode_config.TABLE)
     for pair, tiles in itertools.product((1, 2), (1, 5, 64, 66, 132, 133, 448, 5000)):
         config = Config(256, 2, 4, pair=pair, rounds=True, stream=True)
         clusters, streamed = prefill.clusters_and_streamed(shape, config, tiles, 132)
@@ -161,7 +161,7 @@ def fits(shape: Shape, config: Config) -> bool:
     if config.unrolled and (config.stages % alternating or shape.units % (config.stages * config.split)):
         return False
     with contextlib.suppress(ValueError):
-        return config.shared_bytes(shape) <= decode.MAX_SHARED
+        return config.shared_bytes(shape) <= decode_config.MAX_SHARED
     return False
 
 
@@ -171,7 +171,7 @@ def fitting(shape: Shape, config: Config) -> Config | None:
 
 
 def test_every_way_to_split_four_bits_compiles_without_spills(compiled) -> None:
-    shapes = Shape(4096, 4096, 4, 64, True, decode.TABLE), Shape(200, 992, 4, 32, False, decode.UINT_U8)
+    shapes = Shape(4096, 4096, 4, 64, True, decode_config.TABLE), Shape(200, 992, 4, 32, False, decode_config.UINT_U8)
     check_code(compiled, [(shape, fitting(shape, config)) for config in CONFIGS for shape in shapes])
 
 
@@ -179,7 +179,7 @@ def test_every_way_to_split_four_bits_compiles_without_spills(compiled) -> None:
 @pytest.mark.parametrize("served", range(2, 9))
 def test_every_slice_compiles_without_spills(compiled, served: int) -> None:
     problems = []
-    for bits, kind in ((min(8, served + 1), decode.ROUNDED), (served, decode.CUT)):
+    for bits, kind in ((min(8, served + 1), decode_config.ROUNDED), (served, decode_config.CUT)):
         for group, m in ((32, 64), (128, 16), (128, 256), (4096, 8192)):
             shape = Shape(4096, 4096, bits, group, (served + kind) % 2 > 0, kind, served)
             problems.append((shape, chosen(shape, m)))
@@ -225,7 +225,7 @@ def test_products(where: str, name: str, n: int, k: int, more: dict) -> None:
         pytest.skip("the prefill kernel needs compute capability 9.0")
     weight = testing.random_weight(parse(name), n, k, device=where, **more).to_layout("fragments")
     zeros = weight.parts.get("zeros")
-    shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+    shape = decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
     place = [f[0] for f in FORMATS].index(name)
     # An emulated device takes seconds for what a real one does in a millisecond: some configurations for each format.
     configs, rows, repeats = (
@@ -263,7 +263,7 @@ def test_shares_meet_apart_in_streams_and_graphs() -> None:
         pytest.skip("the prefill kernel needs compute capability 9.0")
     weight = testing.random_weight(parse("lut4_g64"), 1920, 1024, device="cuda:0").to_layout("fragments")
     config = Config(128, 3, 4, rounds=True, stream=True)
-    plan = prefill.Plan(weight, fitting(decode.shape_of(weight.geometry, None), config))
+    plan = prefill.Plan(weight, fitting(decode_config.shape_of(weight.geometry, None), config))
     x = torch.randn(2, 300, 1024, device="cuda:0").to(weight.dtype)
     expected = testing.poisoned(600, 1920, weight.dtype, "cuda:0").view(2, 300, 1920)
     for i in range(2):
@@ -298,7 +298,7 @@ def test_without_memory_for_sums_tiles_are_whole(monkeypatch: pytest.MonkeyPatch
         pytest.skip("the prefill kernel needs compute capability 9.0")
     weight = testing.random_weight(parse("lut4_g64"), 1920, 1024, device="cuda:0").to_layout("fragments")
     config = Config(128, 3, 4, rounds=True, stream=True)
-    plan = prefill.Plan(weight, fitting(decode.shape_of(weight.geometry, None), config))
+    plan = prefill.Plan(weight, fitting(decode_config.shape_of(weight.geometry, None), config))
     x = torch.randn(300, 1024, device="cuda:0").to(weight.dtype)
     out, whole = (testing.poisoned(300, 1920, weight.dtype, "cuda:0") for _ in range(2))
     expected = torch.empty_like(out)

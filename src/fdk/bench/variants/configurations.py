@@ -12,7 +12,7 @@ import torch
 from fdk.bench.problems import DTYPES
 from fdk.errors import FdkError
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, jit, prefill
+from fdk.kernels.cuda import decode, decode_choice, decode_config, jit, prefill
 from fdk.packing.fragments import block_counts
 from fdk.packing.layouts import Geometry
 
@@ -21,7 +21,8 @@ SOURCES = {"decode": "decode.cuh", "prefill": "prefill.cuh"}
 SMS = 132
 """Multiprocessors that configurations are chosen for where no GPU says otherwise: those of an H100 and H200."""
 
-Config = decode.Config | prefill.Config
+CONFIGS = {"decode": decode_config.Config, "prefill": prefill.Config}
+Config = decode_config.Config | prefill.Config
 Change = Mapping[str, int | bool]
 """Fields of a configuration by name."""
 
@@ -49,9 +50,9 @@ class Problem:
         return Geometry(parse(self.format), self.n, self.k, DTYPES[self.dtype], (self.n,))
 
     @property
-    def shape(self) -> decode.Shape:
+    def shape(self) -> decode_config.Shape:
         """What is fixed at compile time; zero points, if any, are bytes."""
-        return decode.shape_of(self.geometry, torch.uint8 if self.geometry.format.has_zeros else None)
+        return decode_config.shape_of(self.geometry, torch.uint8 if self.geometry.format.has_zeros else None)
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def chosen(problem: Problem, sms: int = SMS, hopper: bool = True) -> Config:
     blocks = tuple(block_counts(problem.geometry))
     if problem.kernel == "decode":
         config = (
-            decode.choose_config(problem.shape, problem.m, sum(blocks), sms, (9, 0) if hopper else (8, 0))
-            if problem.m <= decode.MAX_TOKENS
+            decode_choice.choose_config(problem.shape, problem.m, sum(blocks), sms, (9, 0) if hopper else (8, 0))
+            if problem.m <= decode_config.MAX_TOKENS
             else None
         )
     else:
@@ -93,7 +94,7 @@ def chosen(problem: Problem, sms: int = SMS, hopper: bool = True) -> Config:
 def field_types(kernel: str) -> dict[str, type]:
     """Fields of the kernel's configuration that can be varied, with their types."""
     names = {"int": int, "bool": bool}
-    fields = dataclasses.fields(KERNELS[kernel].Config)
+    fields = dataclasses.fields(CONFIGS[kernel])
     return {field.name: names[field.type] for field in fields if field.type in names}
 
 
@@ -119,7 +120,7 @@ def changed(problem: Problem, base: Config, change: Change, sms: int = SMS) -> C
     if problem.kernel == "decode" and "cluster" in change and "blocks" not in change:
         if config.cluster not in (1, 2, 4, 8):
             raise VariantError(f"cluster={config.cluster}: clusters have 1, 2, 4 or 8 CTAs")
-        at_once = decode.clusters_at_once(sms, config.cluster)
+        at_once = decode_config.clusters_at_once(sms, config.cluster)
         config = dataclasses.replace(config, blocks=max(1, -(-sum(block_counts(problem.geometry)) // at_once)))
     return config
 
@@ -152,8 +153,8 @@ def unfit(problem: Problem, config: Config, hopper: bool = True) -> str | None:
         needed = shared_bytes(problem, config, hopper)
     except (ArithmeticError, ValueError, KeyError) as error:
         return f"its shared memory cannot be laid out ({type(error).__name__}: {error})"
-    if needed > decode.MAX_SHARED:
-        return f"needs {needed} bytes of shared memory, a CTA has {decode.MAX_SHARED}"
+    if needed > decode_config.MAX_SHARED:
+        return f"needs {needed} bytes of shared memory, a CTA has {decode_config.MAX_SHARED}"
     if config.threads > 1024:
         return f"has {config.threads} threads, a CTA has at most 1024"
     return None

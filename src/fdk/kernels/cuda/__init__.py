@@ -1,7 +1,8 @@
 """CUDA C++ kernels for NVIDIA GPUs from compute capability 8.0, tuned for 9.0, compiled at first use by NVRTC.
 
 routes.py   which of the three serves a product, by predicted time
-decode.py   few rows of x (csrc/decode.cuh): configuration, launch arithmetic, launcher
+decode.py   few rows of x (csrc/decode.cuh): launch arithmetic, launcher;  decode_config.py  what it is compiled for
+            decode_choice.py  which configuration serves a product
 prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
 stream.py   the streaming floor (csrc/stream.cuh), for the benchmark
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import decode, dense, jit, prebuild, prefill, routes
+from fdk.kernels.cuda import decode, decode_config, dense, jit, prebuild, prefill, routes
 from fdk.kernels.cuda.stream import stream_floor
 from fdk.packing import fragments
 from fdk.packing.layouts import Geometry
@@ -43,7 +44,7 @@ def _device_facts(index: int) -> tuple[tuple[int, int], int]:
 
 def _routes(geometry: Geometry, zeros: torch.dtype | None, m: int, device: torch.device) -> tuple[routes.Route, ...]:
     capability, sms = _device_facts(torch.cuda.current_device() if device.index is None else device.index)
-    shape = decode.shape_of(geometry, zeros)
+    shape = decode_config.shape_of(geometry, zeros)
     return routes.routes(shape, max(1, m), fragments.block_counts(geometry), sms, capability)
 
 
@@ -133,28 +134,28 @@ class CudaKernel:
         """Predicted microseconds of m rows of x by one launch of `decode.Plan`, inf if it cannot, and at best."""
         return prebuild.chain_us(_product(weight, m), prebuild.Target(*_device_facts(weight.device.index)), gated)
 
-    def chain_config(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Config:
+    def chain_config(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> decode_config.Config:
         """The configuration of a product of m rows of x with an epilogue, where `chain_us` is finite."""
         target = prebuild.Target(*_device_facts(weight.device.index))
         return prebuild.chain_config(_product(weight, m), epilogue, target)
 
-    def tiled_config(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> prefill.Config | None:
+    def tiled_config(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> prefill.Config | None:
         """The configuration of a product of m rows of x with an epilogue by the prefill kernel, None if it has none."""
         target = prebuild.Target(*_device_facts(weight.device.index))
         return prebuild.tiled_config(_product(weight, m), epilogue, target)
 
-    def tiled(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> prefill.Plan:
+    def tiled(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> prefill.Plan:
         """The product of m rows of x with an epilogue, where `tiled_config` has one."""
         return prefill.Plan(weight, self.tiled_config(weight, m, epilogue))
 
-    def compile_chained(self, products: Iterable[tuple[QuantisedWeight, int, decode.Epilogue]]) -> int:
+    def compile_chained(self, products: Iterable[tuple[QuantisedWeight, int, decode_config.Epilogue]]) -> int:
         """Compile on all cores what `chained` will load for each; how many kernels that were."""
         return jit.compile_ahead(
             prebuild.chain_source(_product(weight, m), epilogue, prebuild.Target(*_device_facts(weight.device.index)))
             for weight, m, epilogue in products
         )
 
-    def chained(self, weight: QuantisedWeight, m: int, epilogue: decode.Epilogue) -> decode.Plan:
+    def chained(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> decode.Plan:
         """The product of m rows of x with an epilogue, where `chain_us` is finite."""
         return decode.Plan(weight, self.chain_config(weight, m, epilogue))
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode, driver, jit
+from fdk.kernels.cuda import decode_config, driver, jit
 
 _MOST_OWN = 4
 """Query heads of a warp: their queries and sums fill its registers."""
@@ -31,7 +31,7 @@ class Config:
     stages      turns of positions that are in flight, 4 KB of each warp
     splits      clusters of a key/value head, whose sums meet in global memory
     norm        queries and keys are normed before they are turned
-    hold        clocks for which clusters without a head hold their places, as in decode.Config; not chosen
+    hold        clocks for which clusters without a head hold their places, as in decode_config.Config; not chosen
     """
 
     head_dim: int
@@ -142,7 +142,7 @@ def load(config: Config, device: int) -> driver.Function:
     capability = torch.cuda.get_device_capability(device)
     cubin = jit.cubin(*source(config, capability))
     # Where places are held, a multiprocessor has two for all launches of a chain.
-    at_least = decode.shared_for_places(2, capability) if config.hold else 0
+    at_least = decode_config.shared_for_places(2, capability) if config.hold else 0
     return driver.Function(cubin, "fdk_attend", config.threads, max(config.shared_bytes, at_least), config.cluster)
 
 
@@ -176,6 +176,6 @@ def attend(
     clusters = heads * config.splits
     if config.hold:
         sms = torch.cuda.get_device_properties(qkv.device).multi_processor_count
-        clusters = max(clusters, decode.clusters_at_once(sms, config.cluster))
+        clusters = max(clusters, decode_config.clusters_at_once(sms, config.cluster))
     function = load(config, qkv.device.index)
     function(clusters * config.cluster, torch.cuda.current_stream(qkv.device).cuda_stream, params)

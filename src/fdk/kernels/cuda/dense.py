@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode, driver, jit
+from fdk.kernels.cuda import decode, decode_config, driver, jit
 from fdk.packing.fragments import BLOCK, UNIT, block_counts, units
 from fdk.weight import QuantisedWeight
 
@@ -30,7 +30,7 @@ _WARPS, _BUFFER, _WINDOW = 8, 16 * 144, 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """What is fixed at compile time, as in `decode.Shape`; `group` is 0 for one scale per row."""
+    """What is fixed at compile time, as in `decode_config.Shape`; `group` is 0 for one scale per row."""
 
     bits: int
     group: int
@@ -40,9 +40,9 @@ class Variant:
 
     def shared_bytes(self, hopper: bool) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/dequantise_weights.cuh, which asserts it."""
-        aligned = decode.table_aligned(self.bits, self.kind)
+        aligned = decode_config.table_aligned(self.bits, self.kind)
         before = aligned - _WINDOW if aligned > _WINDOW and hopper else 0
-        end = before + decode.table_bytes(self.bits, self.kind)
+        end = before + decode_config.table_bytes(self.bits, self.kind)
         return end if before >= _WARPS * _BUFFER else end + _WARPS * _BUFFER
 
     def defines(self, hopper: bool) -> dict[str, int]:
@@ -57,7 +57,7 @@ class Variant:
         }
 
 
-def variant_of(shape: decode.Shape) -> Variant:
+def variant_of(shape: decode_config.Shape) -> Variant:
     """The variant that dequantises weights of this shape."""
     return Variant(shape.bits, 0 if shape.groups == 1 else shape.group, shape.bf16, shape.kind, shape.served)
 
@@ -81,7 +81,7 @@ class Params(ctypes.Structure):
         ("end_unit", ctypes.c_int),
         ("ranges", ctypes.c_int),
         ("zero", ctypes.c_uint32),
-        ("range", decode.Range * decode.MAX_RANGES),
+        ("range", decode.Range * decode_config.MAX_RANGES),
     )
 
 
@@ -124,7 +124,7 @@ class Plan:
         parts, geometry = weight.parts, weight.geometry
         assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in parts.values())
         zeros = parts.get("zeros")
-        shape = decode.shape_of(geometry, None if zeros is None else zeros.dtype)
+        shape = decode_config.shape_of(geometry, None if zeros is None else zeros.dtype)
         self.geometry, self.device = geometry, weight.device
         self.counts = block_counts(geometry)
         self.params = Params(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fdk.kernels.cuda import decode, dense, jit, prefill, routes
+from fdk.kernels.cuda import decode, decode_choice, decode_config, dense, jit, prefill, routes
 from fdk.packing.fragments import FRAGMENTS, block_counts
 from fdk.packing.layouts import Geometry
 
@@ -43,8 +43,8 @@ def unsupported(geometry: Geometry) -> str | None:
     """Why the kernels serve no weight of this geometry on any device, or None."""
     if geometry.dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies bfloat16 and float16, the weight is {str(geometry.dtype).removeprefix('torch.')}"
-    if len(geometry.row_ends) > decode.MAX_RANGES:
-        return f"holds up to {decode.MAX_RANGES} tables, the weight has {len(geometry.row_ends)}"
+    if len(geometry.row_ends) > decode_config.MAX_RANGES:
+        return f"holds up to {decode_config.MAX_RANGES} tables, the weight has {len(geometry.row_ends)}"
     if geometry.n == 0 or geometry.k == 0:
         return "has nothing to multiply in an empty weight"
     return FRAGMENTS.supports(geometry)
@@ -56,7 +56,7 @@ def sources(products: Iterable[Product], target: Target) -> list[jit.Source]:
     for geometry, zeros, m in products:
         if m < 1 or unsupported(geometry):
             continue
-        shape = decode.shape_of(geometry, zeros)
+        shape = decode_config.shape_of(geometry, zeros)
         for route in routes.launched(shape, m, block_counts(geometry), target.sms, target.capability):
             if route.name == "dense":
                 source = dense.source(dense.variant_of(shape), target.capability)
@@ -70,40 +70,42 @@ def sources(products: Iterable[Product], target: Target) -> list[jit.Source]:
     return list(found.values())
 
 
-def chain_config(product: Product, epilogue: decode.Epilogue, target: Target) -> decode.Config | None:
+def chain_config(product: Product, epilogue: decode_config.Epilogue, target: Target) -> decode_config.Config | None:
     """The configuration of a product with an epilogue, None if there is none."""
-    shape, blocks = decode.shape_of(product.geometry, product.zeros), sum(block_counts(product.geometry))
-    return decode.choose_config(shape, product.m, blocks, target.sms, target.capability, epilogue)
+    shape, blocks = decode_config.shape_of(product.geometry, product.zeros), sum(block_counts(product.geometry))
+    return decode_choice.choose_config(shape, product.m, blocks, target.sms, target.capability, epilogue)
 
 
-def chain_source(product: Product, epilogue: decode.Epilogue, target: Target) -> jit.Source:
+def chain_source(product: Product, epilogue: decode_config.Epilogue, target: Target) -> jit.Source:
     """What a product with an epilogue is compiled from, where `chain_us` is finite."""
-    shape = decode.shape_of(product.geometry, product.zeros)
+    shape = decode_config.shape_of(product.geometry, product.zeros)
     return decode.source(shape, chain_config(product, epilogue, target), target.capability)
 
 
-def tiled_config(product: Product, epilogue: decode.Epilogue, target: Target) -> prefill.Config | None:
+def tiled_config(product: Product, epilogue: decode_config.Epilogue, target: Target) -> prefill.Config | None:
     """The configuration of a product with an epilogue by the prefill kernel, None if another one serves it better."""
     geometry, zeros, m = product
-    shape, blocks = decode.shape_of(geometry, zeros), block_counts(geometry)
+    shape, blocks = decode_config.shape_of(geometry, zeros), block_counts(geometry)
     route = routes.routes(shape, max(1, m), blocks, target.sms, target.capability)[0]
     if route.name != "prefill" or m > route.config.tokens or route.config.stream or route.config.pair > 1:
         return None
     if epilogue.gated or (epilogue.residual and (geometry.n % 64 or len(blocks) > 1)):
         return None
     config = replace(route.config, epilogue=epilogue)
-    return config if config.shared_bytes(shape) <= decode.MAX_SHARED else None
+    return config if config.shared_bytes(shape) <= decode_config.MAX_SHARED else None
 
 
 def chain_us(product: Product, target: Target, gated: bool = False) -> tuple[float, float]:
     """Predicted microseconds of a product by one launch of the decode kernel, inf if it cannot, and at best."""
     geometry, zeros, m = product
-    shape, blocks = decode.shape_of(geometry, zeros), block_counts(geometry)
+    shape, blocks = decode_config.shape_of(geometry, zeros), block_counts(geometry)
     best = routes.routes(shape, max(1, m), blocks, target.sms, target.capability)[0].us
     pairs = geometry.n % 128 == 0 and geometry.row_ends in ((geometry.n,), (geometry.n // 2, geometry.n))
     # Two tables and norms take most shared memory, so what fits with them fits in any part of a chain.
-    widest = decode.Epilogue(squares=1, gated=gated, tables=1 + gated)
-    fits = m <= decode.MAX_TOKENS and all(chain_config(product, one, target) for one in (widest, decode.PLAIN))
+    widest = decode_config.Epilogue(squares=1, gated=gated, tables=1 + gated)
+    fits = m <= decode_config.MAX_TOKENS and all(
+        chain_config(product, one, target) for one in (widest, decode_config.PLAIN)
+    )
     if not fits or (gated and not pairs):
         return math.inf, best
     return routes.decode_us(shape, m, m, sum(blocks), target.sms, target.capability), best

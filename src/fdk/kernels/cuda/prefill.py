@@ -11,8 +11,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode, driver, flags, jit
-from fdk.kernels.cuda.decode import INT, MAX_RANGES, MAX_SHARED, TABLE, UINT_FLOAT, UINT_U8, Shape
+from fdk.kernels.cuda import decode, decode_config, driver, flags, jit
+from fdk.kernels.cuda.decode_config import INT, MAX_RANGES, MAX_SHARED, TABLE, UINT_FLOAT, UINT_U8, Shape
 from fdk.packing.fragments import BLOCK, block_counts
 from fdk.weight import QuantisedWeight
 
@@ -99,7 +99,7 @@ class Config:
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
-    epilogue    what becomes of the sums: `squares` and `residual` of decode.Epilogue, for a tile of all tokens
+    epilogue    what becomes of the sums: `squares` and `residual` of decode_config.Epilogue, for a tile of all tokens
     """
 
     tokens: int
@@ -115,7 +115,7 @@ class Config:
     wide: bool = False
     stream: bool = False
     unrolled: bool = False
-    epilogue: decode.Epilogue = decode.PLAIN
+    epilogue: decode_config.Epilogue = decode_config.PLAIN
 
     @property
     def cluster(self) -> int:
@@ -461,7 +461,7 @@ class Plan:
     def __init__(self, weight: QuantisedWeight, config: Config) -> None:
         zeros = weight.parts.get("zeros")
         assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in weight.parts.values())
-        self.shape = decode.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+        self.shape = decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
         self.config = config
         self.template = params_for(weight, config)
         self.device = weight.device
@@ -482,7 +482,7 @@ class Plan:
         """
         m, config = x.shape[0], self.config
         assert m > 0 and x.data_ptr() % 16 == 0 and x.is_contiguous()
-        assert config.epilogue == decode.PLAIN or m <= config.tokens
+        assert config.epilogue == decode_config.PLAIN or m <= config.tokens
         params = Params.from_buffer_copy(self.template)
         for name, value in operands.items():
             setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)

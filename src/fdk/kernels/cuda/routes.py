@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fdk.kernels.cuda import decode, prefill
+from fdk.kernels.cuda import decode_choice, decode_config, prefill
 
 _SMS = 132
 
@@ -23,7 +23,7 @@ _SMS = 132
 _DECODE_START, _DECODE_CLOCKS_PER_US, _DECODE_X_BYTES_PER_US = 2.1, 1830, 58e3
 _UNIT_CLOCKS = (64, 98, 109, 127, 194, 207, 229, 241)
 _NESTED_CLOCKS, _PLANE_CLOCKS = 49, 25  # a unit of planes, and each of them
-_SPARSE_CLOCKS = {decode.SPARSE_INT: 195, decode.SPARSE_TABLE: 300}
+_SPARSE_CLOCKS = {decode_config.SPARSE_INT: 195, decode_config.SPARSE_TABLE: 300}
 _NESTED_BYTES_CLOCKS, _PLANE_BYTES_CLOCKS, _SPARSE_BYTES_CLOCKS = 22, 24.5, 115  # of integer products
 _EIGHT_BITS_BYTES_CLOCKS = 200
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
@@ -48,7 +48,7 @@ class Route:
     name: str
     us: float
     rows: int
-    config: decode.Config | prefill.Config | None = None
+    config: decode_config.Config | prefill.Config | None = None
 
     @property
     def rounds(self) -> bool:
@@ -56,7 +56,7 @@ class Route:
         return self.name == "dense" or (self.name == "prefill" and self.config.rounds)
 
 
-def _unit_clocks(shape: decode.Shape, digits: bool) -> float:
+def _unit_clocks(shape: decode_config.Shape, digits: bool) -> float:
     if digits and shape.sparse:
         return _SPARSE_BYTES_CLOCKS
     if digits and shape.nested:
@@ -70,11 +70,11 @@ def _unit_clocks(shape: decode.Shape, digits: bool) -> float:
 
 
 def decode_us(
-    shape: decode.Shape, m: int, rows: int, blocks: int, sms: int = _SMS, capability: tuple[int, int] = (9, 0)
+    shape: decode_config.Shape, m: int, rows: int, blocks: int, sms: int = _SMS, capability: tuple[int, int] = (9, 0)
 ) -> float:
     """Predicted time of m rows of x by the decode kernel, `rows` of them per launch: that of the busiest CTA."""
     tokens_clocks = _ONE_BIT_TOKEN_CLOCKS if shape.bits == 1 and not shape.nested else _TOKEN_CLOCKS
-    config = decode.choose_config(shape, rows, blocks, sms, capability)
+    config = decode_choice.choose_config(shape, rows, blocks, sms, capability)
     cta_units = -(-shape.units // config.cluster)
     more = tokens_clocks[config.tokens]
     if config.tokens == 16 and shape.bits > 4 and not shape.nested:
@@ -87,7 +87,7 @@ def decode_us(
     return total
 
 
-def dense_us(shape: decode.Shape, m: int, sms: int = _SMS) -> float:
+def dense_us(shape: decode_config.Shape, m: int, sms: int = _SMS) -> float:
     """Predicted time of m rows of x by dequantised weights and cuBLAS."""
     weights = shape.n * shape.k
     moved = weights * (shape.bits / 8 + 2 / shape.group + 2) / _DEQUANTISE_BYTES
@@ -95,14 +95,14 @@ def dense_us(shape: decode.Shape, m: int, sms: int = _SMS) -> float:
     return (moved + product) * _SMS / sms + _DENSE_START
 
 
-def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, capability: tuple[int, int]) -> int:
+def rows_at_once(shape: decode_config.Shape, m: int, blocks: int, sms: int, capability: tuple[int, int]) -> int:
     """Rows of x per launch of the decode kernel: all m, or as many of 64, 32, ... as fit; 0 if not even one does.
 
     What launches of that many rows leave over must fit too, in launches of its own.
     """
     for rows in (min(m, 64), 32, 16, 8, 4, 2, 1):
         rest = m % rows
-        fits = rows <= m and decode.choose_config(shape, rows, blocks, sms, capability)
+        fits = rows <= m and decode_choice.choose_config(shape, rows, blocks, sms, capability)
         if fits and (rest == 0 or rows_at_once(shape, rest, blocks, sms, capability)):
             return rows
     return 0
@@ -110,7 +110,7 @@ def rows_at_once(shape: decode.Shape, m: int, blocks: int, sms: int, capability:
 
 @lru_cache(maxsize=4096)
 def routes(
-    shape: decode.Shape, m: int, blocks: tuple[int, ...], sms: int, capability: tuple[int, int]
+    shape: decode_config.Shape, m: int, blocks: tuple[int, ...], sms: int, capability: tuple[int, int]
 ) -> tuple[Route, ...]:
     """Every route that can serve m rows of x, the fastest by prediction first; never empty.
 
@@ -118,7 +118,7 @@ def routes(
     """
     found = [Route("dense", dense_us(shape, m, sms), m)]
     if rows := rows_at_once(shape, m, sum(blocks), sms, capability):
-        config = decode.choose_config(shape, rows, sum(blocks), sms, capability)
+        config = decode_choice.choose_config(shape, rows, sum(blocks), sms, capability)
         found.append(Route("decode", decode_us(shape, m, rows, sum(blocks), sms, capability), rows, config))
     if capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
         us = prefill.predict_us(shape, m, blocks, sms)
@@ -128,7 +128,7 @@ def routes(
 
 
 def launched(
-    shape: decode.Shape, m: int, blocks: tuple[int, ...], sms: int, capability: tuple[int, int]
+    shape: decode_config.Shape, m: int, blocks: tuple[int, ...], sms: int, capability: tuple[int, int]
 ) -> list[Route]:
     """The routes of a product of m rows of x: the fastest, and decoding for the rows that its launches leave over."""
     found = [routes(shape, m, blocks, sms, capability)[0]]

@@ -17,7 +17,7 @@ from emulate import machine, ptx
 from emulate.machine import SCHEDULES, EmulationError, Kernel, Schedule
 from fdk import kernels
 from fdk.kernels import cuda
-from fdk.kernels.cuda import attend, decode, dense, driver, flags, jit, prefill, routes, stream
+from fdk.kernels.cuda import attend, decode, decode_config, dense, driver, flags, jit, prefill, routes, stream
 
 _MAGIC = 0x70616D66646B2121
 # What no kernel in front writes, and what earlier ones have written before a kernel that waited for them.
@@ -68,7 +68,7 @@ class Device:
                 self, cubin, name: str, threads: int, shared: int, cluster: int, dependent: bool = True
             ) -> None:
                 self.kernel, declared = cubin
-                assert self.kernel.program.entry == name and shared <= decode.MAX_SHARED
+                assert self.kernel.program.entry == name and shared <= decode_config.MAX_SHARED
                 self.threads, self.cluster, self.dependent = threads, cluster, dependent
                 self.shared = declared.get("FDK_SHARED_BYTES", shared)
                 assert self.shared <= shared

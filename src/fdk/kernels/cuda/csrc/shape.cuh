@@ -1,6 +1,6 @@
 // What the host fixes at compile time, the shared-memory layout that follows from it, and a warp's stream of units.
 //
-// The host passes the shape as macros (see fdk/kernels/cuda/decode.py, whose Config.shared_bytes mirrors `Smem`):
+// The host passes the shape as macros (see fdk/kernels/cuda/decode_config.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros,
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)

@@ -1,0 +1,389 @@
+"""Which tile configuration the decode kernel takes for a weight and up to 64 tokens: rules, as measured on an H200."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from fdk.kernels.cuda.decode_config import (
+    INT,
+    PLAIN,
+    SHARED_PER_CTA_EXTRA,
+    TABLE,
+    UINT_FLOAT,
+    UINT_U8,
+    Config,
+    Epilogue,
+    Shape,
+    clusters_at_once,
+    max_shared,
+)
+
+
+def token_tile(m: int) -> int:
+    """Tokens that the kernel serving m is compiled for."""
+    return next(tile for tile in (1, 2, 4, 8, 16, 32, 64) if m <= tile)
+
+
+# Preference among cluster sizes at equal balance: sums travel further in larger ones, activations less far.
+_CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
+
+_CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
+
+
+def _bytes_pay(shape: Shape, tokens: int, blocks: int) -> bool:
+    """Whether integer products of slices and of sparse integers, whose bytes are made from planes or masks, pay.
+
+    Measured on an H200, 2026-11-22, at 4096^2 to 16384^2 and 20480 x 5120: docs/findings.md.
+    """
+    if tokens > 1 or not shape.allows_digits:
+        return False
+    # Digits cost what bytes save on the planes of 4096^2; more than two blocks a CTA were not measured.
+    return shape.sparse or (shape.nested and shape.n * shape.k >= 1 << 26 and blocks <= 2)
+
+
+def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
+    """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
+    tokens, blocks = config.tokens, config.blocks
+    if tokens <= 4:
+        row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
+        warps = 8
+        if shape.nested and config.digits:
+            warps, row_warps = 16, 1
+        elif shape.nested:
+            # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
+            warps = 16 if tokens == 1 and shape.bits <= 4 and blocks == 1 and cta_units > 32 else 8
+        elif (
+            tokens == shape.subs == 1 and cta_units * blocks > 32 and (shape.bits >= 3 or (shape.zeros and blocks == 1))
+        ):
+            # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
+            warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
+        return min(max(4, warps // row_warps), cta_units), row_warps
+    row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
+    # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
+    few = tokens <= 16 and shape.lean and not shape.nested
+    # One bit by look-ups, at sixteen tokens, would rather have four units a warp than twice as many warps.
+    most_blocks = 2 if tokens == 16 else 1
+    narrow = (shape.bits == 1 and row_warps > most_blocks) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
+    # Zeros leave registers for 16 warps of eight tokens if codes take few.
+    zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4 and 1 < row_warps <= 4
+    warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
+    return max(1, min(warps // row_warps, cta_units)), row_warps
+
+
+def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: bool) -> bool:
+    """Whether integer products serve one token of a weight faster, outside of chains; where not measured, not."""
+    if shape.bits == 1:
+        return large or shape.kind in (TABLE, INT)
+    if not large:
+        if shape.bits == 4:
+            return shape.kind == INT and cta_units <= 32
+        return shape.kind == INT or shape.bits == 8
+    if shape.bits == 2 and shape.kind == INT:
+        # Making digits pays where a CTA has many units for each that it makes them of.
+        return cluster == 1 or blocks >= 4
+    # Look-ups of 4 bits without zero points wait for memory alone.
+    return cluster == blocks == 1 and shape.kind in (INT, UINT_U8) and (shape.bits, shape.kind) != (4, INT)
+
+
+def _two_digits_pay(shape: Shape) -> bool:
+    """The same for two tokens, which fill the columns of a product; measured at 8192^2."""
+    return shape.bits == 1 and shape.kind in (TABLE, INT) and shape.subs == 1 and shape.units >= 128
+
+
+def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
+    """(k_warps, row_warps) of integer products, outside of chains; 16 warps where they have work."""
+    one_bit = shape.bits == 1 and shape.kind in (TABLE, INT)
+    if blocks == 1:
+        few = 128 if shape.bits <= 2 else 64
+        return (16 if cta_units >= few else 14 if one_bit and cta_units >= 112 else min(8, cta_units)), 1
+    row_warps = blocks if blocks <= (8 if one_bit else 4) else 4
+    return min(16 // row_warps, cta_units), row_warps
+
+
+def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int]:
+    """(k_warps, row_warps) in a chain, where a CTA has its multiprocessor to itself: 8 to 16 warps keep it busy.
+
+    Measured in the step of custom-llama-4B on an H200, 2026-11-21; docs/findings.md.
+    """
+    tokens, blocks = config.tokens, config.blocks
+    work, least = cta_units * blocks, 2 if config.epilogue.gated else 1
+    if not config.alone:
+        most = 8
+    elif tokens <= 4:
+        most = 16 if work > (64 if shape.bits == 1 else 32) else 8
+    else:
+        # Two sums of an output, scales inside a unit, zeros and planes leave registers for 12 warps of many tokens.
+        light = shape.lean and not shape.nested and not config.epilogue.gated
+        most = 8 if work <= 64 else 16 if light else 12
+    whole = [r for r in range(least, min(blocks, 8) + 1, least) if -(-blocks // r) * r <= blocks] or [least]
+    row_warps = max(whole, key=lambda r: (most // r * r if tokens > 4 else 0, r))
+    most = min(max(1, most // row_warps), cta_units)
+    if config.digits and most > 8 and (even := [w for w in range(most, 7, -1) if cta_units % (4 * w) == 0]):
+        # Stages of four units are waited for a quarter as often.
+        return even[0], row_warps
+    # The fewest warps with which the longest share of k is as short.
+    share = -(-cta_units // most)
+    return -(-cta_units // share), row_warps
+
+
+def _alone(shape: Shape, config: Config, cta_units: int) -> bool:
+    """Whether CTAs of nested weights, which have no table, or of zeros need their multiprocessor to themselves.
+
+    Where two fit, launches of large weights took 1.3 to 1.7 times as long: docs/findings.md.
+    """
+    large = cta_units * config.blocks > 64
+    if shape.zeros:
+        return large and config.tokens <= 8 and config.warps <= 8
+    return shape.nested and large and config.tokens <= 4
+
+
+def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
+    """(stage_units, stages) in order of preference."""
+    per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
+    if config.indices:
+        # Where everything would be on its way from the start, half of it first is faster.
+        return [(4, 2 if per_warp > 8 else 1)]
+    if shape.zeros:
+        if config.digits and config.epilogue == PLAIN and config.blocks == 1 and config.k_warps > 8:
+            return [(2, 1), (1, 2), (1, 1)]
+        if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
+            return [(1, 2), (1, 1)]
+        if config.tokens == 1 and per_warp <= 4 and shape.bits <= 4:
+            return [(1, 4), (1, 2), (1, 1)]  # everything is on its way before the launch in front has ended
+        return [(1, 1)] if config.warps > 8 and config.steps == 1 else [(1, 2), (1, 1)]
+    if config.digits and shape.nested:
+        # Registers of 16 warps do not hold two units of seven planes beside where the next block starts.
+        return [(2, 1), (1, 2), (1, 1)][shape.bits > 6 and config.steps > 1 :]
+    if config.digits and not shape.sparse:
+        if config.alone:
+            found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
+            return found[config.warps > 12 :]
+        single = config.blocks == 1 and config.k_warps > 8
+        if shape.bits == 1 and config.tokens == 1:
+            # More on its way before the launch in front has ended only delays activations.
+            first = (2, 2) if single and config.cluster > 1 else (4, 2 if config.steps > 1 else 1)
+            return [first, (2, 2), (1, 4), (1, 2), (1, 1)]
+        return [(2, 1) if single else (1, 3) if shape.bits == 4 else (2, 2), (1, 3), (1, 2), (1, 1)]
+    if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
+        return [(1, 1)]
+    if config.warps > 12 and config.alone:
+        # 128 registers are not enough for two units.
+        return [(1, 2), (1, 1)]
+    if config.tokens <= 4 and per_warp <= 4:
+        # Everything is on its way before the launch in front has ended.
+        if shape.bits == 1:
+            return [(2, 2), (1, 4), (1, 2), (1, 1)]
+        return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1 if shape.nested else 2)), (1, 1)]
+    if shape.nested and shape.bits > 4 and config.tokens == 1:
+        return [(1, 3), (1, 2), (1, 1)] if config.alone else [(1, 1)]
+    if shape.bits == 1:
+        if config.tokens <= 4:
+            return [(4, 1), (2, 1), (1, 2)]
+        if config.octets and not config.alone:
+            return [*([(4, 1)] if config.warps <= 8 else []), *([(2, 1)] if config.warps < 16 else []), (1, 2)]
+        crowded = config.row_warps > 4 and config.tokens >= 16 and not config.alone
+        # Two units beside the sums of 32 tokens are more than registers hold.
+        crowded |= config.tokens == 32
+        return [(1, 2)] if crowded else [(2, 1), (1, 2)]
+    if shape.bits <= 4 and config.tokens <= 16:
+        # Two units at once take more registers than 16 warps leave in these cases.
+        wide = config.tokens == 16 or (shape.bits, config.tokens) in ((4, 1), (2, 8))
+        return [(1, 2), (1, 1)] if config.warps > 8 and wide and not config.alone else [(2, 1), (1, 2), (1, 1)]
+    return [(1, 2), (1, 1)] if config.tokens <= 4 or (config.tokens < 16 and config.warps > 8) else [(1, 1)]
+
+
+def _x_chunks(shape: Shape, config: Config) -> int:
+    """Pieces of at least four units that a slice's activations come in; one where sums of them are needed first."""
+    slices = config.cluster * config.phases * config.k_warps
+    if config.tokens < 16 or config.phases > 1 or shape.zeros or shape.units % slices:
+        return 1
+    mine = shape.units // slices
+    return next((n for n in (4, 3, 2) if mine % (n * config.stage_units) == 0 and mine >= 4 * n), 1)
+
+
+def _with_loads(shape: Shape, config: Config) -> Config:
+    """`config` with how its scales, codes and sums of activations come to its warps; on an H200: docs/findings.md."""
+    if config.digits and (shape.nested or shape.sparse):
+        return replace(config, scales_once=config.allows_scales_once(shape), bulk=not shape.sparse)
+    if config.epilogue != PLAIN or config.digits or config.indices or config.tokens > 8:
+        return config
+    slices = config.cluster * config.phases * config.k_warps
+    units_per_warp = config.steps * -(-shape.units // slices)
+    # Four more products a unit cost less than a pass over x and a barrier of the CTA while a warp has few units.
+    own_sums = shape.zeros or (shape.bits == 1 and shape.kind in (TABLE, INT))
+    config = replace(config, x_sums=own_sums and shape.subs == 1 and units_per_warp <= 16)
+    # Scales in one piece halve the copies of a warp that refills single units, which pays from the second refill on.
+    refills = units_per_warp - config.stages if config.stage_units == 1 else 0
+    if not shape.zeros and refills >= 2 and units_per_warp <= 16 and config.allows_scales_once(shape):
+        # Without small copies, sparse weights come faster by cp.async, whose refills no fence holds up.
+        return replace(config, scales_once=True, bulk=not shape.sparse or config.tokens > 1)
+    return config
+
+
+def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config | None:
+    """`config` with the ring, phases and batch that shared memory allows, or None."""
+    hopper, most_shared = capability >= (9, 0), max_shared(capability)
+    batches = (config.steps, 1) if config.tokens == 1 else (1,)
+    for phases in (1, 2, 4, 8, 16):
+        if phases > 1 and (
+            config.steps > 1 or config.digits or shape.units % (config.cluster * phases * config.k_warps)
+        ):
+            continue
+        slices = config.cluster * phases * config.k_warps
+        for stage_units, stages in _stages(shape, config):
+            if not shape.allows_stage_units(stage_units, slices):
+                continue
+            for batch in batches:
+                filled = replace(config, phases=phases, stage_units=stage_units, stages=stages, batch=batch)
+                filled = replace(filled, x_chunks=_x_chunks(shape, filled))
+                if hopper:
+                    filled = _with_loads(shape, filled)
+                shared = filled.shared_bytes(shape, hopper)
+                if shared <= most_shared:
+                    per_warp = config.steps * -(-shape.units // slices)
+                    # Two CTAs of 16 warps would spill in 64 registers a thread, and zeros of several groups in 128.
+                    crowded = config.warps > 8 or (shape.kind == UINT_FLOAT and shape.subs > 1)
+                    # Beside it a CTA of the next launch can start.
+                    half = (most_shared + SHARED_PER_CTA_EXTRA) // 2 - SHARED_PER_CTA_EXTRA
+                    fits = shared <= half and not crowded and not config.alone
+                    beside = hopper and config.tokens == 1 and per_warp <= 4 and fits
+                    return replace(filled, min_ctas=2 if beside else 1)
+    return None
+
+
+def _allows_indices(shape: Shape, tokens: int, capability: tuple[int, int], equal_indices: bool) -> bool:
+    """Whether sparse products have been measured to win: two bits where large, one bit at 4096^2; docs/findings.md.
+
+    At two bits they are bound by the tensor cores, at 60 clocks a unit against 86 of look-ups; at one bit integer
+    products have fewer, once their digits are made.
+    """
+    if tokens > 1 or capability != (9, 0) or not shape.allows_indices or shape.kind not in (TABLE, INT):
+        return False
+    weights, large = shape.n * shape.k, 1 << 25
+    if shape.bits == 2:
+        return equal_indices and shape.kind == TABLE and weights >= large
+    return large // 2 <= weights < large
+
+
+def _with_indices(shape: Shape, start: Config, cta_units: int) -> Config | None:
+    """`start` with sparse products and their warps: whole stages of four units each; None if those are few."""
+    blocks = start.blocks
+    row_warps = max(range(1, min(blocks, 8) + 1), key=lambda r: (blocks / -(-blocks // r) / r, r))
+    slices = [warps for warps in range(1, 16 // row_warps + 1) if cta_units % (4 * warps) == 0]
+    k_warps = 8 if 8 in slices else max(slices, default=0)
+    if k_warps * row_warps < 8:
+        return None
+    large = shape.n * shape.k >= 1 << 25
+    return replace(start, indices=True, k_warps=k_warps, row_warps=row_warps, alone=large, uniform=large)
+
+
+def _with_wide_table(shape: Shape, config: Config, capability: tuple[int, int]) -> Config:
+    """`config` with a wide table where sixteen tokens were measured to gain by it.
+
+    That is where activations come in no more parts for it, or many blocks of rows share them.
+    """
+    measured = config.tokens == 16 and shape.bits in (4, 8) and shape.kind in (TABLE, INT) and shape.subs == 1
+    if not measured or config.epilogue != PLAIN or capability < (9, 0):
+        return config
+    wide = _fill(shape, replace(config, wide=True), capability)
+    if wide is None or (wide.stages, wide.stage_units) != (config.stages, config.stage_units):
+        return config
+    return wide if wide.phases == config.phases or config.row_warps > 4 else config
+
+
+@lru_cache(maxsize=4096)
+def choose_config(
+    shape: Shape,
+    m: int,
+    blocks: int,
+    sms: int,
+    capability: tuple[int, int] = (9, 0),
+    epilogue: Epilogue = PLAIN,
+    equal_indices: bool = True,
+) -> Config | None:
+    """The configuration for m tokens of a weight with that many blocks of rows; None if none fits shared memory.
+
+    equal_indices: whether the device multiplies by equal indices as csrc/indices.cuh needs it (decode.equal_indices).
+
+    Measured on an H200 (CUDA 13.0), 2026-11-21, at 4096^2 to 28672 x 8192, 1 to 8 bits, m = 1 to 64: docs/findings.md.
+    """
+    hopper = capability >= (9, 0)
+    tokens = token_tile(m)
+    chained = epilogue != PLAIN
+    # The registers that it saves are those by which 16 and more tokens spilled.
+    uniform = hopper and tokens >= 16
+    if shape.sparse and (tokens > 32 or epilogue.tables > 1):
+        return None  # registers do not hold the words of a unit beside the sums of 64 tokens; one table of values
+    if hopper and tokens in (2, 4) and shape.zeros and not chained:
+        # Fewer tokens took longer than eight where those have 16 warps.
+        eight = choose_config(shape, 8, blocks, sms, capability)
+        if eight and eight.warps > 8:
+            return eight
+    if tokens > 32 and capability != (9, 0):
+        return None  # registers do not hold the sums of 64 tokens; two launches of 32 have not been measured on 9.0
+    coded = shape.nested or shape.sparse  # whose integer products have configurations of their own
+    best = None
+    for cluster in (1, 2, 4, 8) if hopper else (1,):
+        at_once = clusters_at_once(sms, cluster)
+        per_cluster = max(1, -(-blocks // at_once))
+        if epilogue.gated:
+            per_cluster += per_cluster % 2
+        cta_units = -(-shape.units // cluster)
+        alone = hopper and chained
+        start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
+        if hopper and tokens == 16 and shape.bits == 1 and shape.kind in (TABLE, INT):
+            start = replace(start, octets=True)
+        if hopper and not chained and _bytes_pay(shape, tokens, per_cluster):
+            start = replace(start, digits=True, paired=True)
+        elif tokens == 1 and shape.allows_digits and not coded:
+            large = shape.n * shape.k >= 1 << 25
+            if chained:
+                digits = shape.bits == 1 or (shape.bits == 8 and not large)
+            else:
+                digits = _digits_pay(shape, cluster, per_cluster, cta_units, large)
+            if digits:
+                start = replace(start, digits=True, paired=shape.bits == 1 or not chained)
+                start = start if chained else replace(start, uniform=hopper, late=large)
+        elif not chained and tokens == 2 and cluster == per_cluster == 1 and _two_digits_pay(shape):
+            start = replace(start, digits=True, paired=True, uniform=hopper, late=True)
+        if chained:
+            most, row_warps = _chain_warps(start, shape, cta_units)
+        elif start.digits and not coded:
+            most, row_warps = _digit_warps(shape, per_cluster, cta_units)
+        else:
+            most, row_warps = _warps(shape, start, cta_units)
+        warps = sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True)
+        tried = [replace(start, k_warps=k_warps, row_warps=row_warps) for k_warps in warps]
+        if not chained and _allows_indices(shape, tokens, capability, equal_indices):
+            selected = _with_indices(shape, replace(start, digits=False, paired=False, late=False), cta_units)
+            tried = tried if selected is None else [selected]
+        for config in tried:
+            k_warps = config.k_warps
+            config = replace(config, alone=config.alone or (hopper and _alone(shape, config, cta_units)))
+            filled = _fill(shape, config, capability)
+            if filled is None:
+                continue
+            if filled.paired and filled.min_ctas == 1 and cluster == 1 and not coded:
+                # Where CTAs of two launches fit beside each other, some launches took 1.4 times as long.
+                filled = replace(filled, alone=hopper)
+            score = blocks / (per_cluster * at_once)
+            # In a chain more warps are worth more than an even share of k for each.
+            score *= 1 if chained and k_warps == most else cta_units / k_warps / -(-cta_units // k_warps)
+            if chained and tokens >= 8 and per_cluster == 1:
+                # Activations of many tokens cost nearly as much as the weights of the one block that they are for.
+                score /= 1.4
+            score *= (_CLUSTER_WORTH_FEW if tokens <= 4 else _CLUSTER_WORTH_MANY)[cluster]
+            # A CTA that goes through its activations more than once waits for them each time.
+            score *= 0.9 ** (filled.phases - 1) * (0.25 + 0.09375 * min(8, filled.warps))
+            if best is None or score > best[0]:
+                best = (score, filled)
+    if best and chained and hopper and tokens == 1:
+        # Fewer instructions; here registers decide nothing about where CTAs run.
+        return replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
+    if best and chained and best[1].warps > 12:
+        return replace(best[1], uniform=False)  # 128 registers are not enough for what the compiler then keeps
+    if best and hopper and tokens == 8 and not chained and shape.kind in (TABLE, INT) and shape.subs == 1:
+        # Fewer instructions again, but for 14 warps and more of wider codes, which spill.
+        return replace(best[1], uniform=shape.bits <= 2 or best[1].warps <= 12)
+    return _with_wide_table(shape, best[1], capability) if best else None
