@@ -303,7 +303,7 @@ FAULTS = {
     "no barrier of a warp before a refill": (
         ALONE,
         "shape.cuh",
-        "            __syncwarp();\n            prefetch",
+        "            sync_warp();\n            prefetch",
         "prefetch",
     ),
     "no wait for a stage": (

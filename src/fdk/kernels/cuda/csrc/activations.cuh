@@ -31,7 +31,7 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
             const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
             const int at = first + chunk * count;
             if (lane == 0) barrier_expect(barrier, M * count * 128);
-            __syncwarp();
+            sync_warp();
             for (int token = lane; token < M; token += 32)
                 copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
                                  count * 128, barrier);

@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage * 8);
         barrier_init_fence();
     }
-    __syncwarp();
+    sync_warp();
     if constexpr (CLUSTER > 1) {
         if (threadIdx.x == 0) {
             barrier_init(barrier);
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
         }
         if (turn + STAGES < turns) {
             order_before_bulk_copies();
-            __syncwarp();
+            sync_warp();
             fetch(turn + STAGES, stage);
         }
         if (++stage == STAGES) stage = 0, parity ^= 1;

@@ -55,7 +55,7 @@ static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
 // Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
 constexpr bool TURNS = FDK_TURNS && WARPGROUPS > 1;
 constexpr int FIRST_TURN = 8;
-static_assert(WARPGROUPS <= 7, "named barriers 1 to 15: one of a warpgroup, one of all, one of each turn");
+static_assert(WARPGROUPS <= (TURNS ? 6 : 7), "named barriers 1 to 15: one of a warpgroup, one of all, one of each turn");
 static_assert(SLICES == 1 || PAIR == 1, "CTAs that share x take many tiles");
 static_assert(PAIR == 1 || SPLIT == 1, "a cluster either shares x or splits k");
 static_assert(TOKENS % (8 * PAIR) == 0, "x is fetched in atoms of 8 tokens");
@@ -561,7 +561,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         } else if (role <= WEIGHT_WARPS) {
             producer.run_weights(role - 1);
         }
-        __syncwarp();
+        sync_warp();
         if constexpr (CLUSTER > 1) {
             // Nobody leaves while others may still write to its shared memory.
             cluster_arrive();
@@ -628,7 +628,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 
             const auto block_at = [&](const Turn& turn) { return smem + turn.at + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
             const auto release = [&](int stage) {
-                __syncwarp();
+                sync_warp();
                 if constexpr (PAIR > 1) {
                     if (lane < PAIR) barrier_arrive_at(empty + stage * 8, lane);
                 } else {
