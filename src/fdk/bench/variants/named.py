@@ -98,6 +98,8 @@ INDICES_4096 = each(
 
 DIGITS: Change = {"digits": True, "paired": True, "uniform": True, "late": True, "x_sums": False, "scales_once": False}
 
+ENDS: Change = {"early": True, "counted": True, "bursts": True}
+
 SETS: dict[str, Named] = {
     "two-bit": Named(
         "Two bits whose codes are the indices of sparse products: which rings, and do they win at 4096 x 4096 too?",
@@ -349,6 +351,25 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("decode", "lut1_g64 lut2_g64 lut4_g64 lut8_g64", "8192x8192 14336x4096 22528x3072", "16"),
                 ({"uniform": False},),
+            ),
+        ),
+    ),
+    "prefill-ends": Named(
+        "What do launches of the prefill kernel gain by an earlier start, sums of slices that are counted where they "
+        "arrive, and outputs that are loaded together; alone and all at once?",
+        60,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192", "64 128 256")
+                + problems("prefill", "lut4_g64", "4096x4096", "384 512"),
+                ({"early": True}, {"counted": True}, {"bursts": True}, ENDS),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "14336x4096", "256 384 768 1024")
+                + problems("prefill", "lut4_g64", "4096x14336", "192 256")
+                + problems("prefill", "lut4_g64", "8192x8192", "512")
+                + problems("prefill", "lut8_g64 int8_g64", "8192x8192", "1024"),
+                ({"bursts": True}, ENDS),
             ),
         ),
     ),

@@ -99,6 +99,9 @@ class Config:
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
+    early       the table and the place of a tile are there before x may be read
+    counted     sums of other slices of k are counted where they arrive, and a slice keeps its own in registers
+    bursts      outputs are read from shared memory many at once
     epilogue    what becomes of the sums: `squares` and `residual` of decode_config.Epilogue, for a tile of all tokens
     """
 
@@ -115,6 +118,9 @@ class Config:
     wide: bool = False
     stream: bool = False
     unrolled: bool = False
+    early: bool = False
+    counted: bool = False
+    bursts: bool = False
     epilogue: decode_config.Epilogue = decode_config.PLAIN
 
     @property
@@ -141,10 +147,12 @@ class Config:
         table_bytes = 0 if integers else shape.table_bytes << self.wide
         table = max(0, table_bytes - _WINDOW)
         slices = self.split * self.k_groups
+        share = -(-(self.tokens // 8) // slices)
+        chunks = self.warpgroups * -(-share * 8 // min(self.tokens, 64))
+        all_barriers = 2 * self.stages + (1 + chunks if self.counted and self.split > 1 else 0)
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
         out = self.warpgroups * min(self.tokens, 64) * _OUT_STRIDE
-        barriers = -(-2 * self.stages * 8 // 16) * 16 + (4 * self.tokens if self.epilogue.squares else 0)
-        share = -(-(self.tokens // 8) // slices)
+        barriers = -(-all_barriers * 8 // 16) * 16 + (4 * self.tokens if self.epilogue.squares else 0)
         receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
         stage = _whole(x_bytes + codes_bytes)
         head = _whole(out + barriers)
@@ -177,6 +185,9 @@ class Config:
             "FDK_STREAM": int(self.stream),
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
+            "FDK_EARLY": int(self.early),
+            "FDK_COUNTED": int(self.counted),
+            "FDK_BURSTS": int(self.bursts),
             "FDK_SQUARES": self.epilogue.squares,
             "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),

@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_EARLY FDK_COUNTED FDK_BURSTS
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -46,6 +46,10 @@ constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
+constexpr bool EARLY = FDK_EARLY;      // the table's values and places of tiles are there before they are waited for
+constexpr bool COUNTED = FDK_COUNTED && SLICES > 1;  // sums of other slices are counted where they arrive; its own stay in registers
+constexpr bool BURSTS = FDK_BURSTS;    // outputs of a chunk are all loaded before the first one is stored
+constexpr bool LANE_TABLE = EARLY && KIND == 0 && BITS <= 5;  // each lane has one value of the table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 constexpr int SQUARES = FDK_SQUARES;
 constexpr bool RESIDUAL = FDK_RESIDUAL;
@@ -89,7 +93,11 @@ struct Smem {
     // Rows of staged outputs are 16 bytes apart in their banks, so that eight tokens are written without conflicts.
     static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64, OUT_STRIDE = 144;
     static constexpr int OUT_BYTES = WARPGROUPS * CHUNK * OUT_STRIDE;
-    static constexpr int NORMS_AT = (2 * STAGES * 8 + 15) / 16 * 16;  // behind the barriers, one of each token
+    static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;  // tokens / 8 that a slice adds up
+    // Of counted sums: one barrier for the end of all loops, one for each chunk of a warpgroup's outputs.
+    static constexpr int OUT_CHUNKS = (SHARE_TILES * 8 + CHUNK - 1) / CHUNK;
+    static constexpr int MEETING_BARRIERS = COUNTED && SPLIT > 1 ? 1 + WARPGROUPS * OUT_CHUNKS : 0;
+    static constexpr int NORMS_AT = ((2 * STAGES + MEETING_BARRIERS) * 8 + 15) / 16 * 16;  // behind the barriers, one of each token
     static constexpr int BARRIER_BYTES = NORMS_AT + (SQUARES > 0 ? TOKENS * 4 : 0);
     static constexpr int HEAD_BYTES = (OUT_BYTES + BARRIER_BYTES + 1023) / 1024 * 1024;
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
@@ -99,7 +107,6 @@ struct Smem {
     static constexpr int HIGH_STAGES = TABLE + TABLE_BYTES + (LOW_HEAD ? 0 : HEAD_BYTES);
     static constexpr int RING_END = HIGH_STAGES + (STAGES - LOW_STAGES) * STAGE;
     // Sums of k slices replace the ring: each slice adds up its share of the tokens.
-    static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;
     static constexpr int RECEIVE = HIGH_STAGES;
     static constexpr int RECEIVE_BYTES = SLICES == 1 ? 0 : K_GROUPS * SLICES * SHARE_TILES * BLOCKS * 128 * 16;
     static constexpr int BARRIERS = OUT + OUT_BYTES, NORMS = BARRIERS + NORMS_AT;
@@ -205,13 +212,24 @@ struct Tile {
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index, int rank) {
-    const int whole = p.band * p.row_tiles, first = index / whole * p.band, in = index % whole;
-    const int width = min(p.band, p.token_tiles - first);
-    const int row = in / width;
+    int first = 0, in = index, width = p.token_tiles, row = index;
+    if constexpr (EARLY) {
+        // A division takes a hundred clocks, so none that need not be.
+        if (width > p.band) {
+            const u32 whole = p.band * p.row_tiles, band = u32(index) / whole;
+            first = band * p.band, in -= band * whole, width = min(p.band, width - first);
+        }
+        row = in;
+        if (width > 1) row = u32(in) / u32(width);
+    } else {
+        const int whole = p.band * p.row_tiles;
+        first = index / whole * p.band, in = index % whole;
+        width = min(p.band, p.token_tiles - first), row = in / width;
+    }
     int range = 0;
     while (range + 1 < p.ranges && row >= p.range[range + 1].first_tile) ++range;
     const int block = p.range[range].first_block + ((row - p.range[range].first_tile) * PAIR + (PAIR > 1 ? rank : 0)) * BLOCKS;
-    return {range, block, (first + in % width) * TOKENS};
+    return {range, block, (first + (EARLY ? in - row * width : in % width)) * TOKENS};
 }
 
 // A run of units of a tile, the whole of it or a part.
@@ -275,14 +293,18 @@ struct Producer {
     __device__ __forceinline__ u32 full(int stage) const { return smem + Smem::BARRIERS + stage * 8; }
     __device__ __forceinline__ u32 empty(int stage) const { return full(STAGES + stage); }
 
-    // fetch(tile, unit, stage) for every unit of every tile, once its stage is free.
-    template <class Fetch>
+    // fetch(tile, unit, stage) for every unit of every tile, once its stage is free; X: and once x may be read.
+    template <bool X = false, class Fetch>
     __device__ __forceinline__ void run(Fetch fetch) const {
         Turn turn;
         u32 round = 0;
         Schedule schedule(p, rank);
         for (Work work; schedule.next(work);) {
-            const Tile tile = tile_at(p, work.index, rank);
+            Tile tile = tile_at(p, work.index, rank);
+            if constexpr (X) {
+                asm volatile("" : "+r"(tile.token));  // before the wait
+                wait_for_previous_kernel();
+            }
             for (int unit = work.first; unit < work.end; ++unit) {
                 if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);
                 fetch(tile, unit, turn);
@@ -294,8 +316,8 @@ struct Producer {
     __device__ __forceinline__ void run_x() const {
         constexpr int PART = TOKENS / PAIR;
         const int part = PAIR > 1 ? rank * PART : 0;
-        wait_for_previous_kernel();
-        run([&](const Tile& tile, int unit, const Turn& turn) {
+        if constexpr (!EARLY) wait_for_previous_kernel();
+        run<EARLY>([&](const Tile& tile, int unit, const Turn& turn) {
             if (elected()) {
                 const u32 barrier = full(turn.stage);
                 barrier_expect(barrier, Smem::X_BYTES);
@@ -437,6 +459,22 @@ __device__ __forceinline__ void expand(Operand& o, const Codes& c, int part, con
     }
 }
 
+// fill_table (dequantise.cuh) where each lane has the value of code lane % 2^BITS, which divides 32.
+template <int BITS, int WARPS, bool WIDE>
+__device__ __forceinline__ void fill_table_from_lanes(char* table, u32 warp, u32 lane, u32 value) {
+    using T = Table<BITS>;
+    const auto entry = [&](u32 code) { return __shfl_sync(0xffffffffu, value, code); };
+#pragma unroll
+    for (u32 first = 0; first < T::ROWS; first += WARPS * 4) {
+        if (first + warp * 4 >= T::ROWS) break;
+        const u32 row = first + warp * 4 + lane / 8;
+        const u32 pair = entry(row) | entry(T::CODES > 1 ? row >> BITS : row) << 16;
+        u32x4 v = {pair, pair, pair, pair};
+        if constexpr (T::CODES == 4) v.y = v.w = entry(row >> 2 * BITS) | entry(row >> 3 * BITS) << 16;
+        *reinterpret_cast<u32x4*>(table + row * (WIDE ? 256 : 128) + lane % 8 * 16) = v;
+    }
+}
+
 // Sums that wait in global memory past L1, which does not see what other multiprocessors write.
 __device__ __forceinline__ f32x4 load_partial(const f32x4* from) {
     f32x4 v;
@@ -520,6 +558,20 @@ __device__ __forceinline__ void write_block(const Params& p, const Range& range,
     const i64 row = range.first_row + i64(block - range.first_block) * 64;
     const int rows = block < range.end_block ? int(min(i64(64), range.end_row - row)) : 0;
     const bool whole = N % 8 == 0 && row % 8 == 0 && reinterpret_cast<u64>(p.out) % 16 == 0;
+    if (BURSTS && whole && rows == 64 && token + count <= p.m) {
+        constexpr int PIECES = (Smem::CHUNK + 15) / 16;
+        const int t = thread / 8, first = thread % 8 * 8;
+        const char* const from = staged + t * Smem::OUT_STRIDE + first * 2;
+        u16* const to = p.out + i64(token + t) * N + row + first;
+        u32x4 v[PIECES];
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+            if (t + i * 16 < count) v[i] = *reinterpret_cast<const u32x4*>(from + i * 16 * Smem::OUT_STRIDE);
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+            if (t + i * 16 < count) *reinterpret_cast<u32x4*>(to + i * 16 * N) = v[i];
+        return;
+    }
     for (int i = thread; i < count * 8; i += 128) {
         const int t = i / 8, first = i % 8 * 8;
         if (token + t >= p.m || first >= rows) continue;
@@ -539,18 +591,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
     if (base % 1024 != 0 || (Smem::TABLE_BYTES && ((base + Smem::TABLE) & (Smem::TABLE_BYTES - 1)) != 0)) __trap();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank());
-    const u32 full = base + Smem::BARRIERS, empty = full + STAGES * 8;
+    const u32 full = base + Smem::BARRIERS, empty = full + STAGES * 8, loops_done = empty + STAGES * 8;
+    const auto arrived = [&](int warpgroup, int chunk) { return loops_done + 8 + (warpgroup * Smem::OUT_CHUNKS + chunk) * 8; };
+    u16 table_value = 0;  // of code lane % 2^BITS
+    if (LANE_TABLE && p.ranges == 1) table_value = load_2(p.table + lane % (1 << BITS));
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init_count(full + stage * 8, 1 + WEIGHT_WARPS);
             barrier_init_count(empty + stage * 8, PAIR * BLOCKS * 4);
         }
+        if constexpr (Smem::MEETING_BARRIERS > 0) {
+            barrier_init_count(loops_done, SPLIT * WARPGROUPS * 4);
+            for (int i = 0; i < WARPGROUPS * Smem::OUT_CHUNKS; ++i) barrier_init_count(arrived(0, i), 1);
+        }
         barrier_init_fence();
     }
     let_next_kernel_start();
-    if constexpr (CLUSTER > 1) cluster_arrive();
+    if constexpr (CLUSTER > 1 && (EARLY || Smem::MEETING_BARRIERS > 0))
+        cluster_arrive_relaxed();
+    else if constexpr (CLUSTER > 1)
+        cluster_arrive();
     __syncthreads();
-    if constexpr (CLUSTER > 1) cluster_wait();
+    // CTAs that split k need each other's barriers only at the end.
+    if constexpr (CLUSTER > 1 && Smem::MEETING_BARRIERS == 0) cluster_wait();
 
     if (warp >= CONSUMERS / 32) {
         keep_registers<PRODUCER_REGISTERS, false>();
@@ -562,7 +625,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             producer.run_weights(role - 1);
         }
         sync_warp();
-        if constexpr (CLUSTER > 1) {
+        if constexpr (Smem::MEETING_BARRIERS > 0) {
+            cluster_wait();
+        } else if constexpr (CLUSTER > 1) {
             // Nobody leaves while others may still write to its shared memory.
             cluster_arrive();
             cluster_wait();
@@ -581,6 +646,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         Lookup lookup = {(base + Smem::TABLE + lane_offset) ^ p.zero, 0, 0, 0, 0, 0, p.zero};
         int range_of_table = -1;
         Turn turn(k_group);
+        if constexpr (Smem::MEETING_BARRIERS > 0) {
+            // What comes before is counted, too.
+            if (thread < Smem::OUT_CHUNKS) {
+                const int share = rank * K_GROUPS + k_group, first = thread * (Smem::CHUNK / 8);
+                const int tiles = min(Smem::SHARE_TILES, TOKEN_TILES - share * Smem::SHARE_TILES) - first;
+                barrier_expect(arrived(group_index, thread), max(0, min(tiles, Smem::CHUNK / 8)) * (SLICES - 1) * 128 * 16);
+            }
+        }
         if (TURNS && group_index == WARPGROUPS - 1) named_barrier_arrive(FIRST_TURN, 256);
 
         // Sums left in global memory are announced some units later, when they have arrived there.
@@ -596,9 +669,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         Schedule schedule(p, rank);
         for (Work work; schedule.next(work);) {
             const int first_unit = work.first, end_unit = work.end;
-            if (const int range = tile_at(p, work.index, rank).range; range != range_of_table) {
+            if (const int range = EARLY && p.ranges == 1 ? 0 : tile_at(p, work.index, rank).range; range != range_of_table) {
                 const u16* table = p.table + (range << BITS);
+                if (LANE_TABLE && p.ranges > 1) table_value = load_2(table + lane % (1 << BITS));
                 const auto entry = [&](int code) -> u16 {
+                    if constexpr (LANE_TABLE) return __shfl_sync(0xffffffffu, u32(table_value), code);
                     if constexpr (TABLE) return table[code];
                     return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
                 };
@@ -606,7 +681,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;
                 } else if constexpr (!NESTED && !INTEGERS) {
                     if (range_of_table >= 0) named_barrier(WARPGROUPS + 1, CONSUMERS);
-                    fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
+                    if constexpr (LANE_TABLE)
+                        fill_table_from_lanes<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, table_value);
+                    else
+                        fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
                 }
                 if (SQUARES > 0 && range_of_table < 0) {
@@ -844,13 +922,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     }
                 }
             }
+            const int slice = rank * K_GROUPS + k_group;
+            if constexpr (COUNTED) {
+                // Nobody's ring is in use any more.
+                if constexpr (SPLIT > 1) {
+                    sync_warp();
+                    cluster_wait();  // since the start: others have their barriers
+                    if (lane < SPLIT) barrier_arrive_at(loops_done, lane);
+                    barrier_wait(loops_done, 0);
+                } else {
+                    named_barrier(WARPGROUPS + 1, CONSUMERS);
+                }
+#pragma unroll
+                for (int me = 0; me < SLICES; ++me) {
+                    if (slice != me) continue;
+#pragma unroll
+                    for (int j = 0; j < TOKEN_TILES; ++j) {
+                        const int to = j / Smem::SHARE_TILES, in = j % Smem::SHARE_TILES, chunk = in / (Smem::CHUNK / 8);
+                        if (to == me) continue;
+                        const int at = (to % K_GROUPS * SLICES + me) * Smem::SHARE_TILES + in;
+                        const int offset = Smem::RECEIVE + ((at * BLOCKS + row_block) * 128 + thread) * 16;
+                        const f32x4 v = {sum(4 * j), sum(4 * j + 1), sum(4 * j + 2), sum(4 * j + 3)};
+                        if constexpr (SPLIT > 1)
+                            store_counted(base + offset, arrived(to % K_GROUPS * BLOCKS + row_block, chunk), to / K_GROUPS, v);
+                        else
+                            *reinterpret_cast<f32x4*>(smem + offset) = v;
+                    }
+                    // Its own share from here on at the same place in every slice.
+#pragma unroll
+                    for (int i = 0; i < 4 * Smem::SHARE_TILES && me * 4 * Smem::SHARE_TILES + i < TOKENS / 2; ++i)
+                        sum(i) = sum(me * 4 * Smem::SHARE_TILES + i);
+                }
+                if constexpr (SPLIT == 1) named_barrier(WARPGROUPS + 1, CONSUMERS);
+            }
             // Worked out here and not in front of the loop, whose registers are scarce.
             int index = work.index;
             asm volatile("" : "+r"(index));
             const Tile tile = tile_at(p, index, rank);
             const Range& range = p.range[tile.range];
-            const int slice = rank * K_GROUPS + k_group;
-            if constexpr (SLICES > 1) {
+            if constexpr (SLICES > 1 && !COUNTED) {
                 meet();  // nobody's ring is in use any more
 #pragma unroll
                 for (int j = 0; j < TOKEN_TILES; ++j) {
@@ -881,10 +991,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 #pragma unroll
             for (int first = 0; first < MINE; first += CHUNK_TILES) {
                 if (first > 0) named_barrier(1 + group_index, 128);
+                if constexpr (Smem::MEETING_BARRIERS > 0) barrier_wait(arrived(group_index, first / CHUNK_TILES), 0);
+                if constexpr (COUNTED) {
+                    // In the order of k; of two slices, which of them comes first makes no difference.
+                    f32x4 total[CHUNK_TILES] = {};
+#pragma unroll
+                    for (int source = SLICES == 2; source < SLICES; ++source) {
+                        const int other = SLICES == 2 ? 1 - slice : source;
+                        f32x4 v[CHUNK_TILES];
+#pragma unroll
+                        for (int i = 0; i < CHUNK_TILES && first + i < MINE; ++i) {
+                            const int j = 4 * (first + i), at = (k_group * SLICES + other) * Smem::SHARE_TILES + first + i;
+                            if (SLICES > 2 && other == slice)
+                                v[i] = {sum(j), sum(j + 1), sum(j + 2), sum(j + 3)};
+                            else
+                                v[i] = *reinterpret_cast<const f32x4*>(smem + Smem::RECEIVE + ((at * BLOCKS + row_block) * 128 + thread) * 16);
+                        }
+#pragma unroll
+                        for (int i = 0; i < CHUNK_TILES && first + i < MINE; ++i)
+                            total[i] = {total[i].x + v[i].x, total[i].y + v[i].y, total[i].z + v[i].z, total[i].w + v[i].w};
+                    }
+#pragma unroll
+                    for (int i = 0; i < CHUNK_TILES && first + i < MINE; ++i) {
+                        const int j = 4 * (first + i);
+                        const auto put = [&](int c, float v) { sum(j + c) = SLICES == 2 ? sum(j + c) + v : v; };
+                        put(0, total[i].x), put(1, total[i].y), put(2, total[i].z), put(3, total[i].w);
+                    }
+                }
 #pragma unroll
                 for (int j = first; j < first + CHUNK_TILES && j < MINE; ++j) {
                     f32x4 v = {};
-                    if constexpr (SLICES == 1) {
+                    if constexpr (SLICES == 1 || COUNTED) {
                         const int at = 4 * (j % TOKEN_TILES);
                         v = {sum(at), sum(at + 1), sum(at + 2), sum(at + 3)};
                     } else {
@@ -908,7 +1045,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
                 named_barrier(1 + group_index, 128);
                 const int count = min(CHUNK_TILES, MINE - first) * 8;
-                const int limit = tile.token + TOKENS - first_token - first * 8;  // the last share may be short
+                // The last share may be short.
+                const bool even = BURSTS && TOKEN_TILES % SLICES == 0;
+                const int limit = even ? count : tile.token + TOKENS - first_token - first * 8;
                 if constexpr (RESIDUAL)
                     add_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
                 else
