@@ -5,6 +5,7 @@
 namespace fdk {
 
 constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0 && !OWN_X;
+constexpr bool IDLE_WARPS = false;  // while others bring activations
 static_assert(X_BUFFERS == 1 || BULK_X, "only bulk copies arrive meanwhile");
 
 __device__ __forceinline__ u32 x_barrier(const char* smem, int phase, int k_warp, int chunk) {
@@ -22,7 +23,7 @@ __device__ __forceinline__ void wait_for_activations(const char* smem, int phase
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
 // token, or by hand with zeros past K. Tokens past m repeat the last one.
-__device__ __forceinline__ void stage_activations(const Params& p, char* smem, int phase, int first_unit, int units, int warp, int lane) {
+__device__ __forceinline__ void stage_activations(const Params& p, char* smem, Norms& norms, int phase, int first_unit, int units, int warp, int lane) {
     char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
         // The warps of a slice of k bring its chunks in turn; whoever multiplies waits for those that he needs.
@@ -36,11 +37,11 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, i
                 copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
                                  count * 128, barrier);
         }
-        if (phase == 0) read_norms(p, smem, warp, lane);
+        if (phase == 0) norms.read(p, smem, warp, lane);
         if constexpr (SUMS)
             for (int i = 0; i < K_WARPS * X_CHUNKS; ++i) barrier_wait(x_barrier(smem, phase, 0, i), phase % 2);
     } else {
-        if (phase == 0) read_norms(p, smem, warp, lane);
+        if (phase == 0) norms.read(p, smem, warp, lane);
         // Pieces of four columns per thread in flight.
         constexpr int MOST = (SHARE_UNITS * M * 16 + SHARE_THREADS - 1) / SHARE_THREADS, AHEAD = MOST < 8 ? MOST : 8;
         const Share share = Share::of(units, warp, lane);

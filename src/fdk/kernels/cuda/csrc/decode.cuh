@@ -107,6 +107,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll 1
         for (int i = threadIdx.x; i < Smem::NO_DIGIT_BYTES / 16; i += THREADS) *reinterpret_cast<u32x4*>(smem + Smem::NO_DIGITS + i * 16) = {};
     }
+    Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}, {}, {}};
+    outputs.find(first_block, end_block);
+    Norms norms;
+    norms.find(p, lane);
     __syncthreads();  // table and barriers are ready
     if constexpr (MET_EARLY) cluster_wait();
     wait_for_previous_kernel();
@@ -114,10 +118,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
-    Outputs outputs = {p, range, smem, rank * SHARE_ROWS, {}, {}};
     outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase) {
-        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, phase, cta_unit + phase * units, units, warp, lane, lookup);
+        if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, norms, phase, cta_unit + phase * units, units, warp, lane, lookup);
     };
     for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
 
@@ -198,6 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 }
             }
         }
+        if constexpr (Norms::LATER && !IDLE_WARPS)
+            if (step == 0 && blocks > 0) norms.finish(p, smem, warp, lane);
         if constexpr (Smem::SINGLE && !Smem::PARTIAL_IN_RING) __syncthreads();
         // The other lanes have read the ring that becomes the slot. Not UNIFORM, the compiler brings lanes together in front
         // of each product, and this would cost its loop instructions.

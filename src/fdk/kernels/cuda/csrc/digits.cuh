@@ -125,8 +125,12 @@ __device__ __forceinline__ void load_columns(float (&v)[4], u32& most, const u16
     }
 }
 
-constexpr int ITEMS = (SHARE_UNITS * M * 4 + SHARE_THREADS - 1) / SHARE_THREADS;  // (token, unit, t) per thread
-constexpr int KEPT = ITEMS < 2 ? ITEMS : 2;                               // of which stay in registers
+constexpr int SHARE_ITEMS = SHARE_UNITS * M * 4, ITEMS = (SHARE_ITEMS + SHARE_THREADS - 1) / SHARE_THREADS;  // (token, unit, t); per thread
+constexpr int KEPT = ITEMS <= 3 ? ITEMS : 2;  // of which stay in registers
+// Warps of a share that have items. If there is one, the others need not know the largest |x|.
+constexpr int SHARE_WARPS = SHARE_THREADS / 32;
+constexpr int BUSY_WARPS = EVEN_SHARES && SHARE_ITEMS < SHARE_THREADS ? (SHARE_ITEMS + 31) / 32 : SHARE_WARPS;
+constexpr bool IDLE_WARPS = BUSY_WARPS < SHARE_WARPS;  // the last among them
 
 // 2^-shift of a token in a warp's slice of k.
 __device__ __forceinline__ float& back_of(char* smem, int token, int k_warp) {
@@ -142,7 +146,15 @@ struct Activations {
     Share share;
     Item kept[KEPT];
 
-    __device__ __forceinline__ bool has(int n) const { return share.thread + n * SHARE_THREADS < share.units * M * 4; }
+    __device__ __forceinline__ int items() const { return EVEN_SHARES ? SHARE_ITEMS : share.units * M * 4; }
+    __device__ __forceinline__ bool has(int n) const {
+        return (EVEN_SHARES && (n + 1) * SHARE_THREADS <= SHARE_ITEMS) || share.thread + n * SHARE_THREADS < items();
+    }
+    // Whether any lane of the warp has one; in terms of the warp, for the compiler to know that they agree.
+    __device__ __forceinline__ bool warp_has(int n, int warp) const {
+        const bool all = EVEN_SHARES && n * SHARE_THREADS + (SHARE_WARPS - 1) * 32 < SHARE_ITEMS;
+        return all || n * SHARE_THREADS + (OWN_X ? warp / K_WARPS : warp) * 32 < items();
+    }
     __device__ __forceinline__ Item item(const Params& p, int first_unit, int n) const {
         const int i = share.thread + n * SHARE_THREADS, per = EVEN_SHARES ? SHARE_UNITS : max(share.units, 1);
         const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
@@ -163,7 +175,7 @@ struct Activations {
 
 // Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
 // sum(x)[unit][token]; at MAXIMA: the largest |x| of each warp, and 2^-shift.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations& x, int, int first_unit, int, int warp, int lane, const Lookup&) {
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations& x, Norms& norms, int, int first_unit, int, int warp, int lane, const Lookup&) {
     float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
     u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
     const Share& share = x.share;
@@ -192,23 +204,23 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
                 if (item.token == k) largest[k] = larger_halves(largest[k], most);
         }
     }
-    read_norms(p, smem, warp, lane);
+    norms.read(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
-    constexpr int SHARE_WARPS = SHARE_THREADS / 32;
     const int k_warp = OWN_X ? warp % K_WARPS : 0;
 #pragma unroll
     for (int k = 0; k < M; ++k) {
         largest[k] = __reduce_max_sync(0xffffffffu, max(largest[k] & 0xffffu, largest[k] >> 16));
         largest[k] = __float_as_uint(low_half<BF16>(largest[k]));
-        if (SHARE_WARPS > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + share.thread / 32] = largest[k];
+        if (BUSY_WARPS > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + share.thread / 32] = largest[k];
     }
-    if constexpr (SHARE_WARPS > 1) share.sync(warp);
+    if constexpr (BUSY_WARPS > 1) share.sync(warp);
+    if constexpr (Norms::LATER && IDLE_WARPS) norms.finish(p, smem, warp, lane);
     float scale[M];  // 2^shift
 #pragma unroll
     for (int k = 0; k < M; ++k) {
-        u32 most = SHARE_WARPS > 1 ? 0 : largest[k];
+        u32 most = BUSY_WARPS > 1 ? 0 : largest[k];
 #pragma unroll
-        for (int i = 0; SHARE_WARPS > 1 && i < SHARE_WARPS; ++i) most = max(most, maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
+        for (int i = 0; BUSY_WARPS > 1 && i < BUSY_WARPS; ++i) most = max(most, maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
         const int exponent = int(most >> 23);  // biased; 255 for NaN and infinity
         // Finite also with the shift of an element; a slice below 2^-97 has fewer digits.
         const int biased = min(29 - MAX_SHIFT + 2 * 127 - exponent, 254 - MAX_SHIFT);
@@ -218,6 +230,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     }
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
+        if (!x.warp_has(n, warp)) break;
         const Activations::Item item = n < KEPT ? x.kept[n < KEPT ? n : 0] : x.item(p, first_unit, n);
         float loaded[4][4] = {};
         float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;

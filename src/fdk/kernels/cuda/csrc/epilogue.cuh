@@ -21,24 +21,54 @@ __device__ __forceinline__ int block_of(int first, int row_warp) {
     return GATED ? first / 2 + row_warp / 2 + row_warp % 2 * int(N / 128) : first + row_warp;
 }
 
-// 1 / sqrt(mean(h^2) + eps) of each token, to floats[M] at Smem::NORMS. Not by warp 0 first, which fetches activations.
-__device__ __forceinline__ void read_norms(const Params& p, char* smem, int warp, int lane) {
-    if constexpr (SQUARES > 0) {
-        constexpr int PIECES = SQUARES > 32 ? (SQUARES + 31) / 32 : 1;
-        for (int token = (warp + WARPS - 1) % WARPS; token < M; token += WARPS) {
-            const float* from = p.squares + i64(min(token, p.m - 1)) * SQUARES;
-            float piece[PIECES], sum = 0;
-#pragma unroll
-            for (int i = 0; i < PIECES; ++i)
-                piece[i] = i * 32 + lane < SQUARES ? load_latest_float(from + i * 32 + lane) : 0.f;
-#pragma unroll
-            for (int i = 0; i < PIECES; ++i) sum += piece[i];
-#pragma unroll
-            for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-            if (lane == 0) reinterpret_cast<float*>(smem + Smem::NORMS)[token] = rsqrtf(sum * (1.f / K) + p.eps);
+// 1 / sqrt(mean(h^2) + eps) of each token, to floats[M] at Smem::NORMS, by the warps 1, 2, ... and, of one token, by the
+// last. One token's partial sums take as long to come as its activations, so they are only asked for at first.
+struct Norms {
+    static constexpr bool LATER = SQUARES > 0 && M == 1;
+    static constexpr int TOKENS = (M + WARPS - 1) / WARPS, PIECES = SQUARES > 32 ? (SQUARES + 31) / 32 : 1;  // of a warp, a lane
+    float piece[TOKENS][PIECES];
+    const float* squares;  // of this lane, of one token
+
+    __device__ static __forceinline__ int token(int i, int warp) {
+        return M == 1 ? WARPS - 1 - warp : (warp + WARPS - 1) % WARPS + i * WARPS;
+    }
+    // Before the dependency wait.
+    __device__ __forceinline__ void find(const Params& p, int lane) {
+        if constexpr (LATER) {
+            squares = p.squares + lane;
+            keep_ahead(squares);
         }
     }
-}
+    __device__ __forceinline__ void fetch(const Params& p, int warp, int lane) {
+        if constexpr (SQUARES > 0) {
+#pragma unroll
+            for (int i = 0; i < TOKENS; ++i) {
+                const float* from = LATER ? squares : p.squares + i64(min(token(i, warp), p.m - 1)) * SQUARES + lane;
+#pragma unroll
+                for (int j = 0; j < PIECES; ++j)
+                    piece[i][j] = token(i, warp) < M && j * 32 + lane < SQUARES ? load_latest_float(from + j * 32) : 0.f;
+            }
+        }
+    }
+    __device__ __forceinline__ void finish(const Params& p, char* smem, int warp, int lane) const {
+        if constexpr (SQUARES > 0) {
+#pragma unroll
+            for (int i = 0; i < TOKENS; ++i) {
+                if (token(i, warp) >= M) break;
+                float sum = piece[i][0];
+#pragma unroll
+                for (int j = 1; j < PIECES; ++j) sum += piece[i][j];
+#pragma unroll
+                for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+                if (lane == 0) reinterpret_cast<float*>(smem + Smem::NORMS)[token(i, warp)] = rsqrtf(sum * (1.f / K) + p.eps);
+            }
+        }
+    }
+    __device__ __forceinline__ void read(const Params& p, char* smem, int warp, int lane) {
+        fetch(p, warp, lane);
+        if constexpr (!LATER) finish(p, smem, warp, lane);
+    }
+};
 
 // The outputs of a row step: ROW_WARPS blocks, of each SHARE_ROWS rows from `share` on, all tokens.
 struct Outputs {
@@ -53,6 +83,9 @@ struct Outputs {
     int share;
     // Of this thread's outputs, fetched while the product runs; as they come, or the warp would wait for them at once.
     u16 residual[KEPT], gamma[KEPT];
+    // Where those lie, null outside of the matrix: found before the dependency wait, for one token.
+    static constexpr bool PLACED = EARLY && M == 1;
+    const u16 *residual_at[KEPT], *gamma_at[KEPT];
 
     struct Place {
         int row_warp, row, token;
@@ -74,11 +107,28 @@ struct Outputs {
             gamma[slot] = load_latest_2(p.gamma + at.n);
         }
     }
+    __device__ __forceinline__ void find(int block, int end_block) {
+        if constexpr (PLACED) {
+#pragma unroll
+            for (int trip = 0; trip < TRIPS; ++trip) {
+                const Place at = place(trip, block, end_block);
+                residual_at[trip] = at.inside ? p.residual + at.n : nullptr, gamma_at[trip] = p.gamma + at.n;
+                keep_ahead(residual_at[trip]), keep_ahead(gamma_at[trip]);
+            }
+        }
+    }
     // Behind the dependency wait: the residual may come from any kernel before.
     __device__ __forceinline__ void prepare(int block, int end_block) {
         if constexpr (EARLY) {
 #pragma unroll
-            for (int trip = 0; trip < TRIPS; ++trip) fetch(place(trip, block, end_block), trip);
+            for (int trip = 0; trip < TRIPS; ++trip) {
+                if constexpr (!PLACED) {
+                    fetch(place(trip, block, end_block), trip);
+                } else {
+                    residual[trip] = gamma[trip] = 0;
+                    if (residual_at[trip]) residual[trip] = load_latest_2(residual_at[trip]), gamma[trip] = load_latest_2(gamma_at[trip]);
+                }
+            }
         }
     }
 
@@ -101,11 +151,11 @@ struct Outputs {
             if constexpr (RESIDUAL) {
                 const int slot = EARLY ? trip : 0;
                 if constexpr (!EARLY) fetch(at, slot);
-                const u16 stored = round_half<BF16>(value[0] + low_half<BF16>(residual[slot]));
+                const u16 stored = round_half<BF16>(value[0] + low_half<BF16>(arrived(residual[slot])));
                 const float sum = low_half<BF16>(stored);
                 if (at.inside) {
                     p.residual[to] = stored;
-                    p.out[to] = round_half<BF16>(sum * low_half<BF16>(gamma[slot]));
+                    p.out[to] = round_half<BF16>(sum * low_half<BF16>(arrived(gamma[slot])));
                 }
                 float square = at.inside ? sum * sum : 0.f;
 #pragma unroll

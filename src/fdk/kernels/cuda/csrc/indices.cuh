@@ -154,8 +154,8 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 }
 
 // Brings the activations of the CTA's slice into shared memory.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations&, int phase, int first_unit, int units, int warp, int lane, const Lookup&) {
-    stage_activations(p, smem, phase, first_unit, units, warp, lane);
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations&, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup&) {
+    stage_activations(p, smem, norms, phase, first_unit, units, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
 }
 

@@ -341,6 +341,12 @@ __device__ __forceinline__ void keep_ahead(T*& value) {
     asm volatile("" : "+l"(value));
 }
 
+// The value of a load, which the compiler shall not wait for earlier to convert it.
+__device__ __forceinline__ u16 arrived(u16 value) {
+    asm volatile("" : "+h"(value));
+    return value;
+}
+
 // --- clusters --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 cluster_rank() {
