@@ -5,7 +5,8 @@
 namespace fdk {
 
 constexpr bool BULK_X = FDK_HOPPER && K % 64 == 0 && !OWN_X;
-constexpr bool IDLE_WARPS = false;  // while others bring activations
+constexpr bool IDLE_WARPS = false;                            // while others bring activations
+constexpr bool X_MEANWHILE = BULK_X && !SUMS && PHASES == 1;  // nobody waits for activations before the products
 static_assert(X_BUFFERS == 1 || BULK_X, "only bulk copies arrive meanwhile");
 
 __device__ __forceinline__ u32 x_barrier(const char* smem, int phase, int k_warp, int chunk) {

@@ -118,11 +118,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
-    outputs.prepare(first_block, end_block);
+    // Whatever takes longer to come is asked for first.
+    if constexpr (!X_MEANWHILE) outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase) {
         if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, norms, phase, cta_unit + phase * units, units, warp, lane, lookup);
     };
     for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
+    if constexpr (X_MEANWHILE) outputs.prepare(first_block, end_block);
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);

@@ -131,6 +131,7 @@ constexpr int KEPT = ITEMS <= 3 ? ITEMS : 2;  // of which stay in registers
 constexpr int SHARE_WARPS = SHARE_THREADS / 32;
 constexpr int BUSY_WARPS = EVEN_SHARES && SHARE_ITEMS < SHARE_THREADS ? (SHARE_ITEMS + 31) / 32 : SHARE_WARPS;
 constexpr bool IDLE_WARPS = BUSY_WARPS < SHARE_WARPS;  // the last among them
+constexpr bool X_MEANWHILE = false;
 
 // 2^-shift of a token in a warp's slice of k.
 __device__ __forceinline__ float& back_of(char* smem, int token, int k_warp) {
