@@ -102,7 +102,9 @@ def test_generate_says_what_is_wrong(capsys, source):
         (["--prompt", "A"], 1, "has no tokenizer.json; copy the original model's there, or give token ids with --ids"),
         (["--ids", "96", "--device", "cpu"], 1, "token 96 is not one of the model's 96"),
         (["--ids", "1", "--tokens", "0"], 2, "--tokens 0: at least 1"),
-        (["--ids", "1", "--top-p", "0"], 2, "--top-p 0.0: at least 0, and above 0 up to 1"),
+        (["--ids", "1", "--top-p", "0"], 2, "--top-p 0.0: a share above 0 and up to 1"),
+        (["--ids", "1", "--temperature", "nan"], 2, "--temperature nan: a number from 0 on"),
+        (["--ids", "1", "--seed", "-1"], 2, "--seed -1: a number from 0 to 2^64 - 1"),
         ([], 2, "one of the arguments --prompt --ids is required"),
     ):
         got, out, err = run(capsys, "generate", source, *arguments)
@@ -150,6 +152,17 @@ def test_explain_describes_a_product_that_no_machine_has_room_for(capsys):
         (["frob"], 2, ["invalid choice: 'frob'", "--help"]),
         (["quantise"], 2, ["--output", "fdk quantise --help"]),
         (["quantise", "{source}", "--output", "{tmp}/x", "--bits", "9"], 2, ["bits = 9", "1 to 8"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--bits", "four"], 2, ["--bits four", "1 to 8", "--format"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--bits", ""], 2, ["--bits", "1 to 8"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--format", ""], 2, ["'' is not a format name"]),
+        (["quantise", "{source}", "--output", "{tmp}/x", "--target-bits", "nan"], 2, ["--target-bits nan", "positive"]),
+        (
+            ["quantise", "{source}", "--output", "{tmp}/x", "--target-bits", "3", "--calibration-tokens", "0"],
+            2,
+            ["--calibration-tokens 0", "at least 1"],
+        ),
+        (["info", ""], 1, ["has no config.json"]),
+        (["info", "--frob"], 2, ["--frob", "fdk info --help"]),
         (["quantise", "{source}", "--output", "{tmp}/x", "--block-size", "24"], 2, ["'24'", "multiple of 16"]),
         (["quantise", "{source}", "--output", "{tmp}/x", "--format", "lut4"], 2, ["'lut4'", "lut4_g64"]),
         (
@@ -164,12 +177,17 @@ def test_explain_describes_a_product_that_no_machine_has_room_for(capsys):
         (["quantise", "{tmp}/none", "--output", "{tmp}/x"], 1, ["does not exist"]),
         (["quantise", "{tmp}", "--output", "{tmp}/x"], 1, ["has no config.json"]),
         (["quantise", "{source}", "--output", "{source}/config.json/x"], 1, ["config.json is a file; choose another"]),
+        (
+            ["quantise", "{source}", "--output", "/proc/fdk/x"],
+            1,
+            ["/proc/fdk/x cannot be made", "choose another folder"],
+        ),
         (["info", "{tmp}/none"], 1, ["does not exist"]),
         (["explain", "--format", "lut9_g64", "-n", "8", "-k", "64"], 2, ["no width of 9 bits"]),
         (["explain", "--format", "lut4_g64", "-n", "8", "-k", "60"], 2, ["does not divide k = 60"]),
         (["explain", "--format", "lut4_g64", "-n", "0", "-k", "64"], 2, ["-n 0"]),
         (["explain", "--format", "lut4_g64", "-n", "8", "-k", "64", "--dtype", "int"], 2, ["'int'", "bfloat16"]),
-        (["explain", "--format", "lut4_g64", "-n", "8", "-k", "64", "--kernel", "warp"], 1, ["'warp'", "reference"]),
+        (["explain", "--format", "lut4_g64", "-n", "8", "-k", "64", "--kernel", "warp"], 2, ["'warp'", "reference"]),
     ],
 )
 def test_an_error_is_one_line_with_its_remedy(capsys, tmp_path, source, monkeypatch, arguments, status, words):
@@ -245,10 +263,32 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_closed_pipe_is_no_error_message(tmp_path):
-    command = f"{sys.executable} -m fdk info | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stderr == ""
+@pytest.mark.parametrize(
+    "words", ["fdk info", "fdk.bench -n 64 -k 64 -b 4 -m 1 --device cpu", "fdk.models --bits 16 --reps 2 --device cpu"]
+)
+def test_a_closed_pipe_is_no_error_message(tmp_path, words):
+    command = f"{sys.executable} -m {words} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert "Error" not in done.stderr
+    if words == "fdk info":
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 384000000000 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_no_defect(capsys, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("fdk.cli.info.machine_info", fail)
+    assert run(capsys, "info") == (1, "", "fdk info: out of memory; free some, use a smaller model, or ask for less\n")
 
 
 def test_rich_is_used_on_a_terminal_only(tmp_path, source):

@@ -103,7 +103,8 @@ def test_ids_in_place_of_text(capsys, tmp_path, folder, text):
         (("--length", "0"), 2, "--length 0: at least 1"),
         (("--confidence", "1.5"), 2, "--confidence 1.5"),
         (("--length", "64"), 1, "5 segments are too few"),
-        (("--length", "4000"), 1, "fewer than one segment"),
+        (("--length", "4000"), 1, "text.py: the text has 372 tokens, fewer than one segment"),
+        (("--segments", "0"), 2, "--segments 0: at least 1"),
         (("--ids",), 1, "something other than token ids"),
         (("--reference", "./nowhere"), 1, "does not exist"),
     ],
@@ -187,3 +188,15 @@ def test_the_small_model_is_trained_for_its_folder_alone(capsys, tmp_path):
     assert run(capsys, "generate", tmp_path / "m", "--prompt", "import", "--tokens", "3", "--device", "cpu")[0] == 0
     assert command.main(arguments) == 2
     assert "--folder that does not exist yet" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_is_one_line(capsys, monkeypatch, tmp_path):
+    command = importlib.import_module("fdk.models.tiny.__main__")
+
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    assert command.main(["--only-train", "--folder", str(tmp_path / "m")]) == 130
+    assert capsys.readouterr().err == "fdk.models.tiny: interrupted; nothing half-written was kept\n"
+    assert not (tmp_path / "m").exists()

@@ -124,6 +124,10 @@ def test_described_weights_with_zero_points_of_both_dtypes(capsys, built) -> Non
         (["--format", "lut4_g64", "--shapes", "64"], "not a size"),
         (["--format", "lut4_g64", "--shapes", "64x60", "--arch", "sm_80"], "does not divide k = 60"),
         (["--format", "lut4_g64", "--shapes", "64x64", "--arch", "h100"], "names no architecture"),
+        (
+            ["--format", "lut4_g64", "--shapes", "64x64", "--dtype", "fp32"],
+            "--dtype fp32: the CUDA kernels multiply bf16",
+        ),
         (["--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_75"], "compute capability 8.0"),
         (["--format", "lut4_g64", "--shapes", "64x64", "-m", "9-1"], "-m '9-1'"),
         (["--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_80", "--sms", "0"], "--sms 0"),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from fdk.cli import convert, evaluate, explain, generate, info, interrupts, quantise, warmup
 from fdk.cli.flags import UsageError
+from fdk.cli.output import until_the_reader_leaves
 from fdk.errors import FdkError
 
 COMMANDS = {
@@ -61,14 +62,20 @@ def _run_program(command: str, argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; every expected error is one line with its remedy (FDK_DEBUG=1 adds the traceback)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return until_the_reader_leaves(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(arguments: list[str]) -> int:
     debug = os.environ.get("FDK_DEBUG") == "1"
     interrupts.seen.clear()
     try:
         if arguments and arguments[0] in PROGRAMS:
             return _run_program(arguments[0], arguments[1:])
         p = parser()
-        args = p.parse_args(arguments)
+        args, unknown = p.parse_known_args(arguments)
+        if unknown:
+            command = f"fdk {args.command}" if args.command else "fdk"
+            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; see {command} --help")
         if args.version:
             import fdk
 
@@ -79,27 +86,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"fdk {args.command}: {message}", file=sys.stderr)
-            status = args.run(args)
-        sys.stdout.flush()
-        return status
+            return args.run(args)
     except UsageError as error:
         return _fail(arguments, str(error), 2, debug)
     except FdkError as error:
         return _fail(arguments, str(error), 1, debug)
     except BrokenPipeError:
-        # The reader of our output has gone; the interpreter must not try to flush to it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(arguments, f"{error.strerror or error}:{where}; nothing half-written was kept", 1, debug)
-    except MemoryError:
-        return _fail(arguments, "out of memory; free some, or use a smaller model", 1, debug)
     except KeyboardInterrupt:
         return _fail(arguments, "interrupted; nothing half-written was kept", 130, debug)
     except Exception as error:
+        if _out_of_memory(error):
+            return _fail(arguments, "out of memory; free some, use a smaller model, or ask for less", 1, debug)
         text = str(error).splitlines()[0] if str(error) else ""
         return _fail(arguments, f"{type(error).__name__}: {text} (a defect of fdk; FDK_DEBUG=1 shows where)", 1, debug)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or of torch's allocator of host memory, whose error is a RuntimeError."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fdk.cli.flags import UsageError, device_of
 from fdk.cli.loading import load_model
 from fdk.cli.output import progress_bar, show
+from fdk.errors import FdkError
 
 HELP = "perplexity, KL and agreement with the 16-bit model on a text file"
 
@@ -35,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from fdk.models.skeleton import read_config
     from fdk.models.text import read_tokens
 
-    for flag, value in (("--length", args.length), ("--batch", args.batch), ("--segments", args.segments or 1)):
-        if value < 1:
+    for flag, value in (("--length", args.length), ("--batch", args.batch), ("--segments", args.segments)):
+        if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: at least 1 is needed")
     if not 0 < args.confidence < 1:
         raise UsageError(f"--confidence {args.confidence}: a number between 0 and 1 is needed")
@@ -46,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
     # A quantised folder may lack the tokenizer that the original has.
     original = resolve(args.reference) if args.reference else None
     named = folder if original is None or (folder / "tokenizer.json").exists() else original
-    windows = segments(read_tokens(args.text, named, config, args.ids), args.length, args.segments)
+    tokens = read_tokens(args.text, named, config, args.ids)
+    try:
+        windows = segments(tokens, args.length, args.segments)
+    except FdkError as error:
+        raise FdkError(f"{args.text}: {error}") from None
     model = load_model(folder, config, device)
     reference = None if original is None else load_model(original, read_config(original), device)
     start = time.perf_counter()
@@ -61,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     rows = [(names[name], *(f"{x:.5g}" for x in (e.value, e.low, e.high))) for name, e in estimates.items()]
     show(("quantity", "value", f"{args.confidence:.0%} from", "to"), rows)
-    tokens = windows.shape[0] * args.length
-    print(f"{tokens:,} tokens in {len(windows)} segments of {args.length}; {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"{len(windows) * args.length:,} tokens in {len(windows)} segments of {args.length}; {seconds:.1f} s")
     if args.output_dir:
         from fdk.bench import records
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Run it. Returns the exit status."""
     from fdk import ops
     from fdk.formats import parse
-    from fdk.kernels import Problem
+    from fdk.kernels import Problem, kernel
     from fdk.models.config import check_dtype
     from fdk.packing.layouts import Geometry, canonical_shapes
 
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         geometry = Geometry(parse(args.format), args.n, args.k, check_dtype(args.dtype), (args.n,))
         canonical_shapes(geometry)
+        if args.kernel != "auto":
+            kernel(args.kernel)
     except FdkError as error:
         raise UsageError(str(error)) from None
     print(ops.explain_problem(Problem(args.m, geometry, device_of(args.device)), args.kernel))

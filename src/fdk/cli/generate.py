@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 
@@ -37,8 +38,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.tokens < 1:
         raise UsageError(f"--tokens {args.tokens}: at least 1 is needed")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise UsageError(f"--temperature {args.temperature} --top-p {args.top_p}: at least 0, and above 0 up to 1")
+    if not 0 <= args.temperature < math.inf:
+        raise UsageError(f"--temperature {args.temperature}: a number from 0 on is needed")
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p {args.top_p}: a share above 0 and up to 1 is needed")
+    if not 0 <= args.seed < 1 << 64:
+        raise UsageError(f"--seed {args.seed}: a number from 0 to 2^64 - 1 is needed")
     device = device_of(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = resolve(args.model)
     config = read_config(folder)

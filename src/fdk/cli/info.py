@@ -20,7 +20,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it. Returns the exit status."""
-    return folder_info(args.folder) if args.folder else machine_info()
+    return machine_info() if args.folder is None else folder_info(args.folder)
 
 
 def machine_info() -> int:

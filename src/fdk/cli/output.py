@@ -1,9 +1,10 @@
-"""What commands print: tables, and a bar of progress."""
+"""What commands print: tables, a bar of progress, and nothing to a closed pipe."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 
@@ -40,3 +41,15 @@ def progress_bar(stack: ExitStack, what: str):
     bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
     task = bar.add_task(what)
     return lambda text, done, total: bar.update(task, completed=done, total=total, description=f"{what} {text}")
+
+
+def until_the_reader_leaves(main: Callable[[], int]) -> int:
+    """The status of `main`; 1, and no more output, once what reads ours has gone, as `head` does."""
+    try:
+        status = main()
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:
+        # The interpreter must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

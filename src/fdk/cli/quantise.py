@@ -49,13 +49,15 @@ def run(args: argparse.Namespace) -> int:
     from fdk.models.folder import OtherNames, quantise_folder
     from fdk.nn.report import COLUMNS
 
-    if args.format and (args.bits or args.block_size):
+    if args.format is not None and (args.bits or args.block_size):
         raise UsageError("--format stands for --bits and --block-size; give the one or the others")
+    if args.bits is not None and not args.bits.isdecimal():
+        raise UsageError(f"--bits {args.bits}: widths are 1 to 8; a format name is given by --format")
     shard_bytes = shard_bytes_of(args.shard_size)
     try:
         config = QuantisationConfig(
-            bits=None if args.format else args.bits or 4,
-            block_size=args.block_size or 64,
+            bits=None if args.format is not None else args.bits or 4,
+            block_size=64 if args.block_size is None else args.block_size,
             format=args.format,
             codebook=args.codebook,
             scale=args.scale,

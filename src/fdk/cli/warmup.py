@@ -100,6 +100,12 @@ def _described(args: argparse.Namespace, rows: Sequence[int]) -> list:
 
     if bool(args.format) != bool(args.shapes):
         raise UsageError("--format and --shapes describe weights together; give both, or a --model")
+    try:
+        dtype = check_dtype(args.dtype)
+    except FdkError as error:
+        raise UsageError(f"--dtype: {error}") from None
+    if dtype is torch.float32:
+        raise UsageError(f"--dtype {args.dtype}: the CUDA kernels multiply bf16 and fp16")
     found = []
     for text in args.shapes:
         n, x, k = text.partition("x")
@@ -107,7 +113,6 @@ def _described(args: argparse.Namespace, rows: Sequence[int]) -> list:
             raise UsageError(f"--shapes {text!r} is not a size; write n x k without blanks: 14336x4096")
         for name in args.format:
             try:
-                dtype = check_dtype(args.dtype)
                 geometry = Geometry(parse(name), int(n), int(k), dtype, (int(n),))
                 geometry.format.groups(geometry.k)
             except FdkError as error:

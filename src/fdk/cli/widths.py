@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import ExitStack
 
 from fdk.cli.flags import UsageError
@@ -23,6 +24,10 @@ def chosen_widths(args: argparse.Namespace, config, device):
         return None
     if args.target_bits is not None and args.max_memory is not None:
         raise UsageError("--target-bits and --max-memory are two budgets; give one")
+    if args.target_bits is not None and not 0 < args.target_bits < math.inf:
+        raise UsageError(f"--target-bits {args.target_bits}: a positive number of bits a weight is needed")
+    if args.calibration_tokens < 1:
+        raise UsageError(f"--calibration-tokens {args.calibration_tokens}: at least 1 is needed")
     if args.bits:
         raise UsageError("--bits has no meaning beside a budget, which chooses the widths; leave it out")
     if wrong := [bits for bits in args.widths or () if bits != 16 and not 1 <= bits <= 8]:

@@ -20,7 +20,7 @@ from fdk.bench import records, timing
 from fdk.bench.command import rebind
 from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
-from fdk.cli.output import progress_bar
+from fdk.cli.output import progress_bar, until_the_reader_leaves
 from fdk.cli.widths import widths_of_folder
 from fdk.errors import FdkError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, read_overrides
@@ -382,4 +382,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_the_reader_leaves(main))

@@ -8,6 +8,7 @@ is minimised is their sum.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -156,6 +157,8 @@ class Measured:
         """The widths of least error within one of the two budgets, as `choose_widths` describes them."""
         if (target_bits is None) == (max_bytes is None):
             raise FormatError("give target_bits or max_bytes, one of the two")
+        if target_bits is not None and not math.isfinite(target_bits):
+            raise FormatError(f"target_bits = {target_bits} is not a number of bits; give one such as 3.5")
         weights = sum(n * k for n, k in (layer.shape for layer in self.layers))
         budget = int(target_bits * weights / 8) if max_bytes is None else max_bytes - self.other_bytes
         layers, found = self.layers, None

@@ -62,8 +62,8 @@ def interval(values: Tensor, confidence: float = 0.95) -> Estimate:
     count = len(values)
     if count < FEWEST_BLOCKS:
         raise FormatError(
-            f"{count} segments are too few for an interval; give at least {FEWEST_BLOCKS}, by a longer text or shorter "
-            "segments (--length)"
+            f"{count} segments are too few for an interval; give at least {FEWEST_BLOCKS}, by a longer text, shorter "
+            "segments (--length) or more of them (--segments)"
         )
     blocks = min(count, BLOCKS)
     size = count // blocks

@@ -314,10 +314,12 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             break
         if os.path.lexists(parent):
             raise FormatError(f"{target} cannot be made, because {parent} is a file; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     work = target.parent / f".{target.name}.partial-{token}"
-    work.mkdir()
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise FormatError(f"{target} cannot be made ({error.strerror}); choose another folder") from None
     lock = os.open(work, os.O_RDONLY)
     # Tells the next one that this folder is being worked on; the system lets go of it when the process ends.
     fcntl.flock(lock, fcntl.LOCK_EX)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fdk.bench import records
+from fdk.cli.output import until_the_reader_leaves
 from fdk.errors import FdkError
 from fdk.formats import parse
 from fdk.models import QuantisationConfig, quantise, set_precision
@@ -159,6 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     except FdkError as error:
         print(f"fdk.models.tiny: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fdk.models.tiny: interrupted; nothing half-written was kept", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace, course: Course) -> int:
@@ -202,4 +206,4 @@ def run(args: argparse.Namespace, course: Course) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_the_reader_leaves(main))
