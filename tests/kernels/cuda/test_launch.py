@@ -59,7 +59,7 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
         (decode_config.TABLE, 1, 8192, 8192, 1, False, False),
         (decode_config.TABLE, 1, 8192, 8192, 8, True, False),
         (decode_config.UINT_U8, 4, 4096, 4096, 8, True, False),
-        (decode_config.UINT_U8, 4, 8192, 8192, 8, True, False),
+        (decode_config.UINT_U8, 4, 8192, 8192, 8, True, True),
         (decode_config.UINT_U8, 4, 28672, 8192, 8, False, False),
         (decode_config.TABLE, 4, 8192, 8192, 1, False, True),
         (decode_config.TABLE, 4, 4096, 4096, 1, False, False),
@@ -85,10 +85,14 @@ def test_zeros_fill_a_multiprocessor_or_are_alone_on_it(n: int, k: int, m: int, 
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
-def test_fewer_tokens_of_zeros_run_as_eight_where_those_are_faster(m: int) -> None:
-    large, small = (Shape(size, size, 4, 64, True, decode_config.UINT_U8) for size in (8192, 4096))
-    assert decode_choice.choose_config(large, m, 128, 132) == decode_choice.choose_config(large, 8, 128, 132)
-    assert decode_choice.choose_config(small, m, 64, 132).tokens == decode_choice.token_tile(m)
+def test_fewer_tokens_of_zeros_run_as_eight_where_only_those_have_16_warps(m: int) -> None:
+    kinds = (decode_config.UINT_U8, decode_config.UINT_FLOAT)
+    large, floats = (Shape(8192, 8192, 4, 64, True, kind) for kind in kinds)
+    small = Shape(4096, 4096, 4, 64, True, decode_config.UINT_FLOAT)
+    assert decode_choice.choose_config(floats, m, 128, 132) == decode_choice.choose_config(floats, 8, 128, 132)
+    for shape, blocks in ((large, 128), (small, 64)):
+        assert decode_choice.choose_config(shape, m, blocks, 132).tokens == decode_choice.token_tile(m)
+    assert decode_choice.choose_config(large, m, 128, 132).warps == 16
 
 
 @pytest.mark.parametrize(
@@ -97,9 +101,11 @@ def test_fewer_tokens_of_zeros_run_as_eight_where_those_are_faster(m: int) -> No
         (2, 8192, 8192, 1, (8, 1), (2, 4)),
         (2, 28672, 8192, 1, (2, 7), (2, 4)),
         (2, 14336, 4096, 1, (8, 2), (1, 4)),
-        (2, 4096, 14336, 1, (14, 1), (1, 4)),
+        (2, 4096, 14336, 1, (8, 1), (2, 2)),
+        (2, 4096, 4096, 1, (8, 1), (2, 2)),
+        (2, 2048, 4096, 1, (8, 1), (2, 2)),
+        (2, 1024, 4096, 1, None, None),
         (1, 4096, 4096, 1, (8, 1), (1, 4)),
-        (2, 4096, 4096, 1, None, None),
         (2, 8192, 8192, 2, None, None),
         (1, 8192, 8192, 1, None, None),
         (4, 8192, 8192, 1, None, None),

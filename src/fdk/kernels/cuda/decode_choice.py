@@ -31,15 +31,20 @@ _CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
 _CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
 
 
-def _bytes_pay(shape: Shape, tokens: int, blocks: int) -> bool:
+def _bytes_pay(shape: Shape, tokens: int, work: int) -> bool:
     """Whether integer products of slices and of sparse integers, whose bytes are made from planes or masks, pay.
 
-    Measured on an H200, 2026-11-22, at 4096^2 to 16384^2 and 20480 x 5120: docs/findings.md.
+    work: units of a CTA's blocks. Measured on an H200, 2026-11-22, at 4096^2 to 28672 x 8192: docs/findings.md.
     """
     if tokens > 1 or not shape.allows_digits:
         return False
-    # Digits cost what bytes save on the planes of 4096^2; more than two blocks a CTA were not measured.
-    return shape.sparse or (shape.nested and shape.n * shape.k >= 1 << 26 and blocks <= 2)
+    # Digits cost what bytes save on the planes of 4096^2.
+    return shape.sparse or (shape.nested and work >= 112)
+
+
+def _few_codes_and_zeros(shape: Shape) -> bool:
+    """Whether zeros and codes of a unit take few enough registers for 16 warps of two to eight tokens."""
+    return shape.kind == UINT_U8 and 2 <= shape.bits <= 4 and shape.subs == 1
 
 
 def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
@@ -58,6 +63,8 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
         ):
             # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
             warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
+        elif _few_codes_and_zeros(shape) and config.cluster == 1 and blocks <= 2 and cta_units * blocks > 32:
+            warps = 16
         return min(max(4, warps // row_warps), cta_units), row_warps
     row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
     # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
@@ -66,7 +73,8 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     most_blocks = 2 if tokens == 16 else 1
     narrow = (shape.bits == 1 and row_warps > most_blocks) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
     # Zeros leave registers for 16 warps of eight tokens if codes take few.
-    zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4 and 1 < row_warps <= 4
+    zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4
+    zeros &= 1 < row_warps <= (8 if shape.kind == UINT_U8 and shape.bits == 4 else 4)
     warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
     return max(1, min(warps // row_warps, cta_units)), row_warps
 
@@ -76,19 +84,21 @@ def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: 
     if shape.bits == 1:
         return large or shape.kind in (TABLE, INT)
     if not large:
+        if shape.kind == UINT_U8 and shape.bits < 8:
+            return cta_units <= 32 and blocks == 1
         if shape.bits == 4:
             return shape.kind == INT and cta_units <= 32
         return shape.kind == INT or shape.bits == 8
-    if shape.bits == 2 and shape.kind == INT:
-        # Making digits pays where a CTA has many units for each that it makes them of.
-        return cluster == 1 or blocks >= 4
-    # Look-ups of 4 bits without zero points wait for memory alone.
-    return cluster == blocks == 1 and shape.kind in (INT, UINT_U8) and (shape.bits, shape.kind) != (4, INT)
+    if shape.kind not in (INT, UINT_U8) or (shape.bits, shape.kind) == (4, INT):
+        return False  # look-ups of 4 bits without zero points wait for memory alone
+    two_blocks = cluster == 1 and blocks == 2
+    return shape.bits == 2 or blocks == 1 or (two_blocks and shape.bits == 8 and shape.zeros)
 
 
-def _two_digits_pay(shape: Shape) -> bool:
-    """The same for two tokens, which fill the columns of a product; measured at 8192^2."""
-    return shape.bits == 1 and shape.kind in (TABLE, INT) and shape.subs == 1 and shape.units >= 128
+def _two_digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int) -> bool:
+    """The same for two tokens, which fill the columns of a product; at 8192^2, 14336 x 4096 and 28672 x 8192."""
+    one_bit = shape.bits == 1 and shape.kind in (TABLE, INT) and shape.subs == 1
+    return one_bit and cta_units * blocks >= 128 and (cluster == 1 or blocks >= 4)
 
 
 def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
@@ -96,7 +106,7 @@ def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
     one_bit = shape.bits == 1 and shape.kind in (TABLE, INT)
     if blocks == 1:
         few = 128 if shape.bits <= 2 else 64
-        return (16 if cta_units >= few else 14 if one_bit and cta_units >= 112 else min(8, cta_units)), 1
+        return (14 if 112 <= cta_units < 128 else 16 if cta_units >= few else min(8, cta_units)), 1
     row_warps = blocks if blocks <= (8 if one_bit else 4) else 4
     return min(16 // row_warps, cta_units), row_warps
 
@@ -142,11 +152,16 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
     if config.indices:
+        if shape.bits == 2 and (per_warp <= 4 or per_warp % 4):
+            return [(2, 2)]
         # Where everything would be on its way from the start, half of it first is faster.
         return [(4, 2 if per_warp > 8 else 1)]
     if shape.zeros:
-        if config.digits and config.epilogue == PLAIN and config.blocks == 1 and config.k_warps > 8:
-            return [(2, 1), (1, 2), (1, 1)]
+        if config.digits and config.epilogue == PLAIN and config.blocks == 1:
+            first = (2, 1) if config.k_warps > 14 else (1, 2) if shape.bits == 8 else (2, 2)
+            return [first, (1, 2), (1, 1)]
+        if _few_codes_and_zeros(shape) and config.tokens in (2, 4) and per_warp <= 4 and config.epilogue == PLAIN:
+            return [(1, 4 if shape.bits == 2 else 3), (1, 2), (1, 1)]
         if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
             return [(1, 2), (1, 1)]
         if config.tokens == 1 and per_warp <= 4 and shape.bits <= 4:
@@ -164,6 +179,10 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             # More on its way before the launch in front has ended only delays activations.
             first = (2, 2) if single and config.cluster > 1 else (4, 2 if config.steps > 1 else 1)
             return [first, (2, 2), (1, 4), (1, 2), (1, 1)]
+        if shape.bits == 1 and config.blocks > 1:
+            return [(4, 1), (2, 1), (1, 2), (1, 1)]
+        if single and config.k_warps <= 14:
+            return [(1 if shape.bits == 8 else 2, 2), (1, 2), (1, 1)]
         return [(2, 1) if single else (1, 3) if shape.bits == 4 else (2, 2), (1, 3), (1, 2), (1, 1)]
     if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
         return [(1, 1)]
@@ -215,7 +234,8 @@ def _with_loads(shape: Shape, config: Config) -> Config:
     config = replace(config, x_sums=own_sums and shape.subs == 1 and units_per_warp <= 16)
     # Scales in one piece halve the copies of a warp that refills single units, which pays from the second refill on.
     refills = units_per_warp - config.stages if config.stage_units == 1 else 0
-    if not shape.zeros and refills >= 2 and units_per_warp <= 16 and config.allows_scales_once(shape):
+    pays = units_per_warp >= 8 and _few_codes_and_zeros(shape) if shape.zeros else True
+    if pays and refills >= 2 and units_per_warp <= 16 and config.allows_scales_once(shape):
         # Without small copies, sparse weights come faster by cp.async, whose refills no fence holds up.
         return replace(config, scales_once=True, bulk=not shape.sparse or config.tokens > 1)
     return config
@@ -253,7 +273,7 @@ def _fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config |
 
 
 def _allows_indices(shape: Shape, tokens: int, capability: tuple[int, int], equal_indices: bool) -> bool:
-    """Whether sparse products have been measured to win: two bits where large, one bit at 4096^2; docs/findings.md.
+    """Whether sparse products have been measured to win: two bits from 2048 x 4096 on, one bit at 4096^2.
 
     At two bits they are bound by the tensor cores, at 60 clocks a unit against 86 of look-ups; at one bit integer
     products have fewer, once their digits are made.
@@ -262,15 +282,16 @@ def _allows_indices(shape: Shape, tokens: int, capability: tuple[int, int], equa
         return False
     weights, large = shape.n * shape.k, 1 << 25
     if shape.bits == 2:
-        return equal_indices and shape.kind == TABLE and weights >= large
+        return equal_indices and shape.kind == TABLE and weights >= large // 4
     return large // 2 <= weights < large
 
 
 def _with_indices(shape: Shape, start: Config, cta_units: int) -> Config | None:
-    """`start` with sparse products and their warps: whole stages of four units each; None if those are few."""
+    """`start` with sparse products and their warps: whole stages of two or four units; None if those are few."""
     blocks = start.blocks
     row_warps = max(range(1, min(blocks, 8) + 1), key=lambda r: (blocks / -(-blocks // r) / r, r))
-    slices = [warps for warps in range(1, 16 // row_warps + 1) if cta_units % (4 * warps) == 0]
+    stage = 2 if shape.bits == 2 and blocks == 1 else 4
+    slices = [warps for warps in range(1, 16 // row_warps + 1) if cta_units % (stage * warps) == 0]
     k_warps = 8 if 8 in slices else max(slices, default=0)
     if k_warps * row_warps < 8:
         return None
@@ -279,17 +300,48 @@ def _with_indices(shape: Shape, start: Config, cta_units: int) -> Config | None:
 
 
 def _with_wide_table(shape: Shape, config: Config, capability: tuple[int, int]) -> Config:
-    """`config` with a wide table where sixteen tokens were measured to gain by it.
+    """`config` with a wide table where four tokens and more were measured to gain by it.
 
-    That is where activations come in no more parts for it, or many blocks of rows share them.
+    That is where activations come in no more parts for it, or many blocks of rows share them; of fewer than sixteen
+    tokens where a CTA has work for longer than the table takes to fill.
     """
-    measured = config.tokens == 16 and shape.bits in (4, 8) and shape.kind in (TABLE, INT) and shape.subs == 1
-    if not measured or config.epilogue != PLAIN or capability < (9, 0):
+    many = config.tokens == 16 and shape.bits in (4, 8) and shape.kind in (TABLE, INT)
+    busy = -(-shape.units // config.cluster) * config.blocks >= 128 and shape.kind == TABLE
+    most_blocks = {4: {4: 1}, 8: {2: 7, 4: 4, 8: 2}}.get(config.tokens, {}).get(shape.bits, 0)
+    if not (many or (busy and config.blocks <= most_blocks)) or shape.subs > 1 or capability < (9, 0):
         return config
     wide = _fill(shape, replace(config, wide=True), capability)
     if wide is None or (wide.stages, wide.stage_units) != (config.stages, config.stage_units):
         return config
     return wide if wide.phases == config.phases or config.row_warps > 4 else config
+
+
+def hold_clocks(shape: Shape) -> int:
+    """Clocks for which CTAs without work keep their places: most of the time that the weights take to arrive.
+
+    At least until the next launch has filled the others' places; kept for longer than a launch takes, they delay it.
+    """
+    code_bytes = shape.n * shape.k * shape.bits // 8
+    return min(max(2500, int(0.8 * (code_bytes + shape.groups * shape.n * 2) * _CLOCKS_PER_BYTE)), 8000)
+
+
+# At 1.75 GHz and 4.8 TB/s, those of an H200.
+_CLOCKS_PER_BYTE = 1.75e9 / 4.8e12
+
+
+def _beside(shape: Shape, config: Config, idle: int) -> Config:
+    """`config` with a second CTA, of the next launch, beside one token's, where places that idle ones hold pay.
+
+    idle: clusters that find no work. Measured on an H200, 2026-11-22, for tables at 4096^2 and 8192^2.
+    """
+    if idle <= 0 or config.tokens > 1 or shape.kind != TABLE or shape.n * shape.k < 1 << 24:
+        return config
+    if config.cluster == config.blocks == 1 and shape.units == 128 and (config.digits or config.indices):
+        stages = 3 if config.digits else 2
+        config = replace(config, k_warps=8, stages=stages, stage_units=4, alone=False, min_ctas=2)
+    if config.min_ctas == 1:
+        return config
+    return replace(config, hold=hold_clocks(shape), late=config.late or shape.bits == 8)
 
 
 @lru_cache(maxsize=4096)
@@ -315,11 +367,6 @@ def choose_config(
     uniform = hopper and tokens >= 16
     if shape.sparse and (tokens > 32 or epilogue.tables > 1):
         return None  # registers do not hold the words of a unit beside the sums of 64 tokens; one table of values
-    if hopper and tokens in (2, 4) and shape.zeros and not chained:
-        # Fewer tokens took longer than eight where those have 16 warps.
-        eight = choose_config(shape, 8, blocks, sms, capability)
-        if eight and eight.warps > 8:
-            return eight
     if tokens > 32 and capability != (9, 0):
         return None  # registers do not hold the sums of 64 tokens; two launches of 32 have not been measured on 9.0
     coded = shape.nested or shape.sparse  # whose integer products have configurations of their own
@@ -334,7 +381,7 @@ def choose_config(
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
         if hopper and tokens == 16 and shape.bits == 1 and shape.kind in (TABLE, INT):
             start = replace(start, octets=True)
-        if hopper and not chained and _bytes_pay(shape, tokens, per_cluster):
+        if hopper and not chained and _bytes_pay(shape, tokens, cta_units * per_cluster):
             start = replace(start, digits=True, paired=True)
         elif tokens == 1 and shape.allows_digits and not coded:
             large = shape.n * shape.k >= 1 << 25
@@ -344,8 +391,10 @@ def choose_config(
                 digits = _digits_pay(shape, cluster, per_cluster, cta_units, large)
             if digits:
                 start = replace(start, digits=True, paired=shape.bits == 1 or not chained)
-                start = start if chained else replace(start, uniform=hopper, late=large)
-        elif not chained and tokens == 2 and cluster == per_cluster == 1 and _two_digits_pay(shape):
+                # Not where that lets more CTAs of small weights with zeros share a multiprocessor.
+                uniform_pays = hopper and (large or not shape.zeros or shape.bits == 8)
+                start = start if chained else replace(start, uniform=uniform_pays, late=large)
+        elif not chained and tokens == 2 and _two_digits_pay(shape, cluster, per_cluster, cta_units):
             start = replace(start, digits=True, paired=True, uniform=hopper, late=True)
         if chained:
             most, row_warps = _chain_warps(start, shape, cta_units)
@@ -383,7 +432,18 @@ def choose_config(
         return replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
     if best and chained and best[1].warps > 12:
         return replace(best[1], uniform=False)  # 128 registers are not enough for what the compiler then keeps
-    if best and hopper and tokens == 8 and not chained and shape.kind in (TABLE, INT) and shape.subs == 1:
+    if best is None or chained or not hopper:
+        return best and best[1]
+    config = best[1]
+    if tokens in (2, 4) and shape.zeros and config.warps <= 8:
+        # Fewer tokens took longer than eight where only those have 16 warps.
+        eight = choose_config(shape, 8, blocks, sms, capability)
+        if eight and eight.warps > 8 and eight.row_warps <= 4:
+            return eight
+    if tokens == 8 and shape.kind in (TABLE, INT) and shape.subs == 1:
         # Fewer instructions again, but for 14 warps and more of wider codes, which spill.
-        return replace(best[1], uniform=shape.bits <= 2 or best[1].warps <= 12)
-    return _with_wide_table(shape, best[1], capability) if best else None
+        config = replace(config, uniform=shape.bits <= 2 or config.warps <= 12)
+    config = _with_wide_table(shape, config, capability)
+    return (
+        _beside(shape, config, sms // config.cluster - -(-blocks // config.blocks)) if capability == (9, 0) else config
+    )
