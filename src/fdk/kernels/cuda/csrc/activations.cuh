@@ -27,16 +27,23 @@ __device__ __forceinline__ void wait_for_activations(const char* smem, int phase
 __device__ __forceinline__ void stage_activations(const Params& p, char* smem, Norms& norms, int phase, int first_unit, int units, int warp, int lane) {
     char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
-        // The warps of a slice of k bring its chunks in turn; whoever multiplies waits for those that he needs.
-        const int k_warp = warp % K_WARPS, first = units * k_warp / K_WARPS, count = (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS;
-        for (int chunk = warp / K_WARPS; chunk < X_CHUNKS; chunk += ROW_WARPS) {
+        // Each warp of a slice of k brings some tokens of every chunk, since a warp's copies are issued one by one; whoever
+        // multiplies waits for the chunks that he needs.
+        const int k_warp = warp % K_WARPS, row_warp = warp / K_WARPS, first = units * k_warp / K_WARPS;
+        const int count = (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS, tokens = (M - row_warp + ROW_WARPS - 1) / ROW_WARPS;
+#pragma unroll 1
+        for (int chunk = 0; chunk < X_CHUNKS; ++chunk) {
             const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
             const int at = first + chunk * count;
-            if (lane == 0) barrier_expect(barrier, M * count * 128);
+            if (lane == 0) barrier_expect(barrier, tokens * count * 128);
             sync_warp();
-            for (int token = lane; token < M; token += 32)
+#pragma unroll
+            for (int base = 0; base < (M + ROW_WARPS - 1) / ROW_WARPS; base += 32) {
+                const int token = (base + lane) * ROW_WARPS + row_warp;
+                if (token >= M) continue;
                 copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
                                  count * 128, barrier);
+            }
         }
         if (phase == 0) norms.read(p, smem, warp, lane);
         if constexpr (SUMS)

@@ -179,9 +179,9 @@ __device__ __forceinline__ void copy_wait() {
 
 // --- bulk copies with a barrier that counts their bytes (Hopper) --------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(u32 barrier) {
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals = 1) {
 #if FDK_HOPPER
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 #endif
 }
 
