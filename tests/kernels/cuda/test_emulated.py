@@ -306,6 +306,18 @@ FAULTS = {
         "            sync_warp();\n            prefetch",
         "prefetch",
     ),
+    "no wait for activations": (
+        ALONE,
+        "decode.cuh",
+        "                    wait_for_activations(smem, phase, unit - first_unit, k_warp);\n",
+        "",
+    ),
+    "activations of the next phase in use": (
+        replace(ALONE, k_warps=2, row_warps=2, blocks=2, stages=1, phases=4),
+        "decode.cuh",
+        "                __syncthreads();\n                prepare_phase",
+        "                prepare_phase",
+    ),
     "no wait for a stage": (
         TURNS,
         "prefill.cuh",
@@ -335,6 +347,21 @@ FAULTS = {
     "flags are left behind": (CUT, "prefill.cuh", "                        set_flag(flag(other), 0);\n", ""),
     "no fence in front of wgmma": (CUT, "prefill.cuh", "                wgmma_fence();\n", ""),
 }
+
+
+# What nothing orders is noticed in every order, also where it does no harm.
+RACES = (
+    "no barrier behind the table",
+    "no wait for weights",
+    "no barrier before sums",
+    "no wait for the cluster",
+    "no barrier of a warp before a refill",
+    "no wait for activations",
+    "activations of the next phase in use",
+    "no wait for a stage",
+    "a stage is filled too early",
+    "slices of k do not meet",
+)
 
 
 def noticed(chosen: decode_config.Config | prefill.Config, schedule: Schedule) -> bool:
@@ -381,3 +408,5 @@ def test_planted_faults_are_noticed(fault: str, monkeypatch) -> None:
     monkeypatch.setattr(jit, "sources", lambda: {**sources, file: sources[file].replace(old, new)})
     monkeypatch.setattr(device, "_kernel", cache(device._kernel.__wrapped__))
     assert any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
+    if fault in RACES:
+        assert all(noticed(chosen, schedule) for schedule in SCHEDULES)

@@ -3,6 +3,7 @@
 import ctypes
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -137,7 +138,12 @@ MISTAKES = [
         "mbarrier.arrive.expect_tx",
     ),
     ("nothing moves any more", "bar.sync 1, 64;", "bar.sync"),
-    ("before its cp.async", "cp.async.cg.shared.global [%r5], [%rd1], 16;\ncp.async.commit_group;", "ret"),
+    (
+        "before its cp.async",
+        "setp.eq.u32 %p1, %r1, 0;\n@%p1 cp.async.cg.shared.global [%r5], [%rd1], 16;\ncp.async.commit_group;",
+        "ret",
+    ),
+    ("lane 1 writes shared address 0, which", "st.shared.u32 [%r5], %r1;", "(lanes 0x1) has written"),
     ("stopped itself", "trap;", "trap"),
     ("did not end the launch", "$AGAIN: bra $AGAIN;", "bra"),
     ("a predicate that differs within it", "setp.lt.u32 %p1, %r1, 5;\n@%p1 bar.sync 0;", "bar.sync"),
@@ -165,7 +171,10 @@ st.global.u32 [%rd3], %r4;
     expected = [i ^ 32 for i in range(64)]
     for schedule in SCHEDULES:
         assert run(exchange("bar.sync 0;"), [0] * 64, 64, schedule=schedule) == expected
-    assert any(run(exchange(""), [0] * 64, 64, schedule=schedule) != expected for schedule in SCHEDULES)
+        with pytest.raises(EmulationError, match="a race: lane 0 (reads|writes) shared address"):
+            run(exchange(""), [0] * 64, 64, schedule=schedule)
+    unwatched = [replace(schedule, races=False) for schedule in SCHEDULES]
+    assert any(run(exchange(""), [0] * 64, 64, schedule=schedule) != expected for schedule in unwatched)
 
 
 def test_a_copy_that_is_not_waited_for_shows_when_it_is_late() -> None:
@@ -191,7 +200,41 @@ st.global.u32 [%rd3], %r5;
     wait = "$AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra $AGAIN;"
     for copies in ("at once", "late", "random"):
         assert run(copied(wait), list(range(32)), schedule=Schedule("forward", copies)) == list(range(1, 33))
-    assert run(copied(""), list(range(32)), schedule=Schedule("forward", "late")) != list(range(1, 33))
+        with pytest.raises(EmulationError, match="lane 0 reads shared address 0, .* of warp 0 .* has written"):
+            run(copied(""), list(range(32)), schedule=Schedule("forward", copies))
+    unwatched = Schedule("forward", "late", races=False)
+    assert run(copied(""), list(range(32)), schedule=unwatched) != list(range(1, 33))
+
+
+def test_what_an_arrival_tells_is_what_its_thread_knows() -> None:
+    # Lane 31 arrives for what all lanes of warp 1 have read, and warp 0, which waits, writes there.
+    def given_back(barrier: str) -> str:
+        return f"""
+mov.u32 %r2, 512;
+setp.ne.u32 %p1, %r1, 0;
+@%p1 bra $JOIN;
+mbarrier.init.shared::cta.b64 [%r2], 1;
+$JOIN: bar.sync 0;
+and.b32 %r4, %r1, 31;
+shl.b32 %r4, %r4, 2;
+setp.lt.u32 %p1, %r1, 32;
+@%p1 bra $AGAIN;
+ld.shared.u32 %r5, [%r4];
+{barrier}
+setp.ne.u32 %p2, %r1, 63;
+@%p2 bra $END;
+mbarrier.arrive.shared::cta.b64 _, [%r2];
+bra $END;
+$AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;
+@!%p2 bra $AGAIN;
+st.shared.u32 [%r4], %r1;
+$END: ret;
+"""
+
+    for schedule in SCHEDULES:
+        run(given_back("bar.warp.sync -1;"), [0] * 64, 64, schedule=schedule)
+        with pytest.raises(EmulationError, match=r"lane 0 writes .* of warp 1 \(lanes 0x.*1\) has read"):
+            run(given_back(""), [0] * 64, 64, schedule=schedule)
 
 
 def test_stores_are_counted_in_other_ctas_of_a_cluster() -> None:

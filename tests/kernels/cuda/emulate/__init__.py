@@ -11,9 +11,10 @@ One product from the command line, with a chosen configuration (see `--help`):
     PYTHONPATH=src:tests/kernels/cuda python -m emulate lut4_g64 --n 128 --k 512 --m 1 --set stages=2
 
 What it finds besides wrong results: accesses outside the operands or shared memory, misaligned ones, barriers of wrong
-counts, copies nobody waited for, CTAs that end too early, deadlocks (where each warp waits), and, by other orders of
-warps and other times of copies (`Schedule`), waits and barriers that are missing. What it cannot: timing, registers
-and spills, the memory model (every write is seen at once), and races that none of its schedules shows.
+counts, copies nobody waited for, CTAs that end too early, deadlocks (where each warp waits), accesses to shared memory
+that nothing orders (csrc/races.hpp), and, by other orders of warps and other times of copies (`Schedule`), other waits
+that are missing. What it cannot: timing, registers and spills, scopes and proxies of the memory model (every write is
+seen at once), and races in global memory that none of its schedules shows.
 
 ptx.py      PTX to a program;  machine.py: the machine (csrc/) as a library;  device.py: what stands in for the driver
 """

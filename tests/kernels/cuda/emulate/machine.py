@@ -35,7 +35,7 @@ class _Launch(ctypes.Structure):
             (name, ctypes.c_uint32)
             for name in ("grid", "threads", "cluster", "resident", "shared_base", "shared_bytes")
         ),
-        *((name, ctypes.c_uint32) for name in ("order", "copies", "dependent", "pad")),
+        *((name, ctypes.c_uint32) for name in ("order", "copies", "dependent", "races")),
         ("seed", ctypes.c_uint64),
         ("limit", ctypes.c_uint64),
     )
@@ -47,17 +47,20 @@ class Schedule:
 
     order   of warps: "forward", "backward", or "random" with turns of random length
     copies  when asynchronous copies arrive: "at once", "late" (when nobody can go on without), or at "random" times
+    races   whether accesses to shared memory that nothing orders are errors, also where this order does no harm
     """
 
     order: str = "forward"
     copies: str = "late"
     seed: int = 0
+    races: bool = True
 
-    def numbers(self) -> tuple[int, int, int]:
+    def numbers(self) -> tuple[int, int, int, bool]:
         return (
             ("forward", "backward", "random").index(self.order),
             ("at once", "late", "random").index(self.copies),
             self.seed,
+            self.races,
         )
 
 
@@ -154,9 +157,9 @@ class Kernel:
                 f"{self.program.entry}: {grid} CTAs in clusters of {cluster}, {threads} threads each, "
                 f"compiled for {self.program.threads}"
             )
-        order, copies, seed = schedule.numbers()
+        order, copies, seed, races = schedule.numbers()
         dependent = early is not None
-        launch = _Launch(grid, threads, cluster, resident, *shared, order, copies, dependent, 0, seed, limit)
+        launch = _Launch(grid, threads, cluster, resident, *shared, order, copies, dependent, races, seed, limit)
         facts = [fact for name, pair in ranges.items() for fact in (*pair, not dependent or name in early)]
         bounds = (ctypes.c_uint64 * len(facts))(*facts)
         message = ctypes.create_string_buffer(_MESSAGE)

@@ -16,11 +16,11 @@ void complete(Cta& cta, u32 address, i64 arrivals, i64 bytes) {
         throw Fault(
             text("the mbarrier at %#x expects %lld arrivals in a phase and got more", address, (long long)barrier.expected));
     barrier.pending -= arrivals, barrier.bytes -= bytes;
-    if (barrier.pending == 0 && barrier.bytes == 0) ++barrier.phase, barrier.pending = barrier.expected;
+    if (barrier.pending == 0 && barrier.bytes == 0) ++barrier.phase, barrier.pending = barrier.expected, barrier.told.pass();
 }
 
 void complete_cluster_barrier(Cluster& cluster) {
-    if (cluster.arrived == cluster.warps_left && cluster.arrived > 0) ++cluster.generation, cluster.arrived = 0;
+    if (cluster.arrived == cluster.warps_left && cluster.arrived > 0) ++cluster.generation, cluster.arrived = 0, cluster.told.pass();
 }
 
 namespace {
@@ -33,7 +33,7 @@ Outcome init(Warp& w, const Instruction& I, u32 lanes) {
         const u32 address = shared_address(w, I.at, l), count = get<u32>(w.r, I.at[2], l);
         shared_at(*w.cta, address, 8);
         if (address % 8 || count == 0) throw Fault(text("an mbarrier of %u arrivals at %#x", count, address));
-        w.cta->counted[address] = {i64(count), i64(count), 0, 0};
+        w.cta->counted[address] = {i64(count), i64(count), 0, 0, {}};
     })
     return Outcome::NEXT;
 }
@@ -48,7 +48,9 @@ Outcome invalidate(Warp& w, const Instruction& I, u32 lanes) {
 Outcome expect(Warp& w, const Instruction& I, u32 lanes) {
     EACH(lanes, {
         const auto [owner, address] = in_cluster(*w.cta, shared_address(w, I.at, l));
-        counted_at(*owner, address).bytes += get<u32>(w.r, I.at[2], l);
+        CountedBarrier& barrier = counted_at(*owner, address);
+        barrier.bytes += get<u32>(w.r, I.at[2], l);
+        tell(w, 1u << l, barrier.told);
         complete(*owner, address, 1, 0);
     })
     return Outcome::NEXT;
@@ -59,6 +61,7 @@ Outcome arrive(Warp& w, const Instruction& I, u32 lanes) {
         const auto [owner, address] = in_cluster(*w.cta, shared_address(w, I.at, l));
         if (owner->warps_left == 0)
             throw Fault(text("an arrival at a barrier of CTA %u of the cluster, which has ended", owner->rank));
+        tell(w, 1u << l, counted_at(*owner, address).told);
         complete(*owner, address, 1, 0);
     })
     return Outcome::NEXT;
@@ -69,7 +72,9 @@ Outcome try_wait(Warp& w, const Instruction& I, u32 lanes) {
     u32 done = 0;
     EACH(lanes, {
         const CountedBarrier& barrier = counted_at(*w.cta, shared_address(w, I.at + 1, l));
-        done |= u32((barrier.phase & 1) != (get<u32>(w.r, I.at[3], l) & 1)) << l;
+        const bool over = (barrier.phase & 1) != (get<u32>(w.r, I.at[3], l) & 1);
+        if (over) learn(w, 1u << l, barrier.told);
+        done |= u32(over) << l;
     })
     if (!done) return Outcome::WAIT;
     w.r[I.at[0]] = (w.r[I.at[0]] & ~lanes) | done;
@@ -88,8 +93,13 @@ NamedBarrier& arrive_named(Warp& w, const Instruction& I) {
         throw Fault(text("barrier %u is for %u threads and for %u", number, barrier.expected, threads));
     barrier.expected = threads;
     barrier.arrived += 32;
+    tell(w, w.alive, barrier.told);
     if (barrier.arrived > threads) throw Fault(text("more than %u threads are at barrier %u", threads, number));
     return barrier;
+}
+
+void pass_if_complete(NamedBarrier& barrier) {
+    if (barrier.arrived == barrier.expected) ++barrier.generation, barrier.arrived = 0, barrier.told.pass();
 }
 
 Outcome sync_named(Warp& w, const Instruction& I, u32) {
@@ -98,18 +108,19 @@ Outcome sync_named(Warp& w, const Instruction& I, u32) {
     if (group.ticket == 0) {
         barrier = &arrive_named(w, I);
         group.ticket = barrier->generation + 1;
-        if (barrier->arrived == barrier->expected) ++barrier->generation, barrier->arrived = 0;
+        pass_if_complete(*barrier);
     } else {
         barrier = &w.cta->barriers[w.r[I.at[0] + __builtin_ctz(w.alive)]];
     }
     if (barrier->generation < group.ticket) return Outcome::WAIT;
     group.ticket = 0;
+    learn(w, w.alive, barrier->told);
     return Outcome::NEXT;
 }
 
 Outcome arrive_at_named(Warp& w, const Instruction& I, u32) {
     NamedBarrier& barrier = arrive_named(w, I);
-    if (barrier.arrived == barrier.expected) ++barrier.generation, barrier.arrived = 0;
+    pass_if_complete(barrier);
     return Outcome::NEXT;
 }
 
@@ -118,6 +129,7 @@ Outcome cluster_arrive(Warp& w, const Instruction&, u32) {
     if (w.cluster_arrived) throw Fault("arrives at the cluster's barrier a second time without waiting");
     w.cluster_arrived = true, w.cluster_generation = cluster.generation;
     ++cluster.arrived;
+    tell(w, w.alive, cluster.told);
     complete_cluster_barrier(cluster);
     return Outcome::NEXT;
 }
@@ -126,6 +138,7 @@ Outcome cluster_wait(Warp& w, const Instruction&, u32) {
     if (!w.cluster_arrived) throw Fault("waits at the cluster's barrier without having arrived");
     if (w.cta->cluster->generation == w.cluster_generation) return Outcome::WAIT;
     w.cluster_arrived = false;
+    learn(w, w.alive, w.cta->cluster->told);
     return Outcome::NEXT;
 }
 

@@ -72,15 +72,19 @@ void start_cluster(Machine& machine, u32 index) {
     const Launch& launch = machine.launch;
     cluster->machine = &machine;
     const u32 warps = (launch.threads + 31) / 32;
+    const auto nothing_yet = std::make_shared<const Clock>();
     for (u32 rank = 0; rank < launch.cluster; ++rank) {
         auto cta = std::make_unique<Cta>();
         cta->cluster = cluster.get(), cta->rank = rank, cta->index = index * launch.cluster + rank;
         cta->shared.assign(launch.shared_bytes, 0xff);
+        if (launch.races) cta->accesses.resize((launch.shared_bytes + 3) / 4);
         cta->warps_left = warps;
         cta->warps.resize(warps);
         for (u32 i = 0; i < warps; ++i) {
             Warp& w = cta->warps[i];
             w.cta = cta.get(), w.index = int(i);
+            w.knowledge.warp = rank * warps + i;
+            std::fill(w.knowledge.lanes, w.knowledge.lanes + 32, nothing_yet);
             w.alive = launch.threads - i * 32 >= 32 ? ALL : (1u << (launch.threads - i * 32)) - 1;
             w.registers = machine.program.initial;
             w.r = w.registers.data();
@@ -213,6 +217,7 @@ bool turn(Machine& machine, Warp& w, u64 budget) {
                     group->tried = true;
                     break;
                 }
+                if (lanes == w.alive) bring_together(w);
             }
             const Outcome outcome = I.run(w, I, lanes);
             if (outcome == Outcome::WAIT) {

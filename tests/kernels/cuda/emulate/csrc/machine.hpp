@@ -4,7 +4,6 @@
 // take different ways become groups with program counters of their own, which join where they meet.
 #pragma once
 #include <cstdarg>
-#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -14,17 +13,9 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+#include "races.hpp"
 
 namespace emulator {
-
-using u8 = uint8_t;
-using u16 = uint16_t;
-using u32 = uint32_t;
-using u64 = uint64_t;
-using i8 = int8_t;
-using i16 = int16_t;
-using i32 = int32_t;
-using i64 = int64_t;
 
 struct Fault : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -147,16 +138,19 @@ struct Warp {
     u32 spin_pc = ~0u;
     u64 spin_value = 0;
     bool spins = false;
+    Knowledge knowledge;
 };
 
 struct NamedBarrier {
     u32 arrived = 0, expected = 0;
     u64 generation = 0;
+    Told told;
 };
 
 struct CountedBarrier {  // mbarrier
     i64 expected = 0, pending = 0, bytes = 0;
     u64 phase = 0;
+    Told told;
     bool busy() const { return pending != expected || bytes != 0; }
 };
 
@@ -166,6 +160,7 @@ struct Cta {
     Cluster* cluster = nullptr;
     u32 index = 0, rank = 0;
     std::vector<u8> shared;
+    std::vector<Accesses> accesses;  // to its words
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
     std::unordered_map<u32, CountedBarrier> counted;
@@ -181,6 +176,7 @@ struct Cluster {
     std::vector<std::unique_ptr<Cta>> ctas;
     u32 warps_left = 0, arrived = 0;
     u64 generation = 0;
+    Told told;
 };
 
 struct Range {
@@ -194,7 +190,7 @@ enum class Copies { AT_ONCE, LATE, RANDOM };
 // Twin of `_Launch` in machine.py.
 struct Launch {
     u32 grid, threads, cluster, resident, shared_base, shared_bytes;
-    u32 order, copies, dependent, pad;
+    u32 order, copies, dependent, races;
     u64 seed, limit;
 };
 
@@ -289,6 +285,14 @@ inline const u8* param_at(Machine& machine, u64 address, u64 bytes) {
         throw Fault(text("%llu bytes at parameter offset %lld of %llu", (unsigned long long)bytes,
                          (long long)(address - PARAM_AT), (unsigned long long)machine.param_bytes));
     return machine.params + (address - PARAM_AT);
+}
+
+// An access by a lane to what `resolve` has found; only those to shared memory are of interest.
+inline void observe(Warp& w, int lane, Space space, u64 address, u32 bytes, bool write) {
+    if (space == Space::GENERIC && address >= SHARED_WINDOW) space = Space::SHARED, address -= SHARED_WINDOW;
+    if (space != Space::SHARED && space != Space::CLUSTER) return;
+    const auto [owner, at] = in_cluster(*w.cta, u32(address));
+    observe(w, lane, *owner, at, bytes, write);
 }
 
 inline u8* resolve(Warp& w, Space space, u64 address, u32 bytes, bool write = false) {

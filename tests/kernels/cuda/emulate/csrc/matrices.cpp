@@ -99,8 +99,11 @@ Outcome load_matrices(Warp& w, const Instruction& I, u32) {
     const i32* at = I.at;
     for (int i = 0; i < at[0]; ++i) {
         u16 matrix[8][8];
-        for (int row = 0; row < 8; ++row)
-            std::memcpy(matrix[row], resolve(w, Space::SHARED, w.r[at[2] + 8 * i + row] + at[3], 16), 16);
+        for (int row = 0; row < 8; ++row) {
+            const u32 from = w.r[at[2] + 8 * i + row] + at[3];
+            std::memcpy(matrix[row], resolve(w, Space::SHARED, from, 16), 16);
+            observe(w, 8 * i + row, Space::SHARED, from, 16, false);
+        }
         for (int l = 0; l < 32; ++l) {
             const int g = l / 4, t = l % 4 * 2;
             w.r[at[4 + i] + l] = at[1] ? matrix[t][g] | u32(matrix[t + 1][g]) << 16 : matrix[g][t] | u32(matrix[g][t + 1]) << 16;
@@ -119,8 +122,11 @@ Outcome store_matrices(Warp& w, const Instruction& I, u32) {
             (at[1] ? matrix[t][g] : matrix[g][t]) = u16(pair);
             (at[1] ? matrix[t + 1][g] : matrix[g][t + 1]) = u16(pair >> 16);
         }
-        for (int row = 0; row < 8; ++row)
-            std::memcpy(resolve(w, Space::SHARED, w.r[at[2] + 8 * i + row] + at[3], 16), matrix[row], 16);
+        for (int row = 0; row < 8; ++row) {
+            const u32 to = w.r[at[2] + 8 * i + row] + at[3];
+            std::memcpy(resolve(w, Space::SHARED, to, 16), matrix[row], 16);
+            observe(w, 8 * i + row, Space::SHARED, to, 16, true);
+        }
     }
     return Outcome::NEXT;
 }
@@ -130,7 +136,9 @@ void read_swizzled(Warp& w, u32 start, u32 atom, int n, u16 (&to)[16]) {
     const u32 at = start + n / 8 * atom + n % 8 * 128;
     for (int piece = 0; piece < 2; ++piece) {
         const u32 linear = at + piece * 16;
-        std::memcpy(to + piece * 8, shared_at(*w.cta, linear ^ (linear >> 7 & 7) << 4, 16), 16);
+        const u32 from = linear ^ (linear >> 7 & 7) << 4;
+        std::memcpy(to + piece * 8, shared_at(*w.cta, from, 16), 16);
+        observe(w, 0, *w.cta, from, 16, false);
     }
 }
 

@@ -19,6 +19,7 @@ Outcome load(Warp& w, const Instruction& I, u32 lanes) {
     const int count = at[1];
     EACH(lanes, {
         const u8* from = resolve(w, Space(at[0]), address_of(w, at, l), sizeof(T) * count);
+        observe(w, l, Space(at[0]), address_of(w, at, l), sizeof(T) * count, false);
         for (int i = 0; i < count; ++i) {
             T value;
             std::memcpy(&value, from + i * sizeof(T), sizeof(T));
@@ -46,6 +47,7 @@ Outcome store(Warp& w, const Instruction& I, u32 lanes) {
     const int count = at[1];
     EACH(lanes, {
         u8* to = resolve(w, Space(at[0]), address_of(w, at, l), sizeof(T) * count, true);
+        observe(w, l, Space(at[0]), address_of(w, at, l), sizeof(T) * count, true);
         for (int i = 0; i < count; ++i) {
             const T value = sizeof(T) < 4 ? T(w.r[at[5 + i] + l]) : get<T>(w.r, at[5 + i], l);
             std::memcpy(to + i * sizeof(T), &value, sizeof(T));
@@ -59,6 +61,7 @@ Outcome copy_async(Warp& w, const Instruction& I, u32 lanes) {
     const i32* at = I.at;
     EACH(lanes, {
         u8* to = resolve(w, Space::SHARED, get<u32>(w.r, at[0], l) + at[1], at[4]);
+        observe(w, l, Space::SHARED, get<u32>(w.r, at[0], l) + at[1], at[4], true);
         const u8* from = resolve(w, Space::GLOBAL, get<u64>(w.r, at[2], l) + at[3], at[4]);
         if (machine_of(w).copies() == Copies::AT_ONCE) std::memcpy(to, from, at[4]);
         else w.copies[l].push_back({to, from, at[4], w.copy_batch[l]});
@@ -114,8 +117,10 @@ Outcome copy_bulk(Warp& w, const Instruction& I, u32 lanes) {
         u8* const there = shared_at(*owner, to, bytes);
         const u8* const here = global_at(w, from, bytes, false);
         counted_at(*counting, barrier);
+        const u32 warp = w.knowledge.warp, time = observe_copy(w, l, *owner, to, bytes);
         send(machine_of(w), owner, [=, counting = counting, barrier = barrier] {
             std::memcpy(there, here, bytes);
+            tell_copy(warp, time, counted_at(*counting, barrier).told);
             complete(*counting, barrier, 0, bytes);
         });
     })
@@ -159,8 +164,10 @@ Outcome copy_tensor(Warp& w, const Instruction& I, u32 lanes) {
                 if (rank >= w.cta->cluster->ctas.size()) throw Fault("a copy names a CTA that the cluster does not have");
                 Cta* const target = w.cta->cluster->ctas[rank].get();
                 Cta* const counted = at[7] < 0 ? counting : target;
+                const u32 warp = w.knowledge.warp, time = observe_copy(w, l, *target, to, u32(map.box_rows) * 128);
                 send(machine, target, [=, to = to, barrier = barrier] {
                     copy_box(*target, map, to, column, row);
+                    tell_copy(warp, time, counted_at(*counted, barrier).told);
                     complete(*counted, barrier, 0, i64(map.box_rows) * map.box_columns * 2);
                 });
             }
@@ -181,8 +188,10 @@ Outcome store_counted(Warp& w, const Instruction& I, u32 lanes) {
         u8* const there = shared_at(*owner, to, 4 * count);
         u32 words[4];
         for (int i = 0; i < count; ++i) words[i] = w.r[at[5 + i] + l];
+        const u32 warp = w.knowledge.warp, time = observe_copy(w, l, *owner, to, 4 * count);
         send(machine_of(w), owner, [=, counting = counting, barrier = barrier] {
             std::memcpy(there, words, 4 * count);
+            tell_copy(warp, time, counted_at(*counting, barrier).told);
             complete(*counting, barrier, 0, 4 * count);
         });
     })
