@@ -216,6 +216,54 @@ def test_large_slices_by_integer_products(name: str) -> None:
         assert torch.equal(out[:, 64:], testing.exact(x, weight)[:, 64:].to(weight.dtype))
 
 
+# By integer products, indices, 16 warps, wide tables and held places: format, n, k, rows of x.
+CHOSEN = [
+    "uint2_g64 14336 4096 1",
+    "uint4_g64 4096 14336 1",
+    "int8_g64 4096 14336 1",
+    "uint2_g64 4096 4096 1",
+    "uint2_g64 28672 8192 1",
+    "lut2_g64 4096 4096 1",
+    "lut2_g64 4096 14336 1",
+    "lut2_g64 8192 8192 1",
+    "lut1_g64 8192 8192 1",
+    "lut8_g64 4096 4096 1",
+    "lut1_g64 14336 4096 2",
+    "lut1_g64 28672 8192 2",
+    "nest8s2_g128 14336 4096 1",
+    "nest8s4_g128 4096 14336 1",
+    "nest8_g128 28672 8192 1",
+    "nest8s4_g128 20480 5120 1",
+    "uint4_g64 8192 8192 2",
+    "uint2_g64 8192 8192 4",
+    "uint4_g64 28672 8192 8",
+    "uint2_g64 4096 4096 4",
+    "lut4_g64 8192 8192 4",
+    "lut2_g64 28672 8192 8",
+]
+
+
+@pytest.mark.parametrize("problem", CHOSEN)
+def test_what_is_chosen_for_large_weights(problem: str) -> None:
+    """On the rows of one or two CTAs, beside two without work."""
+    name, n, k, m = problem.split()
+    n, k, m = int(n), int(k), int(m)
+    with emulated(sms=4, schedule=SCHEDULES[len(problem) % 3]):
+        shape = shape_of(testing.random_weight(parse(name), 64, k))
+        chosen = decode_choice.choose_config(replace(shape, n=n), m, n // 64, 132)
+        weight = testing.random_weight(parse(name), 64 * chosen.blocks + 40, k).to_layout(KERNEL.layout)
+        check(decode.Plan(weight, chosen, asked=True), m, weight, False)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_ctas_without_work_hold_their_places_and_do_no_more(cluster: int) -> None:
+    with emulated(sms=6, schedule=SCHEDULES[cluster]):
+        weight = testing.random_weight(parse("lut4_g64"), 100, 512).to_layout(KERNEL.layout)
+        plan = decode.Plan(weight, config(1, cluster, 2, 1, 1, stages=2, late=True, hold=800))
+        assert plan.grid == 6 > 2 * cluster
+        check(plan, 1, weight, False)
+
+
 @pytest.mark.parametrize("bits,m,stage_units", [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 4)])
 def test_tables_of_any_range_are_what_indices_select(bits: int, m: int, stage_units: int) -> None:
     with emulated(sms=2, schedule=SCHEDULES[bits]):

@@ -31,20 +31,26 @@ _CLUSTER_WORTH_FEW = {1: 1.0, 2: 0.97, 4: 0.5, 8: 0.45}
 _CLUSTER_WORTH_MANY = {1: 0.9, 2: 1.0, 4: 0.66, 8: 0.55}
 
 
-def _bytes_pay(shape: Shape, tokens: int, work: int) -> bool:
+def _bytes_pay(shape: Shape, tokens: int, blocks: int, cta_units: int) -> bool:
     """Whether integer products of slices and of sparse integers, whose bytes are made from planes or masks, pay.
 
-    work: units of a CTA's blocks. Measured on an H200, 2026-11-22, at 4096^2 to 28672 x 8192: docs/findings.md.
+    Measured on an H200, 2026-11-22, at 4096^2 to 28672 x 8192: docs/findings.md.
     """
     if tokens > 1 or not shape.allows_digits:
         return False
     # Digits cost what bytes save on the planes of 4096^2.
-    return shape.sparse or (shape.nested and work >= 112)
+    return shape.sparse or (shape.nested and cta_units * blocks >= 112 and blocks <= 8)
 
 
 def _few_codes_and_zeros(shape: Shape) -> bool:
     """Whether zeros and codes of a unit take few enough registers for 16 warps of two to eight tokens."""
     return shape.kind == UINT_U8 and 2 <= shape.bits <= 4 and shape.subs == 1
+
+
+def _zeros_fill_16_warps(shape: Shape, config: Config, cta_units: int) -> bool:
+    """Whether weights with zeros have work for 16 warps of two or four tokens: 8 to 16 units each."""
+    fits = _few_codes_and_zeros(shape) and config.tokens in (2, 4) and config.cluster == 1 and config.blocks <= 2
+    return fits and 112 <= cta_units * config.blocks <= 256
 
 
 def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
@@ -63,7 +69,7 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
         ):
             # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
             warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
-        elif _few_codes_and_zeros(shape) and config.cluster == 1 and blocks <= 2 and cta_units * blocks > 32:
+        elif _zeros_fill_16_warps(shape, config, cta_units):
             warps = 16
         return min(max(4, warps // row_warps), cta_units), row_warps
     row_warps = next(r for r in range(min(blocks, 8), 0, -1) if r == 1 or -(-blocks // r) * r <= blocks)
@@ -74,7 +80,7 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     narrow = (shape.bits == 1 and row_warps > most_blocks) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
     # Zeros leave registers for 16 warps of eight tokens if codes take few.
     zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4
-    zeros &= 1 < row_warps <= (8 if shape.kind == UINT_U8 and shape.bits == 4 else 4)
+    zeros &= 1 < row_warps <= (7 if shape.kind == UINT_U8 and shape.bits == 4 else 4)
     warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
     return max(1, min(warps // row_warps, cta_units)), row_warps
 
@@ -85,7 +91,7 @@ def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: 
         return large or shape.kind in (TABLE, INT)
     if not large:
         if shape.kind == UINT_U8 and shape.bits < 8:
-            return cta_units <= 32 and blocks == 1
+            return cta_units <= 32 and blocks == 1 and shape.n * shape.k >= 1 << 24
         if shape.bits == 4:
             return shape.kind == INT and cta_units <= 32
         return shape.kind == INT or shape.bits == 8
@@ -98,7 +104,7 @@ def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: 
 def _two_digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int) -> bool:
     """The same for two tokens, which fill the columns of a product; at 8192^2, 14336 x 4096 and 28672 x 8192."""
     one_bit = shape.bits == 1 and shape.kind in (TABLE, INT) and shape.subs == 1
-    return one_bit and cta_units * blocks >= 128 and (cluster == 1 or blocks >= 4)
+    return one_bit and cta_units * blocks >= 128 and (cluster == 1 or blocks >= 4) and blocks <= 8
 
 
 def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
@@ -106,7 +112,8 @@ def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
     one_bit = shape.bits == 1 and shape.kind in (TABLE, INT)
     if blocks == 1:
         few = 128 if shape.bits <= 2 else 64
-        return (14 if 112 <= cta_units < 128 else 16 if cta_units >= few else min(8, cta_units)), 1
+        even = 112 <= cta_units < 128 and (one_bit or shape.bits > 1)
+        return (14 if even else 16 if cta_units >= few else min(8, cta_units)), 1
     row_warps = blocks if blocks <= (8 if one_bit else 4) else 4
     return min(16 // row_warps, cta_units), row_warps
 
@@ -160,7 +167,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         if config.digits and config.epilogue == PLAIN and config.blocks == 1:
             first = (2, 1) if config.k_warps > 14 else (1, 2) if shape.bits == 8 else (2, 2)
             return [first, (1, 2), (1, 1)]
-        if _few_codes_and_zeros(shape) and config.tokens in (2, 4) and per_warp <= 4 and config.epilogue == PLAIN:
+        if _few_codes_and_zeros(shape) and config.tokens in (2, 4) and per_warp == 4 and config.epilogue == PLAIN:
             return [(1, 4 if shape.bits == 2 else 3), (1, 2), (1, 1)]
         if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
             return [(1, 2), (1, 1)]
@@ -293,10 +300,11 @@ def _with_indices(shape: Shape, start: Config, cta_units: int) -> Config | None:
     stage = 2 if shape.bits == 2 and blocks == 1 else 4
     slices = [warps for warps in range(1, 16 // row_warps + 1) if cta_units % (stage * warps) == 0]
     k_warps = 8 if 8 in slices else max(slices, default=0)
-    if k_warps * row_warps < 8:
-        return None
     large = shape.n * shape.k >= 1 << 25
-    return replace(start, indices=True, k_warps=k_warps, row_warps=row_warps, alone=large, uniform=large)
+    if k_warps * row_warps < 8 or (shape.bits == 2 and not large and k_warps != 8):
+        return None
+    alone = large or (shape.bits == 2 and cta_units * blocks > 32)
+    return replace(start, indices=True, k_warps=k_warps, row_warps=row_warps, alone=alone, uniform=large)
 
 
 def _with_wide_table(shape: Shape, config: Config, capability: tuple[int, int]) -> Config:
@@ -381,7 +389,7 @@ def choose_config(
         start = Config(tokens, cluster, 1, 1, 1, 1, per_cluster, 1, 1, epilogue=epilogue, alone=alone, uniform=uniform)
         if hopper and tokens == 16 and shape.bits == 1 and shape.kind in (TABLE, INT):
             start = replace(start, octets=True)
-        if hopper and not chained and _bytes_pay(shape, tokens, cta_units * per_cluster):
+        if hopper and not chained and _bytes_pay(shape, tokens, per_cluster, cta_units):
             start = replace(start, digits=True, paired=True)
         elif tokens == 1 and shape.allows_digits and not coded:
             large = shape.n * shape.k >= 1 << 25
@@ -435,7 +443,7 @@ def choose_config(
     if best is None or chained or not hopper:
         return best and best[1]
     config = best[1]
-    if tokens in (2, 4) and shape.zeros and config.warps <= 8:
+    if tokens in (2, 4) and shape.zeros and not _zeros_fill_16_warps(shape, config, -(-shape.units // config.cluster)):
         # Fewer tokens took longer than eight where only those have 16 warps.
         eight = choose_config(shape, 8, blocks, sms, capability)
         if eight and eight.warps > 8 and eight.row_warps <= 4:
