@@ -229,9 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = given.index("--") if "--" in given else len(given)
     args = parser().parse_args(given[:cut])
     if find_spec("vllm") is None:
-        raise FdkError(
-            "serve-bench runs vLLM, which is not installed; pip install 'fused-dequantisation-kernels[vllm]'"
-        )
+        raise FdkError("it runs vLLM, which is not installed; pip install 'fused-dequantisation-kernels[vllm]'")
     entries = run(args, given[cut + 1 :])
     figure = args.output_dir / f"serve-{entries[0]['id']}.svg" if entries else None
     try:

@@ -117,6 +117,6 @@ def _fail(arguments: list[str], text: str, status: int, debug: bool) -> int:
         traceback.print_exc()
     if interrupts.seen:
         text, status = "interrupted; nothing half-written was kept", 130
-    command = f"fdk {arguments[0]}" if arguments and arguments[0] in COMMANDS else "fdk"
+    command = f"fdk {arguments[0]}" if arguments and arguments[0] in {*COMMANDS, *PROGRAMS} else "fdk"
     print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
     return status

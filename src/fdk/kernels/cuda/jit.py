@@ -44,7 +44,7 @@ def _nvrtc():
     except ImportError as error:
         raise UnsupportedError(
             f"the CUDA kernels are compiled by NVRTC through cuda-bindings, which cannot be imported ({error}); "
-            "install fused-dequantisation-kernels[cuda]"
+            "pip install 'fused-dequantisation-kernels[cuda]'"
         ) from None
     return nvrtc
 
