@@ -165,7 +165,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         return [(4, 2 if per_warp > 8 else 1)]
     if shape.zeros:
         if config.digits and config.epilogue == PLAIN and config.blocks == 1:
-            first = (2, 1) if config.k_warps > 14 else (1, 2) if shape.bits == 8 else (2, 2)
+            first = (2, 1) if config.k_warps > 14 else (1, 2) if shape.bits in (1, 8) else (2, 2)
             return [first, (1, 2), (1, 1)]
         if _few_codes_and_zeros(shape) and config.tokens in (2, 4) and per_warp == 4 and config.epilogue == PLAIN:
             return [(1, 4 if shape.bits == 2 else 3), (1, 2), (1, 1)]

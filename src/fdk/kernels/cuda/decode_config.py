@@ -188,12 +188,10 @@ class Config:
     bulk         fill rings by bulk copies, else by cp.async as before Hopper
     scales_once  fetch scales and zeros of a warp's slice of k in one piece each, not with each stage
     x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
-
-    Not chosen so far (docs/findings.md, `python -m fdk.bench.variants --list`):
-
-    hold         clocks for which CTAs without work stay, so that each multiprocessor has a place for the next launch
-    wide         rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
-    octets       look up one bit eight codes at a time, which needs no sums of activations
+    indices    codes as the indices of sparse products (csrc/indices.cuh)
+    hold       clocks for which CTAs without work stay, so that each multiprocessor has a place for the next launch
+    wide       rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
+    octets     look up one bit eight codes at a time, which needs no sums of activations
     """
 
     tokens: int
