@@ -279,33 +279,16 @@ class Step:
         norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else None
         out = qkv.new_empty(self.batch, config.num_attention_heads * config.head_dim)
         scale = math.log2(math.e) / math.sqrt(config.head_dim)
-        keys, values = cache.keys[index], cache.values[index]
+        operands = (qkv, cache.keys[index], cache.values[index], cache.cos, cache.sin)
         if self.attention is not None:
             eps = config.rms_norm_eps
-            attend.attend(
-                self.attention,
-                qkv,
-                keys,
-                values,
-                cache.cos,
-                cache.sin,
-                self.position,
-                out,
-                scale,
-                norms,
-                eps,
-                self.workspace,
-            )
+            attend.attend(self.attention, *operands, self.position, out, scale, norms, eps, self.workspace)
             return out
         from fdk.models import fused
 
         block, warps, stages = _SHORT if self.splits == 1 else _LONG
         fused.attend[(self.batch * config.num_key_value_heads, self.splits)](
-            qkv,
-            keys,
-            values,
-            cache.cos,
-            cache.sin,
+            *operands,
             *(norms or (qkv, qkv)),
             self.position,
             self.partial,
