@@ -111,6 +111,8 @@ def test_a_dense_folder_decodes(command, llama, tmp_path):
         (["--kernel", "warp"], "'warp'"),
         (["--block-size", "7"], "block_size = '7'"),
         (["--calibration", "builtin"], "add --target-bits or --max-memory"),
+        (["--calibration", "none.txt", "--target-bits", "3"], "--calibration none.txt: there is no such file"),
+        (["--target-bits", "nan"], "--target-bits nan"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(command, capsys, arguments, words):

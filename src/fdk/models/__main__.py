@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import sys
 import traceback
@@ -35,7 +36,7 @@ from fdk.models.llama import RELATIVES, Llama
 from fdk.models.random import estimated_bytes, random_llama, random_tensor
 from fdk.models.room import folder_room
 from fdk.models.skeleton import CONFIG, architecture, read_config
-from fdk.models.text import calibration_tokens
+from fdk.models.text import BUILT_IN, calibration_tokens
 from fdk.nn.convert import Job
 
 COLUMNS = ("format", "batch", "tokens/s", "ms/step (p20-p80)", "GB/s", "x floor", "x 16 bits", "GB")
@@ -345,19 +346,28 @@ def show_plain(rows: Iterable[Sequence[str]], title: str = "") -> None:
         print("  ".join(cells).rstrip())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the sweep; 0, 1 if something failed that should not have, 2 for a wrong command line."""
-    args = parser().parse_args(argv)
+def _wrong(args: argparse.Namespace) -> str | None:
+    """What is wrong with the command line, and what to do."""
     counts = {"--batch-size": args.batch_size, "--reps": [args.reps], "--prompt": [args.prompt]}
     for flag, values in {**counts, "--calibration-tokens": [args.calibration_tokens]}.items():
         if min(values) < 1:
-            print(f"fdk.models: {flag} {min(values)}: at least 1 is needed", file=sys.stderr)
-            return 2
+            return f"{flag} {min(values)}: at least 1 is needed"
+    if args.target_bits is not None and not 0 < args.target_bits < math.inf:
+        return f"--target-bits {args.target_bits}: a positive number of bits a weight is needed"
     if args.calibration and args.target_bits is None and args.max_memory is None:
-        print("fdk.models: --calibration needs a budget; add --target-bits or --max-memory", file=sys.stderr)
-        return 2
+        return "--calibration needs a budget; add --target-bits or --max-memory"
+    if args.calibration and str(args.calibration) != BUILT_IN and not args.calibration.is_file():
+        return f"--calibration {args.calibration}: there is no such file; name a text, or {BUILT_IN}"
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"fdk.models: --device cuda: {device.why_no_cuda()}; use --device cpu", file=sys.stderr)
+        return f"--device cuda: {device.why_no_cuda()}; use --device cpu"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sweep; 0, 1 if something failed that should not have, 2 for a wrong command line."""
+    args = parser().parse_args(argv)
+    if text := _wrong(args):
+        print(f"fdk.models: {text}", file=sys.stderr)
         return 2
     if warning := rebind(argv, not torch.cuda.is_available() or args.device == "cpu"):
         print(f"fdk.models: {warning}", file=sys.stderr)
