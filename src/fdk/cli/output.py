@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 
-def show(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:
     """A table: by rich on a terminal, aligned text elsewhere. The first `left` columns are text, the others numbers."""
     rows = [list(row) for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        table = Table()
+        table = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index < left else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
         return
+    if title:
+        print(title)
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in (columns, *rows):
         cells = (

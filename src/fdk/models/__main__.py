@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from fdk.bench import records, timing
 from fdk.bench.command import rebind
 from fdk.bench.report import significant
 from fdk.bench.roofline import Memory
-from fdk.cli.output import progress_bar, until_the_reader_leaves
+from fdk.cli.output import progress_bar, show, until_the_reader_leaves
 from fdk.cli.widths import widths_of_folder
 from fdk.errors import FdkError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise, read_overrides
@@ -154,7 +153,7 @@ class Sweep:
             choice = self._widths_of_custom(base, tokens, budget)
         else:
             choice = widths_of_folder(self.folder, base, tokens, self.device, **budget)
-        show_plain((WIDTH_COLUMNS, *choice.rows()), choice.summary)
+        show(WIDTH_COLUMNS, choice.rows(), title=choice.summary)
         path = choice.save(args.output_dir / f"widths-{self.environment['id']}.txt")
         print(f"widths: {path}", flush=True)
         return choice.config
@@ -321,29 +320,7 @@ class Sweep:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         bandwidth = f"read bandwidth {self.ceilings.read / 1e9:.1f} GB/s"
         title = f"{self.args.model} on {self.environment['device']}{threads}; {bandwidth}"
-        if sys.stdout.isatty():
-            from rich.console import Console
-            from rich.table import Table
-
-            table = Table(title=title, title_justify="left")
-            for index, column in enumerate(COLUMNS):
-                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-            for row in self.rows:
-                table.add_row(*row)
-            Console().print(table)
-            return
-        show_plain((COLUMNS, *self.rows), title)
-
-
-def show_plain(rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Aligned text; the first column to the left, numbers to the right."""
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if title:
-        print(title)
-    for row in rows:
-        cells = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join(cells).rstrip())
+        show(COLUMNS, self.rows, title=title)
 
 
 def _wrong(args: argparse.Namespace) -> str | None:

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from fdk.bench import records
-from fdk.cli.output import until_the_reader_leaves
+from fdk.cli.output import show, until_the_reader_leaves
 from fdk.errors import FdkError
 from fdk.formats import parse
 from fdk.models import QuantisationConfig, quantise, set_precision
-from fdk.models.__main__ import show_plain
 from fdk.models.budget import measure_model
 from fdk.models.evaluate import Estimate, score
 from fdk.models.folder import load_dense
@@ -200,7 +199,7 @@ def run(args: argparse.Namespace, course: Course) -> int:
             top = f"{100 * found['top1'].value:.2f}"
             ratio = shown(found["perplexity_ratio"])
             rows.append((name, f"{variant.bits_per_weight:.3f}", shown(found["kl"], 5), top, ratio, f"{sqnr:.1f}"))
-    show_plain([COLUMNS, *rows])
+    show(COLUMNS, rows)
     print(f"records: {writer.path}")
     return 0
 
