@@ -351,7 +351,7 @@ FAULTS = {
     "no barrier of a warp before a refill": (
         ALONE,
         "shape.cuh",
-        "            sync_warp();\n            prefetch",
+        "            __syncwarp();\n            prefetch",
         "prefetch",
     ),
     "no wait for activations": (

@@ -36,7 +36,7 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, N
             const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
             const int at = first + chunk * count;
             if (lane == 0) barrier_expect(barrier, tokens * count * 128);
-            sync_warp();
+            __syncwarp();
 #pragma unroll
             for (int base = 0; base < (M + ROW_WARPS - 1) / ROW_WARPS; base += 32) {
                 const int token = (base + lane) * ROW_WARPS + row_warp;

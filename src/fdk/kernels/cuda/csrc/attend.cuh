@@ -158,13 +158,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage * 8);
         barrier_init_fence();
     }
-    sync_warp();
+    __syncwarp();
     if constexpr (CLUSTER > 1) {
         if (threadIdx.x == 0) {
             barrier_init(barrier);
-            barrier_expect(barrier, SOURCES * (SHARE + HEADS) * 16);
             barrier_init_fence();
         }
+        __syncwarp();
+        if (threadIdx.x == 0) barrier_expect(barrier, SOURCES * (SHARE + HEADS) * 16);
         __syncthreads();
         cluster_arrive_relaxed();
     }
@@ -274,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
         }
         if (turn + STAGES < turns) {
             order_before_bulk_copies();
-            sync_warp();
+            __syncwarp();
             fetch(turn + STAGES, stage);
         }
         if (++stage == STAGES) stage = 0, parity ^= 1;

@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         }
         barrier_init_fence();
     }
-    sync_warp();
+    __syncwarp();
 
     // Everything up to the dependency wait reads weights only.
     Cursor ahead = w.start();
@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         if constexpr (Smem::SINGLE && !Smem::PARTIAL_IN_RING) __syncthreads();
         // The other lanes have read the ring that becomes the slot. Not UNIFORM, the compiler brings lanes together in front
         // of each product, and this would cost its loop instructions.
-        if constexpr (Smem::PARTIAL_IN_RING && UNIFORM) sync_warp();
+        if constexpr (Smem::PARTIAL_IN_RING && UNIFORM) __syncwarp();
         store_partial(slot(step, row_warp, k_warp), acc, smem, lane, low, high);
         if constexpr (BATCH == 1) {
             __syncthreads();

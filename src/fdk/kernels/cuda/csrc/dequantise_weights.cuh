@@ -189,14 +189,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
                         u32x4{a[s][h], a[s][h + 2], a[s + 1][h], a[s + 1][h + 2]};
                 }
             }
-            sync_warp();
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = i * 4 + lane / 8;
                 const u32x4 v = *reinterpret_cast<const u32x4*>(buffer + r * ROW + lane % 8 * 16);
                 if (tile * 16 + r < rows) *reinterpret_cast<u32x4*>(to + (tile * 16 + r) * p.stride) = v;
             }
-            sync_warp();
+            __syncwarp();
         }
     }
 }

@@ -157,6 +157,24 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 
+// racecheck takes an arrival to speak for its own thread alone, whatever has brought the warp together before it. With
+// FDK_ALL_ARRIVE, for its sake, each lane arrives (tests/kernels/cuda/sanitize.py).
+#ifdef FDK_ALL_ARRIVE
+constexpr int ARRIVALS = 32;
+#else
+constexpr int ARRIVALS = 1;  // of a warp
+#endif
+
+// A warp's arrival at the same barrier of each of `COUNT` CTAs.
+template <int COUNT>
+__device__ __forceinline__ void arrive_at_all(u32 barrier, int lane) {
+    if constexpr (ARRIVALS == 1) {
+        if (lane < COUNT) barrier_arrive_at(barrier, lane);
+    } else {
+        for (int rank = 0; rank < COUNT; ++rank) barrier_arrive_at(barrier, rank);
+    }
+}
+
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -598,10 +616,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init_count(full + stage * 8, 1 + WEIGHT_WARPS);
-            barrier_init_count(empty + stage * 8, PAIR * BLOCKS * 4);
+            barrier_init_count(empty + stage * 8, PAIR * BLOCKS * 4 * ARRIVALS);
         }
         if constexpr (Smem::MEETING_BARRIERS > 0) {
-            barrier_init_count(loops_done, SPLIT * WARPGROUPS * 4);
+            barrier_init_count(loops_done, SPLIT * WARPGROUPS * 4 * ARRIVALS);
             for (int i = 0; i < WARPGROUPS * Smem::OUT_CHUNKS; ++i) barrier_init_count(arrived(0, i), 1);
         }
         barrier_init_fence();
@@ -624,7 +642,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         } else if (role <= WEIGHT_WARPS) {
             producer.run_weights(role - 1);
         }
-        sync_warp();
+        __syncwarp();
         if constexpr (Smem::MEETING_BARRIERS > 0) {
             cluster_wait();
         } else if constexpr (CLUSTER > 1) {
@@ -706,11 +724,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 
             const auto block_at = [&](const Turn& turn) { return smem + turn.at + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
             const auto release = [&](int stage) {
-                sync_warp();
+                __syncwarp();
                 if constexpr (PAIR > 1) {
-                    if (lane < PAIR) barrier_arrive_at(empty + stage * 8, lane);
+                    arrive_at_all<PAIR>(empty + stage * 8, lane);
                 } else {
-                    if (lane == 0) barrier_arrive(empty + stage * 8);
+                    if (lane < ARRIVALS) barrier_arrive(empty + stage * 8);
                 }
             };
             const auto issue = [&](Operand& u, const Turn& turn, int run, bool fresh) {
@@ -926,9 +944,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             if constexpr (COUNTED) {
                 // Nobody's ring is in use any more.
                 if constexpr (SPLIT > 1) {
-                    sync_warp();
+                    __syncwarp();
                     cluster_wait();  // since the start: others have their barriers
-                    if (lane < SPLIT) barrier_arrive_at(loops_done, lane);
+                    arrive_at_all<SPLIT>(loops_done, lane);
                     barrier_wait(loops_done, 0);
                 } else {
                     named_barrier(WARPGROUPS + 1, CONSUMERS);

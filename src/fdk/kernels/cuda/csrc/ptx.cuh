@@ -316,20 +316,6 @@ __device__ __forceinline__ void hold_place(u32 clocks) {
     while (clock_low() - begin < clocks) nap();
 }
 
-// Orders what the lanes of a warp did before it with what they do after it. Where lanes are known to be together the
-// compiler leaves no instruction of it, and racecheck, which reads machine code, then misses the order: FDK_SHOW_SYNC takes
-// the knowledge that all lanes are named from the compiler.
-__device__ __forceinline__ void sync_warp() {
-#if FDK_SHOW_SYNC
-    u32 below, others;
-    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-    asm volatile("mov.u32 %0, %%lanemask_ge;" : "=r"(others));
-    __syncwarp(below | others);
-#else
-    __syncwarp();
-#endif
-}
-
 // Waits for the other warps that name the same barrier, 1 to 15; `threads` of them in all.
 __device__ __forceinline__ void sync_some(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -269,7 +269,7 @@ struct Warp {
     __device__ __forceinline__ void refill(Cursor& c, int stage) const {
         if (!BULK || more(c)) {
             if constexpr (BULK) order_before_bulk_copies();
-            sync_warp();
+            __syncwarp();
             prefetch(c, stage);
         }
     }
@@ -284,7 +284,7 @@ struct Warp {
             barrier_wait(barriers + stage * 8, parity);
         } else {
             copy_wait<STAGES - 1>();
-            sync_warp();
+            __syncwarp();
         }
     }
 };
@@ -339,7 +339,7 @@ struct Share {
         if constexpr (!OWN_X)
             __syncthreads();
         else if constexpr (ROW_WARPS == 1)
-            sync_warp();
+            __syncwarp();
         else
             sync_some(1 + warp % K_WARPS, ROW_WARPS * 32);
     }
