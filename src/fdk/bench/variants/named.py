@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fdk.bench.variants.configurations import Change, Problem
-from fdk.kernels.cuda.decode_choice import hold_clocks
 
 
 @dataclass(frozen=True)
@@ -44,51 +43,41 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
-def held(found: tuple[Problem, ...], *changes: Change) -> tuple[Trial, ...]:
-    """What is chosen for each problem, and each change, with places held as `hold_clocks` says and with none held."""
-    return tuple(
-        Trial((problem,), each({}, *changes, hold=hold_clocks(problem.shape)) + each({}, *changes, hold=0))
-        for problem in found
-    )
-
-
-def two(**more: int | bool) -> tuple[Change, ...]:
-    """Integer products by two CTAs on a multiprocessor, of launches in turn: the next one let go late, and at once."""
-    digits = {"digits": True, "paired": True, "uniform": True, "x_sums": False, "scales_once": False, "batch": 1}
-    return each({"late": True}, {"late": False}, alone=False, min_ctas=2, stage_units=1, **digits, **more)
-
-
+LOOK_UPS: Change = {"digits": False, "paired": False, "x_sums": True}
 ENDS: Change = {"early": True, "counted": True, "bursts": True}
 
 SETS: dict[str, Named] = {
-    "beside": Named(
-        "CTAs without work hold their places, so that every multiprocessor has one of each launch: what does that gain "
-        "in chosen configurations, and do two CTAs then serve integer products, or weights that come late?",
-        70,
+    "again": Named(
+        "Does what was chosen on 2026-11-22 still beat what it took the place of, in the kernel as it is since?",
+        25,
         (
-            *held(problems("decode", "lut1_g64 lut2_g64 lut4_g64 lut8_g64 int8_g64 uint4_g64", "4096x4096", "1")),
-            *held(problems("decode", "nest8s4_g128 int4_g64_sp16of32", "4096x4096", "1")),
-            *held(problems("decode", "lut1_g64 lut4_g64 lut8_g64", "5120x5120", "1")),
-            *held(problems("decode", "lut4_g64 uint4_g64", "4096x4096", "2 4 8")),
-            *held(problems("decode", "lut1_g64", "4096x4096 14336x4096", "2 8")),
-            *held(problems("decode", "lut4_g64 int4_g64_sp16of32", "14336x4096", "4")),
-            *held(problems("decode", "lut4_g64", "28672x8192 20480x5120", "8")),
-            *held(problems("decode", "int2_g64 uint2_g64 int4_g64", "8192x8192", "1"), *two(k_warps=8, stages=3)),
-            *held(problems("decode", "uint8_g64", "8192x8192", "1"), *two(k_warps=8, stages=2)),
-            *held(
-                problems("decode", "int2_g64 uint2_g64 int4_g64", "14336x4096", "1"),
-                *two(k_warps=4, row_warps=2, stages=3),
+            Trial(
+                problems("decode", "uint4_g64 uint2_g64", "4096x4096", "1"),
+                (
+                    {"hold": 0},
+                    {"uniform": True},
+                    LOOK_UPS | {"stages": 4, "stage_units": 1},
+                    LOOK_UPS | {"stages": 4, "stage_units": 1, "hold": 0},
+                ),
             ),
-            *held(problems("decode", "int8_g64 uint8_g64", "14336x4096", "1"), *two(k_warps=4, row_warps=2, stages=2)),
-            *held(problems("decode", "nest8s4_g128", "8192x8192", "1"), *two(k_warps=8, stages=2)),
-            *held(
-                problems("decode", "lut8_g64 lut3_g64", "4096x4096 4096x14336", "1"), {"late": True}, {"late": False}
+            Trial(
+                problems("decode", "uint2_g64", "14336x4096", "1"),
+                (LOOK_UPS | {"k_warps": 4, "stages": 2, "late": False, "uniform": False}, {"late": False}),
             ),
             Trial(
                 problems("decode", "lut1_g64", "8192x8192", "1"),
-                each({"hold": 1500}, {"hold": 3000}, {"hold": 4500}, {"hold": 8000})
-                + each({"stages": 6, "stage_units": 2}, {"stages": 5, "stage_units": 2}, hold=3000),
+                (
+                    {"hold": 6500},
+                    {"hold": 9500},
+                    {"k_warps": 16, "stages": 1, "alone": True, "min_ctas": 1, "hold": 0},
+                ),
             ),
+            Trial(
+                problems("decode", "lut2_g64", "8192x8192", "1"),
+                ({"hold": 6500}, {"hold": 10000}, {"alone": True, "min_ctas": 1, "hold": 0}),
+            ),
+            Trial(problems("decode", "lut5_g64 lut6_g64 lut7_g64", "4096x4096", "1"), ({"late": True}, {"hold": 0})),
+            Trial(problems("decode", "lut4_g64 lut2_g64", "4096x4096", "2 4 8"), ({"hold": 2600},)),
         ),
     ),
     "uniform": Named(

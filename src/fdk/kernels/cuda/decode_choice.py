@@ -324,13 +324,17 @@ def _with_wide_table(shape: Shape, config: Config, capability: tuple[int, int]) 
     return wide if wide.phases == config.phases or config.row_warps > 4 else config
 
 
+_MOST_HOLD = 8000
+
+
 def hold_clocks(shape: Shape) -> int:
     """Clocks for which CTAs without work keep their places: most of the time that the weights take to arrive.
 
     At least until the next launch has filled the others' places; kept for longer than a launch takes, they delay it.
     """
     code_bytes = shape.n * shape.k * shape.bits // 8
-    return min(max(2500, int(0.8 * (code_bytes + shape.groups * shape.n * 2) * _CLOCKS_PER_BYTE)), 8000)
+    clocks = 0.8 * (code_bytes + shape.groups * shape.n * 2) * _CLOCKS_PER_BYTE
+    return min(max(2500, int(clocks)), _MOST_HOLD)
 
 
 # At 1.75 GHz and 4.8 TB/s, those of an H200.
@@ -340,16 +344,20 @@ _CLOCKS_PER_BYTE = 1.75e9 / 4.8e12
 def _beside(shape: Shape, config: Config, idle: int) -> Config:
     """`config` with a second CTA, of the next launch, beside one token's, where places that idle ones hold pay.
 
-    idle: clusters that find no work. Measured on an H200, 2026-11-22, for tables at 4096^2 and 8192^2.
+    idle: clusters that find no work. Measured on an H200, 2026-11-22, at 4096^2 and, for tables, 8192^2.
     """
-    if idle <= 0 or config.tokens > 1 or shape.kind != TABLE or shape.n * shape.k < 1 << 24:
+    if idle <= 0 or config.tokens > 1 or shape.kind not in (TABLE, UINT_U8) or shape.n * shape.k < 1 << 24:
         return config
-    if config.cluster == config.blocks == 1 and shape.units == 128 and (config.digits or config.indices):
+    selected = shape.kind == TABLE and (config.digits or config.indices)
+    if selected and config.cluster == config.blocks == 1 and shape.units == 128:
         stages = 3 if config.digits else 2
-        config = replace(config, k_warps=8, stages=stages, stage_units=4, alone=False, min_ctas=2)
+        two = replace(config, k_warps=8, stages=stages, stage_units=4, alone=False, min_ctas=2)
+        # With 1500 to 5000 clocks some launches took 1.25 to 1.5 times as long.
+        return replace(two, hold=_MOST_HOLD)
     if config.min_ctas == 1:
         return config
-    return replace(config, hold=hold_clocks(shape), late=config.late or shape.bits == 8)
+    late = config.late or (shape.kind == TABLE and shape.bits == 8)
+    return replace(config, hold=hold_clocks(shape), late=late)
 
 
 @lru_cache(maxsize=4096)

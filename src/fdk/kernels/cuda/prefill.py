@@ -54,6 +54,8 @@ _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
 # scales on sums, of each token.
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
+# What one of 3 bits takes more in an unrolled loop with scales on sums.
+_THREE_BITS = 0.008
 # What a unit of bit planes takes more for each of them beyond 2.5.
 _PLANE = 0.012
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
@@ -252,6 +254,8 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
         # Three warpgroups wait for each other's look-ups.
         crowded = (1.15 if unrolled_late else 1.3) if config.warpgroups > 2 else 1
         extra = _SINGLE_LOOKUPS * crowded if shape.kind == TABLE else _ARITHMETIC
+    elif shape.bits == 3 and unrolled_late:
+        extra = _THREE_BITS
     extra += _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
@@ -294,9 +298,12 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     and above 4 bits. A ring of less than four stages a k group costs more than all that.
     """
     late = shape.groups > 1 and not config.rounds
-    if late and shape.kind in (TABLE, INT) and shape.group == 64 and shape.bits in (1, 4, 8):
-        # Other widths spill in places; where units share a scale, the compiler waits between their products.
-        return _unrolled_few(shape, config)
+    # Other widths spill in places; where units share a scale, the compiler waits between their products.
+    even = shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8)
+    narrow = shape.kind == TABLE and shape.bits in (2, 3) and config.blocks == config.k_groups == 2
+    narrow = narrow and shape.n * shape.k <= 1 << 26  # larger weights have not been measured
+    if late and shape.group == 64 and (even or narrow):
+        return _unrolled_few(shape, config, (16,) if narrow else (16, 12, 8))
     # Registers of three and four blocks last for eight units in a row of the widths that lie in whole words.
     light = shape.bits in (1, 2, 4) and shape.kind in (TABLE, INT)
     few = 32 < config.tokens <= 64 and (config.blocks < 3 or light)
@@ -313,13 +320,13 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     return config
 
 
-def _unrolled_few(shape: Shape, config: Config) -> Config:
-    """The same for few tokens, where more stages gain most and a wide table comes next."""
+def _unrolled_few(shape: Shape, config: Config, most: tuple[int, ...]) -> Config:
+    """The same for few tokens, where more stages gain most and a wide table comes next; `most`: stages measured."""
     # Twelve stages beside a wide table won over twelve beside another by 9 % (22528 x 3072), sixteen over eight by 8 %.
     for stages, wide in ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False)):
         filled = replace(config, stages=stages, wide=wide, unrolled=True)
         whole = stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0
-        measured = not wide or (shape.bits == 4 and config.tokens <= 32)
+        measured = stages in most and (not wide or (shape.bits == 4 and config.tokens <= 32))
         if whole and measured and filled.shared_bytes(shape) <= MAX_SHARED:
             return filled
     return config
