@@ -75,6 +75,7 @@ def test_logits_are_those_of_the_plain_path(changes, plan, length, dtype) -> Non
 def test_rows_by_dense_weights_in_the_chain(monkeypatch, batch, changes) -> None:
     monkeypatch.setattr("fdk.models.step._DENSE_ROW", (16, 256, 4))
     monkeypatch.setattr("fdk.models.step._DENSE_ROWS", (64, 128, 4, 3))
+    monkeypatch.setattr("fdk.models.step._DENSE_ROWS_FROM", 0)
     model = random_llama(config(**changes), None, dtype=torch.float32, seed=1)
     sharpen(model)
     step, cache = Step(model, batch, 12), model.new_cache(batch, 12)

@@ -24,8 +24,8 @@ _SHORT, _LONG = (32, 4, 2), (64, 8, 3)
 _LOGITS = 2048
 # Outputs, columns at once and warps of a program that multiplies one row of x by dense weights.
 _DENSE_ROW = (4, 1024, 4)
-# The same of up to 16 rows, and stages of its loop; None: torch multiplies them.
-_DENSE_ROWS: tuple[int, int, int, int] | None = None
+# The same of 2 to 16 rows, and stages of its loop, for as many outputs as a vocabulary has; torch multiplies others.
+_DENSE_ROWS, _DENSE_ROWS_FROM = (128, 128, 4, 3), 1 << 16
 PADDED = "they are padded, and the kernels of the attention read every position up to the last"
 
 
@@ -196,7 +196,7 @@ class Step:
         """layer(x); one row by dense weights in this chain of launches: weights are on their way before x is."""
         dependent = self.common["PDL"] or self.common["INTERPRETED"]
         dense = type(layer) is nn.Linear and layer.weight.is_contiguous() and layer.in_features % 8 == 0
-        if not dense or not dependent or self.batch > (1 if _DENSE_ROWS is None else 16):
+        if not dense or not dependent or self.batch > (16 if layer.out_features >= _DENSE_ROWS_FROM else 1):
             return layer(x)
         if self.batch > 1:
             return self._multiply_rows(layer, x)

@@ -17,6 +17,9 @@ _MOST_OWN = 4
 _LONG = 1024
 """Positions of a cache above which one cluster a head is not enough."""
 
+_SHORT = 384
+"""Positions of a cache up to which few turns of a warp leave its query heads as what takes time."""
+
 _MOST_SPLITS = 16
 """Clusters of a head: the last one adds up the sums of all."""
 
@@ -87,7 +90,7 @@ def choose_config(
 ) -> Config | None:
     """The configuration for a cache of `length` positions; key_heads: key/value heads of all sequences together.
 
-    None where the kernel has none. Measured on an H200, 2026-11-21; docs/findings.md.
+    None where the kernel has none. Measured on an H200, 2026-11-21 and 22; docs/findings.md.
     """
     if head_dim not in (32, 64, 128, 256) or heads > 4 * _MOST_OWN:
         return None
@@ -103,8 +106,11 @@ def choose_config(
         # Pairs of CTAs find places on all multiprocessors, which clusters of 8 for few heads leave half empty.
         cluster, splits = 2, most
     warps = 8 if (cluster == 1 or length > _LONG) and head_warps == 1 else 4
+    if 64 <= length <= _SHORT and head_dim == 128 and 3 <= heads <= 6 and 8 * key_heads <= sms:
+        # Half as many warps for positions, and one or two heads each.
+        cluster, head_warps, warps = 8, heads if heads == 3 else -(-heads // 2), 2
     turns = -(-length // (splits * cluster * warps * (1024 // head_dim)))
-    stages = min(turns, 2 if length <= _LONG else 3, max(1, 24 // (head_warps * warps)))
+    stages = min(turns, 2 if length <= _LONG or head_warps == 1 else 3, max(1, 24 // (head_warps * warps)))
     return Config(head_dim, heads, bf16, head_warps, warps, cluster, stages, norm, splits)
 
 

@@ -178,6 +178,9 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         # Registers of 16 warps do not hold two units of seven planes beside where the next block starts.
         return [(2, 1), (1, 2), (1, 1)][shape.bits > 6 and config.steps > 1 :]
     if config.digits and not shape.sparse:
+        if config.alone and shape.bits == 1 and config.epilogue.gated and per_warp > 12:
+            # Several blocks a CTA: what is on its way for all of them at once delays their activations.
+            return [(4, 1 if config.warps > 12 else 2), (2, 3), (1, 4), (1, 2), (1, 1)]
         if config.alone:
             found = [(4, 3), (2, 3), (1, 4), (1, 2), (1, 1)] if shape.bits == 1 else [(1, 3), (1, 2), (1, 1)]
             return found[config.warps > 12 :]
@@ -360,6 +363,21 @@ def _beside(shape: Shape, config: Config, idle: int) -> Config:
     return replace(config, hold=hold_clocks(shape), late=late)
 
 
+def _with_two_places(shape: Shape, config: Config, blocks: int) -> Config:
+    """`config` of one bit in a chain, beside a CTA of the next launch in the pair gate/up and *down* of 4096 x 14336.
+
+    Measured in the step of custom-llama-12B on an H200, 2026-11-22: there only, since it loses in other pairs of
+    launches, and at 6144 x 21504; docs/findings.md.
+    """
+    measured = config.paired and shape.kind in (TABLE, INT) and (shape.units, blocks) in ((64, 448), (224, 64))
+    if not measured or not shape.allows_stage_units(4, 14 if config.cluster == 2 else 4):
+        return config
+    beside = replace(config, stage_units=4, stages=2, alone=False, min_ctas=2, hold=2000)
+    if config.epilogue.gated and config.cluster == 1:
+        return replace(beside, k_warps=4, row_warps=2, batch=2)
+    return replace(beside, k_warps=7) if config.epilogue.residual and config.cluster == 2 else config
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     shape: Shape,
@@ -445,9 +463,11 @@ def choose_config(
                 best = (score, filled)
     if best and chained and hopper and tokens == 1:
         # Fewer instructions; here registers decide nothing about where CTAs run.
-        return replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
+        config = replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
+        return _with_two_places(shape, config, blocks) if capability == (9, 0) and sms == 132 else config
     if best and chained and best[1].warps > 12:
-        return replace(best[1], uniform=False)  # 128 registers are not enough for what the compiler then keeps
+        # 128 registers are not enough for what the compiler then keeps, but for one bit in look-ups of eight codes.
+        return replace(best[1], uniform=best[1].octets)
     if best is None or chained or not hopper:
         return best and best[1]
     config = best[1]

@@ -22,15 +22,16 @@ __device__ __forceinline__ int block_of(int first, int row_warp) {
 }
 
 // 1 / sqrt(mean(h^2) + eps) of each token, to floats[M] at Smem::NORMS, by the warps 1, 2, ... and, of one token, by the
-// last. One token's partial sums take as long to come as its activations, so they are only asked for at first.
+// last. One token's partial sums take as long to come as its activations, so they are only asked for at first where digits
+// are made of those; look-ups of 4 bits lost by it.
 struct Norms {
-    static constexpr bool LATER = SQUARES > 0 && M == 1;
+    static constexpr bool LATER = SQUARES > 0 && M == 1 && DIGITS;
     static constexpr int TOKENS = (M + WARPS - 1) / WARPS, PIECES = SQUARES > 32 ? (SQUARES + 31) / 32 : 1;  // of a warp, a lane
     float piece[TOKENS][PIECES];
     const float* squares;  // of this lane, of one token
 
     __device__ static __forceinline__ int token(int i, int warp) {
-        return M == 1 ? WARPS - 1 - warp : (warp + WARPS - 1) % WARPS + i * WARPS;
+        return LATER ? WARPS - 1 - warp : (warp + WARPS - 1) % WARPS + i * WARPS;
     }
     // Before the dependency wait.
     __device__ __forceinline__ void find(const Params& p, int lane) {
@@ -83,8 +84,9 @@ struct Outputs {
     int share;
     // Of this thread's outputs, fetched while the product runs; as they come, or the warp would wait for them at once.
     u16 residual[KEPT], gamma[KEPT];
+    static constexpr bool COMES_LATER = M > 1 || DIGITS;
     // Where those lie, null outside of the matrix: found before the dependency wait, for one token.
-    static constexpr bool PLACED = EARLY && M == 1;
+    static constexpr bool PLACED = EARLY && M == 1 && DIGITS;
     const u16 *residual_at[KEPT], *gamma_at[KEPT];
 
     struct Place {
@@ -151,11 +153,11 @@ struct Outputs {
             if constexpr (RESIDUAL) {
                 const int slot = EARLY ? trip : 0;
                 if constexpr (!EARLY) fetch(at, slot);
-                const u16 stored = round_half<BF16>(value[0] + low_half<BF16>(arrived(residual[slot])));
+                const u16 stored = round_half<BF16>(value[0] + low_half<BF16>(COMES_LATER ? arrived(residual[slot]) : residual[slot]));
                 const float sum = low_half<BF16>(stored);
                 if (at.inside) {
                     p.residual[to] = stored;
-                    p.out[to] = round_half<BF16>(sum * low_half<BF16>(arrived(gamma[slot])));
+                    p.out[to] = round_half<BF16>(sum * low_half<BF16>(COMES_LATER ? arrived(gamma[slot]) : gamma[slot]));
                 }
                 float square = at.inside ? sum * sum : 0.f;
 #pragma unroll
