@@ -122,6 +122,16 @@ def test_codes_are_indices_where_measured_to_win(bits, n, k, m, warps, ring) -> 
     assert not decode_choice.choose_config(shape, m, n // 64, 132, (10, 0)).indices
 
 
+@pytest.mark.parametrize("group", [96, 192, 320, 1024])
+@pytest.mark.parametrize("n,k", SHAPES[:5])
+def test_groups_that_stages_would_cut_have_configurations(n: int, k: int, group: int) -> None:
+    for bits in (1, 2, 4):
+        for kind in (decode_config.TABLE, decode_config.INT, decode_config.UINT_U8):
+            shape = Shape(n, k, bits, group, True, kind)
+            config = decode_choice.choose_config(shape, 1, n // 64, 132)
+            assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)
+
+
 @pytest.mark.parametrize("tables", [1, 3])
 def test_ranges_cover_every_block_once(tables: int) -> None:
     weight = testing.random_weight(parse("lut4_g64"), 1000, 256, tables=tables, seed=3).to_layout("fragments")

@@ -351,7 +351,7 @@ def _beside(shape: Shape, config: Config, idle: int) -> Config:
     """
     if idle <= 0 or config.tokens > 1 or shape.kind not in (TABLE, UINT_U8) or shape.n * shape.k < 1 << 24:
         return config
-    selected = shape.kind == TABLE and (config.digits or config.indices)
+    selected = shape.kind == TABLE and (config.digits or config.indices) and shape.allows_stage_units(4, 8)
     if selected and config.cluster == config.blocks == 1 and shape.units == 128:
         stages = 3 if config.digits else 2
         two = replace(config, k_warps=8, stages=stages, stage_units=4, alone=False, min_ctas=2)
@@ -440,7 +440,8 @@ def choose_config(
         tried = [replace(start, k_warps=k_warps, row_warps=row_warps) for k_warps in warps]
         if not chained and _allows_indices(shape, tokens, capability, equal_indices):
             selected = _with_indices(shape, replace(start, digits=False, paired=False, late=False), cta_units)
-            tried = tried if selected is None else [selected]
+            # Groups that stages of two and four units cut have none.
+            tried = [selected] if selected and _fill(shape, selected, capability) else tried
         for config in tried:
             k_warps = config.k_warps
             config = replace(config, alone=config.alone or (hopper and _alone(shape, config, cta_units)))
