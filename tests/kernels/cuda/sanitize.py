@@ -111,7 +111,6 @@ def one(tokens: int, cluster: int, k_warps: int, **more) -> decode.Config:
 
 INTEGERS = one(1, 1, 4, digits=True, paired=True, uniform=True, late=True, stages=2)
 TILE = prefill.Config(16, 1, 12, k_groups=2, rounds=True)
-ENDS = replace(TILE, early=True, counted=True, bursts=True)
 
 PRODUCTS = (
     Product("lut2_g64", 1, one(1, 1, 4, indices=True, uniform=True, alone=True, stage_units=4)),
@@ -133,8 +132,6 @@ PRODUCTS = (
     Product("int8_g128", 64, one(64, 4, 1, row_warps=2, blocks=2)),
     Product("lut4_g64", 64, replace(TILE, split=2, stages=6, wide=True)),
     Product("lut1_g64", 40, TILE),
-    Product("lut4_g64", 64, replace(ENDS, split=2, stages=6, wide=True)),
-    Product("lut1_g64", 40, ENDS),
     Product("nest8s4_g128", 40, replace(TILE, tokens=24)),
     Product("lut8_g64", 64, replace(TILE, stages=10)),
     Product("lut4_g64", 40, prefill.Config(32, 2, 4), sms=3),

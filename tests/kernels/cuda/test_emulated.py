@@ -306,6 +306,7 @@ SELECTED = config(1, 1, 4, 1, 1, indices=True, stage_units=2)
 ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
 TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
 CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
+SLICED = prefill.Config(64, 2, 4, split=2, rounds=True)
 FAULTS = {
     "no barrier behind the table": (ALONE, "decode.cuh", "    __syncthreads();  // table and barriers are ready\n", ""),
     "no wait for weights": (ALONE, "decode.cuh", "                    w.wait(stage, parity);\n", ""),
@@ -385,11 +386,23 @@ FAULTS = {
         "if constexpr (STAGES % K_GROUPS != 0) barrier_wait",
         "if (false) barrier_wait",
     ),
-    "slices of k do not meet": (
+    "sums of other slices are not waited for": (
+        SLICED,
+        "prefill.cuh",
+        "if constexpr (Smem::MEETING_BARRIERS > 0) barrier_wait(arrived",
+        "if (false) barrier_wait(arrived",
+    ),
+    "sums are sent to a ring in use": (
+        SLICED,
+        "prefill.cuh",
+        "                    barrier_wait(loops_done, 0);\n",
+        "",
+    ),
+    "sums of another k group are not waited for": (
         TURNS,
         "prefill.cuh",
-        "                meet();\n            }\n            wait",
-        "            }\n            wait",
+        "if constexpr (SPLIT == 1) named_barrier(WARPGROUPS + 1, CONSUMERS);",
+        "",
     ),
     "no wait for a share": (CUT, "prefill.cuh", "while (read_flag(flag(other)) == 0) {", "while (false) {"),
     "flags are left behind": (CUT, "prefill.cuh", "                        set_flag(flag(other), 0);\n", ""),
@@ -427,7 +440,7 @@ def noticed(chosen: decode_config.Config | prefill.Config, schedule: Schedule) -
             return True
 
 
-@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT, SELECTED])
+@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT, SLICED, SELECTED])
 def test_without_a_fault_nothing_is_noticed(chosen) -> None:
     assert not any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
 

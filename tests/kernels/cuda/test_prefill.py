@@ -43,9 +43,9 @@ CONFIGS = [
     Config(64, 1, 8, k_groups=2, split=2, unrolled=True),
     Config(64, 2, 4, k_groups=2, ahead=False, turns=True, unrolled=True),
     Config(64, 2, 4, unrolled=True),
-    Config(256, 2, 4, split=2, rounds=True, early=True, counted=True, bursts=True),
-    Config(64, 2, 4, k_groups=2, split=2, rounds=True, unrolled=True, early=True, counted=True, bursts=True),
-    Config(256, 2, 4, rounds=True, stream=True, unrolled=True, early=True, bursts=True),
+    Config(256, 2, 4, split=2, rounds=True),
+    Config(64, 2, 4, k_groups=2, split=2, rounds=True, unrolled=True),
+    Config(256, 2, 4, rounds=True, stream=True, unrolled=True),
 ]
 
 

@@ -14,7 +14,6 @@ REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 LARGE = Config(256, 2, 4, rounds=True, unrolled=True)
-ENDS = {"early": True, "counted": True, "bursts": True}
 CASES = [
     ("lut4_g64", LARGE),
     ("lut4_g64", Config(256, 2, 4, rounds=True, stream=True, unrolled=True)),
@@ -52,22 +51,13 @@ CASES = [
     ("lut1_g64", Config(48, 3, 8, rounds=True, unrolled=True)),
     ("lut4_g64", Config(64, 1, 12, split=2, k_groups=3)),
     ("uint4_g32", Config(48, 4, 8, split=8, ahead=False)),
-    ("lut4_g64", replace(LARGE, **ENDS)),
-    ("lut4_g64", Config(256, 2, 4, split=2, rounds=True, unrolled=True, **ENDS)),
-    ("lut4_g64", Config(192, 2, 4, split=2, rounds=True, wide=True, unrolled=True, early=True)),
-    ("lut3_g64", Config(192, 2, 4, split=2, rounds=True, counted=True)),
-    ("lut4_g64", Config(96, 2, 4, split=2, rounds=True, wide=True, bursts=True)),
-    ("lut2_g64", Config(64, 2, 8, k_groups=2, split=2, rounds=True, unrolled=True, **ENDS)),
-    ("lut4_g64", Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True, **ENDS)),
-    ("lut5_g64", Config(256, 2, 4, rounds=True, stream=True, unrolled=True, **ENDS)),
-    ("lut4_g64", Config(192, 3, 4, rounds=True, wide=True, parts=2, stream=True, unrolled=True, **ENDS)),
-    ("lut1_g64", Config(256, 2, 4, pair=2, rounds=True, **ENDS)),
-    ("lut8_g64", replace(LARGE, **ENDS)),
-    ("int4_g64", Config(64, 2, 11, split=5, k_groups=2, ahead=False, turns=True, **ENDS)),
-    ("lut4_g64", Config(64, 3, 10, split=7, **ENDS)),
-    ("lut4_g64", Config(64, 1, 12, split=2, k_groups=3, **ENDS)),
-    ("uint4_g32", Config(48, 4, 8, split=8, ahead=False, **ENDS)),
-    ("uint3_g32", Config(48, 2, 8, k_groups=2, split=2, rounds=True, unrolled=True, **ENDS)),
+    ("lut4_g64", Config(192, 2, 4, split=2, rounds=True, wide=True, unrolled=True)),
+    ("lut3_g64", Config(192, 2, 4, split=2, rounds=True)),
+    ("lut4_g64", Config(96, 2, 4, split=2, rounds=True, wide=True)),
+    ("lut2_g64", Config(64, 2, 8, k_groups=2, split=2, rounds=True, unrolled=True)),
+    ("lut5_g64", Config(256, 2, 4, rounds=True, stream=True, unrolled=True)),
+    ("lut1_g64", Config(256, 2, 4, pair=2, rounds=True)),
+    ("int4_g64", Config(64, 2, 11, split=5, k_groups=2, ahead=False, turns=True)),
 ]
 
 

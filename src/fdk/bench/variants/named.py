@@ -44,7 +44,6 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 
 LOOK_UPS: Change = {"digits": False, "paired": False, "x_sums": True}
-ENDS: Change = {"early": True, "counted": True, "bursts": True}
 
 SETS: dict[str, Named] = {
     "again": Named(
@@ -105,25 +104,6 @@ SETS: dict[str, Named] = {
                     {"octets": True, "x_sums": False, "stage_units": 1, "stages": 2},
                     uniform=True,
                 ),
-            ),
-        ),
-    ),
-    "prefill-ends": Named(
-        "What do launches of the prefill kernel gain by an earlier start, sums of slices that are counted where they "
-        "arrive, and outputs that are loaded together; alone and all at once?",
-        60,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192", "64 128 256")
-                + problems("prefill", "lut4_g64", "4096x4096", "384 512"),
-                ({"early": True}, {"counted": True}, {"bursts": True}, ENDS),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "14336x4096", "256 384 768 1024")
-                + problems("prefill", "lut4_g64", "4096x14336", "192 256")
-                + problems("prefill", "lut4_g64", "8192x8192", "512")
-                + problems("prefill", "lut8_g64 int8_g64", "8192x8192", "1024"),
-                ({"bursts": True}, ENDS),
             ),
         ),
     ),

@@ -101,9 +101,6 @@ class Config:
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
-    early       the table and the place of a tile are there before x may be read
-    counted     sums of other slices of k are counted where they arrive, and a slice keeps its own in registers
-    bursts      outputs are read from shared memory many at once
     epilogue    what becomes of the sums: `squares` and `residual` of decode_config.Epilogue, for a tile of all tokens
     """
 
@@ -120,9 +117,6 @@ class Config:
     wide: bool = False
     stream: bool = False
     unrolled: bool = False
-    early: bool = False
-    counted: bool = False
-    bursts: bool = False
     epilogue: decode_config.Epilogue = decode_config.PLAIN
 
     @property
@@ -151,7 +145,7 @@ class Config:
         slices = self.split * self.k_groups
         share = -(-(self.tokens // 8) // slices)
         chunks = self.warpgroups * -(-share * 8 // min(self.tokens, 64))
-        all_barriers = 2 * self.stages + (1 + chunks if self.counted and self.split > 1 else 0)
+        all_barriers = 2 * self.stages + (1 + chunks if self.split > 1 else 0)
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
         out = self.warpgroups * min(self.tokens, 64) * _OUT_STRIDE
         barriers = -(-all_barriers * 8 // 16) * 16 + (4 * self.tokens if self.epilogue.squares else 0)
@@ -187,9 +181,6 @@ class Config:
             "FDK_STREAM": int(self.stream),
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
-            "FDK_EARLY": int(self.early),
-            "FDK_COUNTED": int(self.counted),
-            "FDK_BURSTS": int(self.bursts),
             "FDK_SQUARES": self.epilogue.squares,
             "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
@@ -306,7 +297,11 @@ def _unrolled(shape: Shape, config: Config) -> Config:
         return _unrolled_few(shape, config, (16,) if narrow else (16, 12, 8))
     # Registers of three and four blocks last for eight units in a row of the widths that lie in whole words.
     light = shape.bits in (1, 2, 4) and shape.kind in (TABLE, INT)
-    few = 32 < config.tokens <= 64 and (config.blocks < 3 or light)
+    few = (
+        32 < config.tokens <= 64
+        and (config.blocks < 3 or light)
+        and not (shape.nested and shape.bits == 8 and shape.subs > 1)
+    )
     many = config.tokens >= 96 and config.warpgroups == 2 and (shape.subs == 1 or config.k_groups == 2)
     long = config.tokens < 256 or config.stream or (shape.bits > 4 and not shape.nested)
     if late or not (few or (many and long)):

@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_EARLY FDK_COUNTED FDK_BURSTS
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -46,10 +46,7 @@ constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
-constexpr bool EARLY = FDK_EARLY;      // the table's values and places of tiles are there before they are waited for
-constexpr bool COUNTED = FDK_COUNTED && SLICES > 1;  // sums of other slices are counted where they arrive; its own stay in registers
-constexpr bool BURSTS = FDK_BURSTS;    // outputs of a chunk are all loaded before the first one is stored
-constexpr bool LANE_TABLE = EARLY && KIND == 0 && BITS <= 5;  // each lane has one value of the table
+constexpr bool LANE_TABLE = KIND == 0 && BITS <= 5;  // each lane has one value of the table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 constexpr int SQUARES = FDK_SQUARES;
 constexpr bool RESIDUAL = FDK_RESIDUAL;
@@ -94,9 +91,9 @@ struct Smem {
     static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64, OUT_STRIDE = 144;
     static constexpr int OUT_BYTES = WARPGROUPS * CHUNK * OUT_STRIDE;
     static constexpr int SHARE_TILES = (TOKEN_TILES + SLICES - 1) / SLICES;  // tokens / 8 that a slice adds up
-    // Of counted sums: one barrier for the end of all loops, one for each chunk of a warpgroup's outputs.
+    // Of a cluster's slices: one barrier for the end of all loops, one for each chunk of a warpgroup's outputs.
     static constexpr int OUT_CHUNKS = (SHARE_TILES * 8 + CHUNK - 1) / CHUNK;
-    static constexpr int MEETING_BARRIERS = COUNTED && SPLIT > 1 ? 1 + WARPGROUPS * OUT_CHUNKS : 0;
+    static constexpr int MEETING_BARRIERS = SPLIT > 1 ? 1 + WARPGROUPS * OUT_CHUNKS : 0;
     static constexpr int NORMS_AT = ((2 * STAGES + MEETING_BARRIERS) * 8 + 15) / 16 * 16;  // behind the barriers, one of each token
     static constexpr int BARRIER_BYTES = NORMS_AT + (SQUARES > 0 ? TOKENS * 4 : 0);
     static constexpr int HEAD_BYTES = (OUT_BYTES + BARRIER_BYTES + 1023) / 1024 * 1024;
@@ -230,24 +227,17 @@ struct Tile {
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index, int rank) {
-    int first = 0, in = index, width = p.token_tiles, row = index;
-    if constexpr (EARLY) {
-        // A division takes a hundred clocks, so none that need not be.
-        if (width > p.band) {
-            const u32 whole = p.band * p.row_tiles, band = u32(index) / whole;
-            first = band * p.band, in -= band * whole, width = min(p.band, width - first);
-        }
-        row = in;
-        if (width > 1) row = u32(in) / u32(width);
-    } else {
-        const int whole = p.band * p.row_tiles;
-        first = index / whole * p.band, in = index % whole;
-        width = min(p.band, p.token_tiles - first), row = in / width;
+    // A division takes a hundred clocks, so none that need not be.
+    int first = 0, in = index, width = p.token_tiles;
+    if (width > p.band) {
+        const u32 whole = p.band * p.row_tiles, band = u32(index) / whole;
+        first = band * p.band, in -= band * whole, width = min(p.band, width - first);
     }
+    const int row = width > 1 ? u32(in) / u32(width) : in;
     int range = 0;
     while (range + 1 < p.ranges && row >= p.range[range + 1].first_tile) ++range;
     const int block = p.range[range].first_block + ((row - p.range[range].first_tile) * PAIR + (PAIR > 1 ? rank : 0)) * BLOCKS;
-    return {range, block, (first + (EARLY ? in - row * width : in % width)) * TOKENS};
+    return {range, block, (first + in - row * width) * TOKENS};
 }
 
 // A run of units of a tile, the whole of it or a part.
@@ -334,8 +324,7 @@ struct Producer {
     __device__ __forceinline__ void run_x() const {
         constexpr int PART = TOKENS / PAIR;
         const int part = PAIR > 1 ? rank * PART : 0;
-        if constexpr (!EARLY) wait_for_previous_kernel();
-        run<EARLY>([&](const Tile& tile, int unit, const Turn& turn) {
+        run<true>([&](const Tile& tile, int unit, const Turn& turn) {
             if (elected()) {
                 const u32 barrier = full(turn.stage);
                 barrier_expect(barrier, Smem::X_BYTES);
@@ -576,7 +565,7 @@ __device__ __forceinline__ void write_block(const Params& p, const Range& range,
     const i64 row = range.first_row + i64(block - range.first_block) * 64;
     const int rows = block < range.end_block ? int(min(i64(64), range.end_row - row)) : 0;
     const bool whole = N % 8 == 0 && row % 8 == 0 && reinterpret_cast<u64>(p.out) % 16 == 0;
-    if (BURSTS && whole && rows == 64 && token + count <= p.m) {
+    if (whole && rows == 64 && token + count <= p.m) {
         constexpr int PIECES = (Smem::CHUNK + 15) / 16;
         const int t = thread / 8, first = thread % 8 * 8;
         const char* const from = staged + t * Smem::OUT_STRIDE + first * 2;
@@ -625,13 +614,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         barrier_init_fence();
     }
     let_next_kernel_start();
-    if constexpr (CLUSTER > 1 && (EARLY || Smem::MEETING_BARRIERS > 0))
-        cluster_arrive_relaxed();
-    else if constexpr (CLUSTER > 1)
-        cluster_arrive();
+    if constexpr (CLUSTER > 1) cluster_arrive_relaxed();
     __syncthreads();
-    // CTAs that split k need each other's barriers only at the end.
-    if constexpr (CLUSTER > 1 && Smem::MEETING_BARRIERS == 0) cluster_wait();
+    if constexpr (PAIR > 1) cluster_wait();  // CTAs that split k need each other's barriers only at the end
 
     if (warp >= CONSUMERS / 32) {
         keep_registers<PRODUCER_REGISTERS, false>();
@@ -643,17 +628,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             producer.run_weights(role - 1);
         }
         __syncwarp();
-        if constexpr (Smem::MEETING_BARRIERS > 0) {
-            cluster_wait();
-        } else if constexpr (CLUSTER > 1) {
-            // Nobody leaves while others may still write to its shared memory.
-            cluster_arrive();
-            cluster_wait();
-            if constexpr (SPLIT > 1) {
-                cluster_arrive();
-                cluster_wait();
-            }
-        }
+        // Nobody leaves while others may still write to its shared memory.
+        if constexpr (PAIR > 1) cluster_arrive();
+        if constexpr (CLUSTER > 1) cluster_wait();
     } else {
         keep_registers<CONSUMER_REGISTERS, true>();
         const int group_index = warp / 4, k_group = group_index / BLOCKS, row_block = group_index % BLOCKS;
@@ -687,7 +664,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         Schedule schedule(p, rank);
         for (Work work; schedule.next(work);) {
             const int first_unit = work.first, end_unit = work.end;
-            if (const int range = EARLY && p.ranges == 1 ? 0 : tile_at(p, work.index, rank).range; range != range_of_table) {
+            if (const int range = p.ranges == 1 ? 0 : tile_at(p, work.index, rank).range; range != range_of_table) {
                 const u16* table = p.table + (range << BITS);
                 if (LANE_TABLE && p.ranges > 1) table_value = load_2(table + lane % (1 << BITS));
                 const auto entry = [&](int code) -> u16 {
@@ -888,14 +865,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             }
 
             const auto sum = [&](int i) -> float& { return LATE ? acc[LATE ? i : 0] : d[i]; };
-            const auto meet = [&] {
-                if constexpr (SPLIT > 1) {
-                    cluster_arrive();
-                    cluster_wait();
-                } else {
-                    named_barrier(WARPGROUPS + 1, CONSUMERS);
-                }
-            };
             announce();
             if constexpr (STREAM) {
                 const int share = schedule.share();
@@ -941,7 +910,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
             }
             const int slice = rank * K_GROUPS + k_group;
-            if constexpr (COUNTED) {
+            if constexpr (SLICES > 1) {
                 // Nobody's ring is in use any more.
                 if constexpr (SPLIT > 1) {
                     __syncwarp();
@@ -978,17 +947,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             asm volatile("" : "+r"(index));
             const Tile tile = tile_at(p, index, rank);
             const Range& range = p.range[tile.range];
-            if constexpr (SLICES > 1 && !COUNTED) {
-                meet();  // nobody's ring is in use any more
-#pragma unroll
-                for (int j = 0; j < TOKEN_TILES; ++j) {
-                    const int to = j / Smem::SHARE_TILES;
-                    const int at = (to % K_GROUPS * SLICES + slice) * Smem::SHARE_TILES + j % Smem::SHARE_TILES;
-                    store_remote(base + Smem::RECEIVE + ((at * BLOCKS + row_block) * 128 + thread) * 16, to / K_GROUPS,
-                                 {sum(4 * j), sum(4 * j + 1), sum(4 * j + 2), sum(4 * j + 3)});
-                }
-                meet();
-            }
             wait_for_previous_kernel();
 
             const int block = tile.block + row_block;
@@ -1010,7 +968,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             for (int first = 0; first < MINE; first += CHUNK_TILES) {
                 if (first > 0) named_barrier(1 + group_index, 128);
                 if constexpr (Smem::MEETING_BARRIERS > 0) barrier_wait(arrived(group_index, first / CHUNK_TILES), 0);
-                if constexpr (COUNTED) {
+                if constexpr (SLICES > 1) {
                     // In the order of k; of two slices, which of them comes first makes no difference.
                     f32x4 total[CHUNK_TILES] = {};
 #pragma unroll
@@ -1038,19 +996,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
 #pragma unroll
                 for (int j = first; j < first + CHUNK_TILES && j < MINE; ++j) {
-                    f32x4 v = {};
-                    if constexpr (SLICES == 1 || COUNTED) {
-                        const int at = 4 * (j % TOKEN_TILES);
-                        v = {sum(at), sum(at + 1), sum(at + 2), sum(at + 3)};
-                    } else {
-#pragma unroll
-                        for (int source = 0; source < SLICES; ++source) {
-                            const int at = (k_group * SLICES + source) * Smem::SHARE_TILES + j;
-                            const char* from = smem + Smem::RECEIVE + ((at * BLOCKS + row_block) * 128 + thread) * 16;
-                            const f32x4 s = *reinterpret_cast<const f32x4*>(from);
-                            v = {v.x + s.x, v.y + s.y, v.z + s.z, v.w + s.w};
-                        }
-                    }
+                    const int at = 4 * (j % TOKEN_TILES);
+                    f32x4 v = {sum(at), sum(at + 1), sum(at + 2), sum(at + 3)};
                     if constexpr (SQUARES > 0) {
                         const int token = first_token - tile.token + j * 8 + lane % 4 * 2;
                         const float* norm = reinterpret_cast<const float*>(smem + Smem::NORMS) + min(token, TOKENS - 2);
@@ -1064,13 +1011,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 named_barrier(1 + group_index, 128);
                 const int count = min(CHUNK_TILES, MINE - first) * 8;
                 // The last share may be short.
-                const bool even = BURSTS && TOKEN_TILES % SLICES == 0;
+                const bool even = TOKEN_TILES % SLICES == 0;
                 const int limit = even ? count : tile.token + TOKENS - first_token - first * 8;
                 if constexpr (RESIDUAL)
                     add_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
                 else
                     write_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
             }
+            if constexpr (SLICES > 1) break;  // one tile
             named_barrier(1 + group_index, 128);
         }
         announce();
