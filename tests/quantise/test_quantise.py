@@ -105,6 +105,14 @@ def test_cuda_parts_decode_as_well_as_cpu_parts(options, normal, dequantise):
         assert abs(ours - reference) < 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lut4_g64", "int4_g64", "uint4_g64", "nf4_g64", "nest8_g64", "int4_g64_sp16of32"])
+def test_cuda_parts_by_largest_weights_are_those_of_the_cpu(name, normal):
+    weight = normal(64, 1024)
+    expected, got = quantise(weight, name, scale="absmax"), quantise(weight.cuda(), name, scale="absmax")
+    assert all(torch.equal(got[part].cpu(), expected[part]) for part in expected)
+
+
 @pytest.mark.parametrize("fmt", all_formats((32,)), ids=str)
 def test_the_default_dtype_changes_nothing(fmt) -> None:
     # Loaders of models set it to the model's while weights are read.

@@ -44,14 +44,22 @@ def base_scales(blocks: Tensor, format: Format, method: str = "auto") -> tuple[T
     if method == "absmean":
         scales = blocks.abs().mean(-1, dtype=torch.float32)
     elif format.has_zeros:
-        scales = extent / steps
+        scales = _divided(extent, steps)
     else:
         scales = blocks.abs().amax(-1).float()
         if format.kind.values is not None:
-            scales /= max(abs(v) for v in format.kind.values)
+            scales = _divided(scales, max(abs(v) for v in format.kind.values))
         elif not format.is_table:
-            scales /= steps / 2
+            scales = _divided(scales, steps / 2)
     return scales, zeros
+
+
+def _divided(scales: Tensor, by: float) -> Tensor:
+    """scales / by, rounded once on every device: torch multiplies by the reciprocal of a number on CUDA.
+
+    The last bit decides the codes of the largest weights of int formats, which lie half-way between two.
+    """
+    return scales / torch.full((), by, dtype=scales.dtype, device=scales.device)
 
 
 def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:

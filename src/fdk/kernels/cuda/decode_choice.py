@@ -359,7 +359,7 @@ def _beside(shape: Shape, config: Config, idle: int) -> Config:
         return replace(two, hold=_MOST_HOLD)
     if config.min_ctas == 1:
         return config
-    late = config.late or (shape.kind == TABLE and shape.bits == 8)
+    late = config.late or (shape.kind == TABLE and shape.bits > 4)
     return replace(config, hold=hold_clocks(shape), late=late)
 
 
