@@ -43,42 +43,7 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
-LOOK_UPS: Change = {"digits": False, "paired": False, "x_sums": True}
-
 SETS: dict[str, Named] = {
-    "again": Named(
-        "Does what was chosen on 2026-11-22 still beat what it took the place of, in the kernel as it is since?",
-        25,
-        (
-            Trial(
-                problems("decode", "uint4_g64 uint2_g64", "4096x4096", "1"),
-                (
-                    {"hold": 0},
-                    {"uniform": True},
-                    LOOK_UPS | {"stages": 4, "stage_units": 1},
-                    LOOK_UPS | {"stages": 4, "stage_units": 1, "hold": 0},
-                ),
-            ),
-            Trial(
-                problems("decode", "uint2_g64", "14336x4096", "1"),
-                (LOOK_UPS | {"k_warps": 4, "stages": 2, "late": False, "uniform": False}, {"late": False}),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "8192x8192", "1"),
-                (
-                    {"hold": 6500},
-                    {"hold": 9500},
-                    {"k_warps": 16, "stages": 1, "alone": True, "min_ctas": 1, "hold": 0},
-                ),
-            ),
-            Trial(
-                problems("decode", "lut2_g64", "8192x8192", "1"),
-                ({"hold": 6500}, {"hold": 10000}, {"alone": True, "min_ctas": 1, "hold": 0}),
-            ),
-            Trial(problems("decode", "lut5_g64 lut6_g64 lut7_g64", "4096x4096", "1"), ({"late": True}, {"hold": 0})),
-            Trial(problems("decode", "lut4_g64 lut2_g64", "4096x4096", "2 4 8"), ({"hold": 2600},)),
-        ),
-    ),
     "uniform": Named(
         "One and eight tokens: what do fewer instructions a copy save, and one bit by look-ups of eight codes?",
         60,

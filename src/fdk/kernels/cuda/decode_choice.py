@@ -132,7 +132,9 @@ def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int
     else:
         # Two sums of an output, scales inside a unit, zeros and planes leave registers for 12 warps of many tokens.
         light = shape.lean and not shape.nested and not config.epilogue.gated
-        most = 8 if work <= 64 else 16 if light else 12
+        # One bit by look-ups of eight codes is as busy with 8 warps on two blocks, which have two stages each.
+        few = config.octets and blocks <= 2 and work < 96
+        most = 8 if work <= 64 or few else 16 if light else 12
     whole = [r for r in range(least, min(blocks, 8) + 1, least) if -(-blocks // r) * r <= blocks] or [least]
     row_warps = max(whole, key=lambda r: (most // r * r if tokens > 4 else 0, r))
     most = min(max(1, most // row_warps), cta_units)
