@@ -128,6 +128,10 @@ OPTIONS = [
     ("uint1_g64", config(32, 1, 4, 1, 1, x_sums=True)),
     ("lut1_g64", config(16, 2, 4, 2, 2, x_sums=True, x_chunks=2)),
     ("lut1_g64", config(16, 2, 2, 2, 2, octets=True, x_chunks=2)),
+    ("lut4_g64", config(8, 2, 4, 2, 2, x_async=True, uniform=True)),
+    ("lut1_g64", config(16, 2, 2, 2, 4, x_async=True, x_chunks=2, stages=2)),
+    ("lut3_g64", config(16, 2, 2, 2, 2, x_async=True, phases=2)),
+    ("uint4_g64", config(8, 1, 3, 5, 5, x_async=True)),
     ("int1_g64", config(8, 1, 4, 1, 1, octets=True, stages=2)),
     ("lut1_g16", config(32, 1, 4, 2, 2, octets=True)),
     ("lut1_chan", config(1, 2, 4, 1, 2, octets=True, batch=2)),
@@ -304,6 +308,7 @@ def test_dense_weights(name: str) -> None:
 # Configuration, file, text and what takes its place: each must be noticed under at least one schedule.
 SELECTED = config(1, 1, 4, 1, 1, indices=True, stage_units=2)
 ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
+LANES = config(8, 1, 2, 2, 2, stages=2, x_async=True)
 TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
 CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
 SLICED = prefill.Config(64, 2, 4, split=2, rounds=True)
@@ -324,6 +329,12 @@ FAULTS = {
         "first_unit = (units * k_warp - 1) / K_WARPS;",
     ),
     "no wait for the kernel in front": (ALONE, "decode.cuh", "    wait_for_previous_kernel();\n", ""),
+    "lanes' activations are said to be there": (
+        LANES,
+        "activations.cuh",
+        "barrier_arrive_behind_copies(barrier);",
+        "barrier_expect(barrier, 0);",
+    ),
     "no wait for the cluster": (
         CLUSTERED,
         "decode.cuh",
@@ -440,7 +451,7 @@ def noticed(chosen: decode_config.Config | prefill.Config, schedule: Schedule) -
             return True
 
 
-@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT, SLICED, SELECTED])
+@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, LANES, TURNS, CUT, SLICED, SELECTED])
 def test_without_a_fault_nothing_is_noticed(chosen) -> None:
     assert not any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
 

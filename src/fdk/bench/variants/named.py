@@ -43,6 +43,8 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
+ONE_UNIT = {"uniform": True, "stage_units": 1, "stages": 2}
+
 SETS: dict[str, Named] = {
     "uniform": Named(
         "One and eight tokens: what do fewer instructions a copy save, and one bit by look-ups of eight codes?",
@@ -69,6 +71,61 @@ SETS: dict[str, Named] = {
                     {"octets": True, "x_sums": False, "stage_units": 1, "stages": 2},
                     uniform=True,
                 ),
+            ),
+        ),
+    ),
+    "eight": Named(
+        "Eight and sixteen tokens: do activations wait in the copy engine's queue, or are they too many bytes?",
+        45,
+        (
+            Trial(
+                problems("decode", "lut4_g64 lut1_g64", "8192x8192", "8"),
+                (
+                    *({"x_chunks": 2}, {"x_chunks": 4}, {"x_async": True}),
+                    *each({"x_chunks": 2}, {"x_chunks": 4}, x_async=True),
+                ),
+            ),
+            Trial(
+                problems("decode", "lut4_g64", "4096x4096", "8"),
+                ({"x_chunks": 2}, {"x_async": True}, {"x_async": True, "x_chunks": 2}),
+            ),
+            Trial(
+                problems("decode", "lut4_g64", "14336x4096", "8"),
+                ({"x_chunks": 4}, {"x_async": True}, {"x_async": True, "x_chunks": 4}),
+            ),
+            Trial(
+                problems("decode", "lut4_g64", "4096x14336", "8"),
+                ({"x_chunks": 7}, {"x_async": True}, {"x_async": True, "x_chunks": 7}),
+            ),
+            Trial(
+                problems("decode", "lut3_g64", "8192x8192 14336x4096", "8"),
+                ({"x_async": True, "x_chunks": 4}, {"min_ctas": 2, "hold": 4000}, {"min_ctas": 2, "hold": 8000}),
+            ),
+            Trial(
+                problems("decode", "lut8_g64", "8192x8192", "16"),
+                ({"x_async": True}, {"x_chunks": 8}, {"x_async": True, "x_chunks": 8}),
+            ),
+            Trial(problems("decode", "lut4_g64", "4096x14336", "16"), ({"x_async": True},)),
+            Trial(
+                problems("decode", "lut1_g64", "14336x4096", "16"),
+                each({}, {"x_async": True}, k_warps=2, stages=1, stage_units=4, x_chunks=4),
+            ),
+        ),
+    ),
+    "eight-rings": Named(
+        "Eight tokens at 28672 x 8192: other rings of 14 warps, a wide table, and activations as in the set eight?",
+        25,
+        (
+            Trial(
+                problems("decode", "lut4_g64", "28672x8192", "8"),
+                (
+                    *({"x_async": True}, ONE_UNIT, {**ONE_UNIT, "stages": 3}),
+                    *each({}, {"x_chunks": 4}, {"x_chunks": 4, "x_async": True}, wide=True, **ONE_UNIT),
+                ),
+            ),
+            Trial(
+                problems("decode", "lut8_g64", "28672x8192", "8"),
+                each({}, {"x_chunks": 4}, {"x_async": True, "x_chunks": 4}, uniform=True, stages=1, wide=True),
             ),
         ),
     ),
