@@ -24,7 +24,7 @@ import torch
 import fdk
 from fdk import reference, testing
 from fdk.formats import parse
-from fdk.kernels.cuda import attend, decode, dense, jit, prefill, stream
+from fdk.kernels.cuda import attend, decode, dense, jit, prefill, spread, stream
 
 ALL_ARRIVE = "-DFDK_ALL_ARRIVE=1"
 Config = decode.Config | prefill.Config | None
@@ -34,7 +34,8 @@ Config = decode.Config | prefill.Config | None
 class Product:
     """Columns of a weight [n, k] as the product of `m` one-hot rows, by the kernel that `config` belongs to.
 
-    None stands for the dense path, which dequantises; sms: multiprocessors that tiles are shared out among.
+    None stands for the dense path, which dequantises, one of fresh codes for spreading them before it; sms:
+    multiprocessors that tiles are shared out among.
     """
 
     format: str
@@ -45,8 +46,14 @@ class Product:
     sms: int | None = None
 
     @property
+    def spreads(self) -> bool:
+        return isinstance(self.config, prefill.Config) and self.config.fresh
+
+    @property
     def entry(self) -> str:
         """The kernel's name in machine code."""
+        if self.spreads:
+            return "fdk_spread"
         names = {decode.Config: "fdk_decode", prefill.Config: "fdk_prefill", type(None): "fdk_dequantise"}
         return names[type(self.config)]
 
@@ -58,7 +65,10 @@ class Product:
     def sources(self, capability: tuple[int, int]) -> Iterator[jit.Source]:
         """What the case's kernels are compiled from."""
         shape = self.shape()
-        if isinstance(self.config, decode.Config):
+        if self.spreads:
+            yield spread.source(capability)
+            yield prefill.source(spread.dense_shape(shape), self.config, capability)
+        elif isinstance(self.config, decode.Config):
             yield decode.source(shape, self.config, capability)
         elif isinstance(self.config, prefill.Config):
             yield prefill.source(shape, self.config, capability)
@@ -74,7 +84,8 @@ class Product:
         if self.config is None:
             assert torch.equal(dense.Plan(weight).dense()[:, columns].T, expected)
             return
-        plan = (decode if isinstance(self.config, decode.Config) else prefill).Plan(weight, self.config)
+        module = spread if self.spreads else decode if isinstance(self.config, decode.Config) else prefill
+        plan = module.Plan(weight, self.config)
         if self.sms is not None:
             plan.sms = self.sms
         x = testing.one_hot_probe(self.k, columns, weight.dtype, device)
@@ -147,6 +158,7 @@ PRODUCTS = (
     Product("uint3_g32", 300, prefill.Config(256, 2, 4, rounds=True, unrolled=True), sms=2),
     Product("lut4_g64", 8, None),
     Product("int4_g64_sp16of32", 8, None),
+    Product("int4_g64_sp16of32", 40, replace(TILE, fresh=True)),
 )
 
 

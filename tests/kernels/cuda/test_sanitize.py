@@ -24,7 +24,7 @@ def test_every_kernel_has_a_case() -> None:
 def test_cases_name_what_they_compile() -> None:
     files = [[file for file, _, _ in case.sources((9, 0))] for case in sanitize.CUDA]
     assert all(files) and {file for case in files for file in case} == {
-        "decode.cuh", "prefill.cuh", "dequantise_weights.cuh", "attend.cuh", "stream.cuh"
+        "decode.cuh", "prefill.cuh", "dequantise_weights.cuh", "spread.cuh", "attend.cuh", "stream.cuh"
     }  # fmt: skip
     assert not any(list(case.sources((9, 0))) for case in sanitize.TRITON + sanitize.STEPS)
 

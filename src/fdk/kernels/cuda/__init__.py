@@ -4,6 +4,7 @@ routes.py   which of the three serves a product, by predicted time
 decode.py   few rows of x (csrc/decode.cuh): launch arithmetic, launcher;  decode_config.py  what it is compiled for
             decode_choice.py  which configuration serves a product
 prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
+spread.py   many rows by 16:32 sparse integers as by dense ones (csrc/spread.cuh, then prefill); nothing chooses it yet
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
 stream.py   the streaming floor (csrc/stream.cuh), for the benchmark
 jit.py      NVRTC and the cubin cache;  driver.py  loading and launching;  prebuild.py  what to compile ahead

@@ -101,6 +101,7 @@ class Config:
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
+    fresh       the kernel in front writes the codes, so that they are not fetched before it is done
     epilogue    what becomes of the sums: `squares` and `residual` of decode_config.Epilogue, for a tile of all tokens
     """
 
@@ -117,6 +118,7 @@ class Config:
     wide: bool = False
     stream: bool = False
     unrolled: bool = False
+    fresh: bool = False
     epilogue: decode_config.Epilogue = decode_config.PLAIN
 
     @property
@@ -181,6 +183,7 @@ class Config:
             "FDK_STREAM": int(self.stream),
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
+            "FDK_FRESH": int(self.fresh),
             "FDK_SQUARES": self.epilogue.squares,
             "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
@@ -469,12 +472,15 @@ def _warn_of_sums(device: torch.device) -> None:
 
 
 class Plan:
-    """A weight bound to a configuration on its device: what is left for a call are x, bias, out and a launch."""
+    """A weight bound to a configuration on its device: what is left for a call are x, bias, out and a launch.
 
-    def __init__(self, weight: QuantisedWeight, config: Config) -> None:
+    shape: that of codes which every call brings with it, where they are not the weight's own.
+    """
+
+    def __init__(self, weight: QuantisedWeight, config: Config, shape: Shape | None = None) -> None:
         zeros = weight.parts.get("zeros")
         assert weight.layout == "fragments" and all(part.data_ptr() % 16 == 0 for part in weight.parts.values())
-        self.shape = decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
+        self.shape = shape or decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
         self.config = config
         self.template = params_for(weight, config)
         self.device = weight.device
@@ -491,7 +497,7 @@ class Plan:
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor, **operands: Tensor | float) -> None:
         """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device.
 
-        operands: what the epilogue reads and writes, by the names of `Params`.
+        operands: what the epilogue reads and writes, and codes if they are not the weight's, by the names of `Params`.
         """
         m, config = x.shape[0], self.config
         assert m > 0 and x.data_ptr() % 16 == 0 and x.is_contiguous()

@@ -17,7 +17,7 @@ from emulate import machine, ptx
 from emulate.machine import SCHEDULES, EmulationError, Kernel, Schedule
 from fdk import kernels
 from fdk.kernels import cuda
-from fdk.kernels.cuda import attend, decode, decode_config, dense, driver, flags, jit, prefill, routes, stream
+from fdk.kernels.cuda import attend, decode, decode_config, dense, driver, flags, jit, prefill, routes, spread, stream
 
 _MAGIC = 0x70616D66646B2121
 # What no kernel in front writes, and what earlier ones have written before a kernel that waited for them.
@@ -71,6 +71,7 @@ class Device:
                 assert self.kernel.program.entry == name and shared <= decode_config.MAX_SHARED
                 self.threads, self.cluster, self.dependent = threads, cluster, dependent
                 self.shared = declared.get("FDK_SHARED_BYTES", shared)
+                self.early = tuple(name for name in _EARLY if name != "codes" or not declared.get("FDK_FRESH"))
                 assert self.shared <= shared
 
             def __call__(self, grid: int, stream: int, params: ctypes.Structure) -> None:
@@ -91,7 +92,7 @@ class Device:
             (_WINDOW if hopper else 0, function.shared),
             function.cluster,
             max(1, self.sms // function.cluster),
-            _EARLY if function.dependent else None,
+            function.early if function.dependent else None,
             self.schedule,
         )
         if "flags" in operands and any(ctypes.string_at(params.flags, operands["flags"][1] - params.flags)):
@@ -123,8 +124,8 @@ class Device:
 
 
 _CACHES = (
-    *(decode.load, decode.equal_indices, dense.load, prefill.load, attend.load, stream._load, flags.of_device),
-    *(cuda._device_facts, routes.routes, kernels.choose),
+    *(decode.load, decode.equal_indices, dense.load, prefill.load, spread.load, attend.load, stream._load),
+    *(flags.of_device, cuda._device_facts, routes.routes, kernels.choose),
 )
 
 

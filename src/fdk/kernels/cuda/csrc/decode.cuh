@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             }
         }
     } else if constexpr (SPARSE) {
-        fill_selectors<WARPS, DIGITS>(smem + Smem::TABLE, warp, lane);
+        fill_selectors<WARPS, DIGITS ? HALVED : WHOLE>(smem + Smem::TABLE, warp, lane);
         if constexpr (SPARSE_TABLE)
             fill_kept_values<WARPS>(smem + Smem::TABLE + SELECTOR_BYTES, warp, lane, [&](int code) { return u32(table[code]); });
     } else if constexpr (!NESTED && !INDICES) {

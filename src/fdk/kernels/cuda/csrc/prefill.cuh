@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED
+//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_FRESH
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -46,6 +46,7 @@ constexpr int CONSUMER_REGISTERS = SHARED_OUT < 240 ? SHARED_OUT : 240;
 constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up at the end
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
+constexpr bool FRESH = FDK_FRESH;  // the kernel in front writes the codes
 constexpr bool LANE_TABLE = KIND == 0 && BITS <= 5;  // each lane has one value of the table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 constexpr int SQUARES = FDK_SQUARES;
@@ -301,15 +302,16 @@ struct Producer {
     __device__ __forceinline__ u32 full(int stage) const { return smem + Smem::BARRIERS + stage * 8; }
     __device__ __forceinline__ u32 empty(int stage) const { return full(STAGES + stage); }
 
-    // fetch(tile, unit, stage) for every unit of every tile, once its stage is free; X: and once x may be read.
-    template <bool X = false, class Fetch>
+    // fetch(tile, unit, stage) for every unit of every tile, once its stage is free; LATEST: and once what the kernel in front
+    // writes may be read.
+    template <bool LATEST, class Fetch>
     __device__ __forceinline__ void run(Fetch fetch) const {
         Turn turn;
         u32 round = 0;
         Schedule schedule(p, rank);
         for (Work work; schedule.next(work);) {
             Tile tile = tile_at(p, work.index, rank);
-            if constexpr (X) {
+            if constexpr (LATEST) {
                 asm volatile("" : "+r"(tile.token));  // before the wait
                 wait_for_previous_kernel();
             }
@@ -334,7 +336,7 @@ struct Producer {
     }
     __device__ __forceinline__ void run_weights(int which) const {
         const u64 policy = evict_first_policy();
-        run([&](const Tile& tile, int unit, const Turn& turn) {
+        run<FRESH>([&](const Tile& tile, int unit, const Turn& turn) {
             const int last = p.range[tile.range].end_block - 1;
             const int mine = BLOCKS % WEIGHT_WARPS == 0 ? BLOCKS / WEIGHT_WARPS : (BLOCKS - which + WEIGHT_WARPS - 1) / WEIGHT_WARPS;
             if (elected()) {

@@ -26,10 +26,16 @@ __device__ __forceinline__ u32 selectors(u32 mask, bool from_top) {
     return found;
 }
 
-// Fill the table of selectors, a row of 128 bytes for a byte of mask: lanes of lower halves have even columns. All warps take part.
-// PAIRS: entries of 8 bytes, a selector in each word, and above the first one by how much the codes of the next byte of mask
-// are shifted down.
-template <int WARPS, bool PAIRS = false>
+// What a row of the table of selectors has for its byte of mask: two entries, for codes counted from the bottom and from the top.
+//   WHOLE       4 bytes: the selectors of all eight columns
+//   HALVED      8 bytes: one of four columns in each word, and above the first one by how much the codes of the next byte of
+//               mask are shifted down
+//   NEIGHBOURS  the same, but of even columns in the first word and of odd ones in the second, in order
+enum SelectorRow { WHOLE, HALVED, NEIGHBOURS };
+
+// Fill the table of selectors, a row of 128 bytes for a byte of mask: its even entries count codes from the bottom, as lower
+// halves of a block do. All warps take part.
+template <int WARPS, SelectorRow ROW = WHOLE>
 __device__ __forceinline__ void fill_selectors(char* table, int warp, int lane) {
     for (int first = warp * 32; first < 256; first += WARPS * 32) {
         const u32 bottom = selectors(first + lane, false), top = selectors(first + lane, true);
@@ -37,9 +43,13 @@ __device__ __forceinline__ void fill_selectors(char* table, int warp, int lane) 
         for (int i = 0; i < 32; i += 4) {
             const u32 b = __shfl_sync(0xffffffffu, bottom, i + lane / 8), t = __shfl_sync(0xffffffffu, top, i + lane / 8);
             u32x4 entries = {b, t, b, t};
-            if constexpr (PAIRS) {
+            if constexpr (ROW != WHOLE) {
+                const auto half = [](u32 all, int i) {
+                    if constexpr (ROW == NEIGHBOURS) return __byte_perm(all, 0, i ? 0x4431 : 0x4420);
+                    return i ? all >> 16 : all & 0xffffu;
+                };
                 const u32 used = 4 * __popc(first + i + lane / 8);
-                entries = {(b & 0xffffu) | used << 16, b >> 16, (t & 0xffffu) | (32 - used) << 16, t >> 16};
+                entries = {half(b, 0) | used << 16, half(b, 1), half(t, 0) | (32 - used) << 16, half(t, 1)};
             }
             *reinterpret_cast<u32x4*>(table + (first + i + lane / 8) * 128 + lane % 8 * 16) = entries;
         }
@@ -118,7 +128,7 @@ struct Expansion {
 // Integers as A operands of mma.m16n8k32, signed bytes of 16 times their value, so that a dropped one is a zero: a[step][h] and
 // a[step][h + 2] have four columns each of row g + 8h, with the middle two exchanged, from the eight at the outer end of the block first.
 struct ByteExpansion {
-    u32 selectors;     // shared address of the lane's columns of the table, which has PAIRS
+    u32 selectors;     // shared address of the lane's columns of the table, whose rows are HALVED
     u32 outer, inner;  // bits by which a byte of mask is turned to where it is an offset into it
     u32 first;         // bits below the codes of the outer end
     u32 turned;        // 8 in each byte
