@@ -76,7 +76,7 @@ SETS: dict[str, Named] = {
     ),
     "eight": Named(
         "Eight and sixteen tokens: do activations wait in the copy engine's queue, or are they too many bytes?",
-        45,
+        55,
         (
             Trial(
                 problems("decode", "lut4_g64 lut1_g64", "8192x8192", "8"),
@@ -91,8 +91,13 @@ SETS: dict[str, Named] = {
             ),
             Trial(
                 problems("decode", "lut4_g64", "14336x4096", "8"),
-                ({"x_chunks": 4}, {"x_async": True}, {"x_async": True, "x_chunks": 4}),
+                (
+                    *({"x_chunks": 4}, {"x_async": True}, {"x_async": True, "x_chunks": 4}),
+                    *each({}, {"x_async": True, "x_chunks": 4}, stages=2),
+                ),
             ),
+            Trial(problems("decode", "lut4_g64", "12288x4096", "8"), ({"k_warps": 4}, {"k_warps": 4, "wide": True})),
+            Trial(problems("decode", "lut4_g64", "16384x4096", "8"), ({"x_chunks": 4, "x_async": True},)),
             Trial(
                 problems("decode", "lut4_g64", "4096x14336", "8"),
                 ({"x_chunks": 7}, {"x_async": True}, {"x_async": True, "x_chunks": 7}),
