@@ -52,6 +52,20 @@ def pytest_collection_modifyitems(config, items):
         mine = set(indices_of(PART, len(items)))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in mine])
         items[:] = [item for i, item in enumerate(items) if i in mine]
+    if hasattr(config, "workerinput"):
+        # What takes long comes first, so that no process ends with it alone.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_folder(request, tmp_path_factory):
+    """Where the processes of a run leave for each other what they have compiled."""
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        base = base.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FDK_TEST_SHARED", str(base / "shared"))
+        yield
 
 
 def _skip_without_gpu(items):

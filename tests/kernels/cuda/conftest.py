@@ -1,4 +1,4 @@
-"""For the tests of this folder: NVRTC on all cores, and where kernels run.
+"""For the tests of this folder: NVRTC on all cores that other processes of the run leave, and where kernels run.
 
 Each kernel is compiled to machine code once in a run, whoever asks for it. What runs on a CUDA device runs on the
 emulated one of emulate/ everywhere.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+import made_once
 from emulate import SCHEDULES, emulated, unavailable
 from fdk.device import cpu_count
 from fdk.kernels.cuda import jit
@@ -31,7 +32,7 @@ class Compiled(NamedTuple):
 
 
 def _compile(source: Source) -> Compiled:
-    _, log = jit.build(*source)
+    log = made_once.text_of("log", source, lambda: jit.build(*source)[1])
     registers = re.search(r"Used (\d+) registers", log)
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert registers and spilled, log
@@ -61,7 +62,8 @@ def compiled():
     if reason and platform.system() != "Linux":
         pytest.skip(reason)
     assert reason is None, f"{reason} (the dev extra has both)"
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    with ThreadPoolExecutor(max(1, cpu_count() // processes)) as pool:
         yield Compiler(pool)
 
 

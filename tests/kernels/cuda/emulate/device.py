@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 from types import SimpleNamespace
 from unittest import mock
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import made_once
 from emulate import machine, ptx
 from emulate.machine import SCHEDULES, EmulationError, Kernel, Schedule
 from fdk import kernels
@@ -46,8 +48,13 @@ def unavailable() -> str | None:
 
 @cache
 def _kernel(file: str, defines: tuple[tuple[str, int], ...], arch: str) -> Kernel:
-    text = jit.ptx(file, dict(defines), arch)
-    return Kernel(ptx.translate(text, _WINDOW if int(re.sub(r"\D", "", arch)) >= 90 else 0))
+    source = file, dict(defines), arch
+    window = _WINDOW if jit.capability(arch) >= (9, 0) else 0
+
+    def translated() -> str:
+        return json.dumps(asdict(ptx.translate(jit.ptx(*source), window)))
+
+    return Kernel(ptx.Program(**json.loads(made_once.text_of("program", source, translated))))
 
 
 class Device:
