@@ -76,7 +76,7 @@ SETS: dict[str, Named] = {
     ),
     "eight": Named(
         "Eight and sixteen tokens: do activations wait in the copy engine's queue, or are they too many bytes?",
-        55,
+        50,
         (
             Trial(
                 problems("decode", "lut4_g64 lut1_g64", "8192x8192", "8"),
@@ -103,10 +103,6 @@ SETS: dict[str, Named] = {
                 ({"x_chunks": 7}, {"x_async": True}, {"x_async": True, "x_chunks": 7}),
             ),
             Trial(
-                problems("decode", "lut3_g64", "8192x8192 14336x4096", "8"),
-                ({"x_async": True, "x_chunks": 4}, {"min_ctas": 2, "hold": 4000}, {"min_ctas": 2, "hold": 8000}),
-            ),
-            Trial(
                 problems("decode", "lut8_g64", "8192x8192", "16"),
                 ({"x_async": True}, {"x_chunks": 8}, {"x_async": True, "x_chunks": 8}),
             ),
@@ -114,6 +110,31 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("decode", "lut1_g64", "14336x4096", "16"),
                 each({}, {"x_async": True}, k_warps=2, stages=1, stage_units=4, x_chunks=4),
+            ),
+        ),
+    ),
+    "eight-warps": Named(
+        "Eight tokens: twice as many warps of as many units, and two CTAs, where no registers are spilled?",
+        30,
+        (
+            Trial(
+                problems("decode", "lut3_g64", "8192x8192", "8"),
+                (
+                    *({"k_warps": 8}, {"k_warps": 8, "x_async": True, "x_chunks": 2}),
+                    *each({"hold": 4000}, {"hold": 8000}, min_ctas=2),
+                ),
+            ),
+            Trial(
+                problems("decode", "lut3_g64", "14336x4096", "8"),
+                ({"k_warps": 4}, {"k_warps": 4, "x_async": True, "x_chunks": 2}, {"min_ctas": 2, "hold": 4000}),
+            ),
+            Trial(
+                problems("decode", "lut2_g64", "8192x8192", "8"),
+                each({}, {"x_async": True, "x_chunks": 2}, k_warps=8, wide=False),
+            ),
+            Trial(
+                problems("decode", "lut8_g64", "14336x4096", "8"),
+                ({"x_async": True, "x_chunks": 4}, {"k_warps": 4}, {"k_warps": 4, "x_async": True, "x_chunks": 2}),
             ),
         ),
     ),
