@@ -67,6 +67,8 @@ def test_what_the_kernel_does_not_serve_is_said():
     for problem in (
         Problem("decode", "lut4_g64", 512, 1024, 65),
         Problem("prefill", "int4_g64_sp16of32", 512, 1024, 64),
+        Problem("spread", "lut4_g64_sp16of32", 512, 1024, 64),
+        Problem("spread", "int4_g64", 512, 1024, 64),
     ):
         with pytest.raises(VariantError, match="does not serve it"):
             chosen(problem)
@@ -90,11 +92,15 @@ def test_every_named_set_has_configurations_that_may_run():
                 assert all(unfit(problem, variant.config) is None for variant in tried), (name, problem)
 
 
+MANY = [
+    Problem("prefill", "lut4_g64", 512, 1024, 64),
+    Problem("spread", "int4_g64_sp16of32", 512, 1024, 64),
+]
 needs_nvrtc = pytest.mark.skipif(jit.unavailable() is not None, reason=jit.unavailable() or "")
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("problem", [SMALL, Problem("prefill", "lut4_g64", 512, 1024, 64)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("problem", [SMALL, *MANY], ids=lambda problem: problem.kernel)
 def test_registers_and_stack_are_those_of_the_compiler(problem, tmp_path, monkeypatch):
     monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path))
     base = Variant(CHOSEN, chosen(problem))

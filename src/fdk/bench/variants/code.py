@@ -149,10 +149,10 @@ def units_in_loop(problem: Problem, variant: Variant, counts: dict[str, int]) ->
     """Units of 64 x 64 weights that a warp multiplies in one round of its main loop, by its matrix instructions.
 
     Decode: 16 of a unit for every 8 tokens, 8 where integer products take twice the columns at once, 16 a token where
-    codes are indices. Prefill: 4 of a warpgroup's unit, of which a warp has 16 rows.
+    codes are indices. Prefill, of spread codes too: 4 of a warpgroup's unit, of which a warp has 16 rows.
     """
     products = sum(count for name, count in counts.items() if "MMA" in name)
-    if problem.kernel == "prefill":
+    if problem.kernel != "decode":
         return products / 4
     config = variant.config
     if config.indices:

@@ -12,16 +12,16 @@ import torch
 from fdk.bench.problems import DTYPES
 from fdk.errors import FdkError
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, decode_choice, decode_config, jit, prefill
+from fdk.kernels.cuda import decode, decode_choice, decode_config, jit, prefill, spread
 from fdk.packing.fragments import block_counts
 from fdk.packing.layouts import Geometry
 
-KERNELS = {"decode": decode, "prefill": prefill}
-SOURCES = {"decode": "decode.cuh", "prefill": "prefill.cuh"}
+KERNELS = {"decode": decode, "prefill": prefill, "spread": spread}
+SOURCES = {"decode": "decode.cuh", "prefill": "prefill.cuh", "spread": "prefill.cuh"}
 SMS = 132
 """Multiprocessors that configurations are chosen for where no GPU says otherwise: those of an H100 and H200."""
 
-CONFIGS = {"decode": decode_config.Config, "prefill": prefill.Config}
+CONFIGS = {"decode": decode_config.Config, "prefill": prefill.Config, "spread": prefill.Config}
 Config = decode_config.Config | prefill.Config
 Change = Mapping[str, int | bool]
 """Fields of a configuration by name."""
@@ -33,7 +33,7 @@ class VariantError(FdkError):
 
 @dataclass(frozen=True)
 class Problem:
-    """m rows of x by a weight of one table [n, k], served by `kernel` ("decode" or "prefill")."""
+    """m rows of x by a weight of one table [n, k], served by `kernel` ("decode", "prefill" or "spread")."""
 
     kernel: str
     format: str
@@ -50,9 +50,14 @@ class Problem:
         return Geometry(parse(self.format), self.n, self.k, DTYPES[self.dtype], (self.n,))
 
     @property
-    def shape(self) -> decode_config.Shape:
-        """What is fixed at compile time; zero points, if any, are bytes."""
+    def stored(self) -> decode_config.Shape:
+        """The shape of the weight; zero points, if any, are bytes."""
         return decode_config.shape_of(self.geometry, torch.uint8 if self.geometry.format.has_zeros else None)
+
+    @property
+    def shape(self) -> decode_config.Shape:
+        """What is fixed at compile time: of the codes that are multiplied, which may be spread ones."""
+        return (spread.dense_shape(self.stored) or self.stored) if self.kernel == "spread" else self.stored
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def chosen(problem: Problem, sms: int = SMS, hopper: bool = True) -> Config:
             else None
         )
     else:
-        config = prefill.choose(problem.shape, problem.m, blocks, sms) if hopper else None
+        config = KERNELS[problem.kernel].choose(problem.stored, problem.m, blocks, sms) if hopper else None
     if config is None:
         raise VariantError(f"{problem}: the {problem.kernel} kernel does not serve it; try another kernel, m or format")
     return config
