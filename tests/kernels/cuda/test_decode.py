@@ -97,6 +97,22 @@ def test_activations_arrive_in_chunks_phases_and_slices(where: str, name: str, m
             assert torch.equal(first, again), config
 
 
+@pytest.mark.parametrize("m", [5, 16])
+@pytest.mark.parametrize("name", ["lut2_g64", "lut4_g64", "lut8_g64", "uint4_g128"])
+def test_clusters_share_blocks_of_rows(where: str, name: str, m: int) -> None:
+    # Two clusters write rows of the same block, and tables and the last rows end inside of one.
+    n, k = 1000, 1024
+    weight = weight_of(where, name, n, k, tables=2 if "lut" in name else 1)
+    x, bias = inputs(where, m, k), inputs(where, 1, n)[0]
+    for cluster, row_warps in ((2, 4), (1, 2), (2, 3)):
+        config = decode_config.Config(
+            8 if m < 8 else 16, cluster, 2, row_warps, 1, 1, row_warps, 1, 1, half_blocks=True
+        )
+        plan = decode.Plan(weight, config)
+        wrong = testing.check_product(lambda x, w, b, out, plan=plan: plan(x, b, out), x, weight, bias, False)
+        assert wrong is None, (config, wrong)
+
+
 @pytest.mark.parametrize("m", [1, 8, 40, 64, 65, 200])
 def test_every_route_serves_any_number_of_rows(where: str, m: int) -> None:
     weight = weight_of(where, "lut4_g16", 320, 1040, tables=3)

@@ -138,6 +138,27 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "halves": Named(
+        "Three and a half blocks of rows for each pair of CTAs, not four for some and none for others?",
+        20,
+        (
+            Trial(
+                problems("decode", "lut4_g64", "14336x4096", "8"),
+                each({}, {"x_async": True, "x_chunks": 4}, {"wide": False}, half_blocks=True),
+            ),
+            Trial(problems("decode", "lut8_g64", "14336x4096", "8 16"), ({"half_blocks": True},)),
+            Trial(problems("decode", "lut2_g64", "14336x4096", "8"), ({"half_blocks": True},)),
+            Trial(
+                problems("decode", "lut4_g64", "14336x4096", "1"),
+                each(
+                    {},
+                    {"half_blocks": True},
+                    {"half_blocks": True, "uniform": True},
+                    **{"cluster": 2, "blocks": 4, "row_warps": 4, "k_warps": 4, "batch": 1},
+                ),
+            ),
+        ),
+    ),
     "eight-rings": Named(
         "Eight tokens at 28672 x 8192: other rings of 14 warps, a wide table, and activations as in the set eight?",
         25,

@@ -85,11 +85,11 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
         count = sum(block_counts(geometry))
         params.ranges = 1
         params.range[0] = Range(0, 0, count, 0, 0, geometry.n)
-        return params, -(-count // config.blocks) * config.cluster
+        return params, config.clusters(count) * config.cluster
     cluster = block = 0
     for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
         params.range[i] = Range(cluster, block, block + count, 0, start, end)
-        cluster += -(-count // config.blocks)
+        cluster += config.clusters(count)
         block += count
     return params, cluster * config.cluster
 

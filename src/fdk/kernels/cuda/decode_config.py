@@ -185,6 +185,7 @@ class Config:
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
     x_async    lanes copy activations by cp.async, not the copy engine, whose queue of weights these then do not wait in
+    half_blocks  each two clusters share a block of rows: half a block less for each of them
     epilogue   what becomes of the sums
     bulk         fill rings by bulk copies, else by cp.async as before Hopper
     scales_once  fetch scales and zeros of a warp's slice of k in one piece each, not with each stage
@@ -220,6 +221,7 @@ class Config:
     hold: int = 0
     indices: bool = False
     x_async: bool = False
+    half_blocks: bool = False
 
     @property
     def squares_per_block(self) -> int:
@@ -238,6 +240,10 @@ class Config:
     def steps(self) -> int:
         """Blocks that a row warp works through."""
         return -(-self.blocks // self.row_warps)
+
+    def clusters(self, blocks: int) -> int:
+        """Clusters that serve so many blocks of rows."""
+        return -(-2 * blocks // (2 * self.blocks - 1)) if self.half_blocks else -(-blocks // self.blocks)
 
     def allows_scales_once(self, shape: Shape) -> bool:
         """Whether each warp has one slice of k, of whole groups or inside one."""
@@ -323,6 +329,7 @@ class Config:
             "FDK_OCTETS": int(self.octets),
             "FDK_UNIFORM": int(self.uniform),
             "FDK_INDICES": int(self.indices),
+            "FDK_HALF_BLOCKS": int(self.half_blocks),
             "FDK_PAIRED": int(self.digits and self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),

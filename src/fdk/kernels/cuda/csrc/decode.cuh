@@ -34,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     int which = 0;
     while (which + 1 < p.ranges && cluster >= p.range[which + 1].first_cluster) ++which;
     const Range& range = p.range[which];
-    const int first_block = range.first_block + (cluster - range.first_cluster) * p.blocks_per_cluster;
+    const int first_half = HALF_BLOCKS ? (cluster - range.first_cluster) * (2 * ROW_WARPS - 1) : 0;
+    const int first_block = range.first_block + (HALF_BLOCKS ? first_half / 2 : (cluster - range.first_cluster) * p.blocks_per_cluster);
     const int blocks = max(0, min(p.blocks_per_cluster, range.end_block - first_block));
     const int end_block = min(first_block + p.blocks_per_cluster, range.end_block);
     const int steps = (blocks + ROW_WARPS - 1) / ROW_WARPS;  // the same for all warps of a cluster
@@ -56,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                     end_unit,
                     cta_unit,
                     block_of(first_block, row_warp),
-                    evict_first_policy()};
+                    evict_first_policy(),
+                    HALF_BLOCKS && row_warp == (first_half % 2 ? 0 : ROW_WARPS - 1) ? first_half % 2 : -1};
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
         if (warp == 0) {
@@ -71,7 +73,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     // Everything up to the dependency wait reads weights only.
     Cursor ahead = w.start();
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) w.prefetch(ahead, stage, stage == 0);
+    for (int stage = 0; stage < STAGES; ++stage) {
+#if FDK_HALF_BLOCKS
+        if (w.half >= 0)
+            w.prefetch(ahead, stage, stage == 0, RowTiles<2>{});
+        else
+#endif
+            w.prefetch(ahead, stage, stage == 0, WholeBlock{});
+    }
     if constexpr (!FDK_LATE) let_next_kernel_start();
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
@@ -187,6 +196,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             }
             const char* buffer = smem + phase % X_BUFFERS * Smem::X_BUFFER;
             if (STEPS_PER_CTA == 1 || step < w.steps) {
+#if FDK_HALF_BLOCKS
+                const auto multiply = [&](auto tiles) {
+#else
+                constexpr WholeBlock tiles;
+#endif
 #pragma unroll 1
                 for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
                     w.wait(stage, parity);
@@ -195,12 +209,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
                         load_unit(loaded[i], w.ring + stage * Smem::STAGE, w.groups(stage, unit),
-                                  i, (cta_unit + phase * units + unit + i) * 64, lane);
-                    w.refill(ahead, stage);
+                                  i, (cta_unit + phase * units + unit + i) * 64, lane, w.half, tiles);
+                    w.refill(ahead, stage, tiles);
 #pragma unroll
-                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, i, lane, lookup);
+                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, i, lane, lookup, tiles);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
+#if FDK_HALF_BLOCKS
+                };
+                if (w.half >= 0)
+                    multiply(RowTiles<2>{});
+                else
+                    multiply(WholeBlock{});
+#endif
             }
         }
         if constexpr (Norms::LATER && !IDLE_WARPS)
@@ -209,7 +230,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         // The other lanes have read the ring that becomes the slot. Not UNIFORM, the compiler brings lanes together in front
         // of each product, and this would cost its loop instructions.
         if constexpr (Smem::PARTIAL_IN_RING && UNIFORM) __syncwarp();
-        store_partial(slot(step, row_warp, k_warp), acc, smem, lane, low, high);
+#if FDK_HALF_BLOCKS
+        if (w.half >= 0)
+            store_partial(slot(step, row_warp, k_warp) + w.half * 32 * M, acc, smem, lane, low, high, RowTiles<2>{});
+        else
+#endif
+            store_partial(slot(step, row_warp, k_warp), acc, smem, lane, low, high, WholeBlock{});
         if constexpr (BATCH == 1) {
             __syncthreads();
             if constexpr (CLUSTER > 1) {

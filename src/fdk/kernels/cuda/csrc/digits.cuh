@@ -287,7 +287,7 @@ struct Unit {
     Zeros zeros;
 };
 
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int, int lane) {
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int, int lane, int, WholeBlock) {
     const int g = lane / 4, share = share_of(lane), group = STAGE_GROUPS == 1 ? 0 : index * 64 / GROUP;
     constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
@@ -300,7 +300,7 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
 }
 
 // Unit `unit` of the CTA, which is unit `index` of its stage.
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup) {
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
     // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22;
     // a start of 256 times as much makes them count 256 each.
     constexpr u32 MAGIC = 0x4b400000u, NEXT = PAIRED ? MAGIC + (8u << 23) : MAGIC;
@@ -340,7 +340,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 }
 
 // A warp's sums of a block to its slot [64 rows][M tokens]; `low` and `high` are the two table values of one bit.
-__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, char* smem, int lane, float low, float high) {
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, char* smem, int lane, float low, float high, WholeBlock) {
     const int g = lane / 4, t = lane % 4, token = M == 2 ? t / 2 : 0;
     const float back = back_of(smem, token, OWN_X ? threadIdx.x / 32 % K_WARPS : 0);
 #pragma unroll

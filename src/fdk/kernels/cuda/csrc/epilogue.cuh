@@ -100,7 +100,10 @@ struct Outputs {
         const i64 n = GATED ? i64(block + row_warp) / 2 * 64 + share + row
                             : range.first_row + i64(block + row_warp - range.first_block) * 64 + share + row;
         const bool written = (COUNT % THREADS == 0 || i < COUNT) && block + row_warp < end_block && token < p.m;
-        return {row_warp, row, token, n, written, written && n < (GATED ? N / 2 : range.end_row)};
+        // Of the block that two clusters share, the first has the first half of the rows.
+        const bool second = HALF_BLOCKS && (blockIdx.x / CLUSTER - range.first_cluster) % 2;
+        const bool others = HALF_BLOCKS && row_warp == (second ? 0 : ROW_WARPS - 1) && (share + row < 32) == second;
+        return {row_warp, row, token, n, written, written && !others && n < (GATED ? N / 2 : range.end_row)};
     }
     __device__ __forceinline__ void fetch(const Place& at, int slot) {
         residual[slot] = gamma[slot] = 0;

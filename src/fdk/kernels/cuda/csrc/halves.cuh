@@ -94,7 +94,7 @@ struct Accumulator {
 };
 
 // Row tiles whose A operands are live at once: all where many token tiles share them, else one.
-constexpr int TILES = NT > 2 ? 4 : 1;
+constexpr int TILES = NT <= 2 ? 1 : HALF_BLOCKS ? 2 : 4;
 
 // A unit in registers: it leaves the ring before it is used, so that the ring refills meanwhile.
 struct Unit {
@@ -103,12 +103,14 @@ struct Unit {
     Zeros zeros[ZEROS ? SUBS : 1];
 };
 
-// Unit number `index` of a stage; `k` is its first column.
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int k, int lane) {
+// Unit number `index` of a stage, its row tiles 0 to COUNT - 1; `k` is its first column. Of a half of the block (COUNT = 2)
+// the stage holds what the operand's tiles 0 and 1 become, and `half` says which rows of scales are theirs.
+template <int COUNT>
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int k, int lane, int half, RowTiles<COUNT>) {
     const int g = lane / 4;
     constexpr int PIECES = SPARSE ? 6 : BITS, PIECE = Smem::CODE_BYTES / PIECES;
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
+    for (int i = 0; i < PIECES * COUNT / 4; ++i) {
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * PIECE + lane / (512 / PIECE) * 16);
         u.words[4 * i] = v.x, u.words[4 * i + 1] = v.y, u.words[4 * i + 2] = v.z, u.words[4 * i + 3] = v.w;
     }
@@ -118,13 +120,17 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
         if constexpr (SUBS > 1) group = (k + sub * (64 / SUBS)) / GROUP - stage_group(k / 64 - index);
         // Columns past k have no group of their own; any finite scale will do, because their activations are zero.
         if constexpr (SUBS > 1 && K % 64 != 0) group = min(group, STAGE_GROUPS - 1);
-        u.scales[sub] = load_rows(groups.scales + group * 128, g);
-        if constexpr (ZEROS) u.zeros[sub] = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, g);
+        u.scales[sub] = COUNT == 4 ? load_rows(groups.scales + group * 128, g) : half_of(load_rows(groups.scales + group * 128, g), half);
+        if constexpr (ZEROS) {
+            u.zeros[sub] = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, g);
+            if constexpr (COUNT == 2) u.zeros[sub] = half_of(u.zeros[sub], half);
+        }
     }
 }
 
 // `unit` counts from the CTA's first.
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int, int lane, const Lookup& lookup) {
+template <int COUNT>
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int, int lane, const Lookup& lookup, RowTiles<COUNT>) {
     const int t = lane % 4;
     const char* x = smem + Smem::X;
     u32 b[NT > 2 ? 1 : NT][8];
@@ -138,7 +144,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
         for (int i = 0; i < NT * SUBS; ++i) own[i / SUBS][i % SUBS] = x_sums(b[i / SUBS], i % SUBS);
     }
 #pragma unroll
-    for (int first = 0; first < 4; first += TILES) {
+    for (int first = 0; first < COUNT; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
@@ -196,11 +202,13 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
     }
 }
 
-// A warp's sums of a block to its slot [64 rows][M tokens]; `low` and `high` are the two table values of one bit.
-__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float low, float high) {
+// A warp's sums of a block to its slot [64 rows][M tokens], those of its first COUNT row tiles; `low` and `high` are the two
+// table values of one bit.
+template <int COUNT>
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float low, float high, RowTiles<COUNT>) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile)
+    for (int tile = 0; tile < COUNT; ++tile)
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll

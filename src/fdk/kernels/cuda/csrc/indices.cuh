@@ -43,7 +43,7 @@ struct Unit {
     Zeros zeros;
 };
 
-__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int, int lane) {
+__device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroups groups, int index, int, int lane, int, WholeBlock) {
 #pragma unroll
     for (int i = 0; i < BITS; ++i) {
         const u32x4 v = *reinterpret_cast<const u32x4*>(stage + index * Smem::CODE_BYTES + i * 512 + lane * 16);
@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_activations(u32 (&a)[WORDS][2][4], const ch
     }
 }
 
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup) {
+__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
     const int g = lane / 4;
 #pragma unroll
     for (int token = 0; token < M; ++token) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, c
 }
 
 // A warp's sums of a block to its slot [64 rows][M tokens].
-__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float, float) {
+__device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, const char*, int lane, float, float, WholeBlock) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int token = 0; token < M; ++token)

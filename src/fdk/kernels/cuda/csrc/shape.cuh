@@ -6,7 +6,7 @@
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_X_ASYNC FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
-//   FDK_UNIFORM FDK_PAIRED FDK_INDICES, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -62,6 +62,14 @@ constexpr bool PAIRED = FDK_PAIRED;     // their sums are made and scaled two fo
 constexpr int TILES_SHARING = PAIRED && M == 1 ? 2 : 1;  // row tiles that share an accumulator
 static_assert(!PAIRED || DIGITS, "see digits.cuh");
 constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse products, see indices.cuh
+// Two clusters share a block of rows: each has ROW_WARPS - 1 of its own, and half of one behind or in front of them.
+constexpr bool HALF_BLOCKS = FDK_HALF_BLOCKS;
+static_assert(!HALF_BLOCKS || (BITS % 2 == 0 && KIND <= 3 && STEPS_PER_CTA == 1 && PHASES == 1 && BULK && !DIGITS && !INDICES && !GATED && !RESIDUAL),
+              "whole planes of codes are half a block's, in one step");
+// Row tiles of a block that a warp multiplies.
+template <int COUNT>
+struct RowTiles {};
+using WholeBlock = RowTiles<4>;
 constexpr int NT = (M + 7) / 8;         // tiles of 8 tokens
 constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a lane needs
 
@@ -196,6 +204,7 @@ struct Warp {
     int cta_unit;
     i64 first_block;
     u64 policy;
+    int half;  // of the block that it takes, or -1: all of it
 
     __device__ __forceinline__ Cursor start() const {
         return {0, first_unit, p.codes + (first_block * UNITS + cta_unit + first_unit) * Smem::UNIT_STRIDE,
@@ -220,18 +229,27 @@ struct Warp {
     __device__ __forceinline__ bool more(const Cursor& c) const {
         return STEPS_PER_CTA > 1 || PHASES > 1 ? c.step < steps : c.unit < end_unit;
     }
-    __device__ __forceinline__ void prefetch(Cursor& c, int stage, bool first = false) const {
+    template <int COUNT>
+    __device__ __forceinline__ void prefetch(Cursor& c, int stage, bool first, RowTiles<COUNT>) const {
         if (more(c)) {
             const i64 group = c.group_row + stage_group(cta_unit + c.unit);
             const u32 to = shared_address(ring) + stage * Smem::STAGE;
             // Planes that are not read lie between the units.
             constexpr int PIECES = NESTED ? STAGE_UNITS : 1, PIECE = STAGE_UNITS * Smem::CODE_BYTES / PIECES;
+            constexpr int HALF = Smem::CODE_BYTES / 2;
             if constexpr (BULK) {
                 if (UNIFORM ? elected() : lane == 0) {
                     const u32 barrier = barriers + stage * 8;
-                    barrier_expect(barrier, Smem::STAGE + (first ? Smem::SLICE_BYTES : 0));
+                    constexpr bool halved = COUNT == 2;
+                    barrier_expect(barrier, Smem::STAGE + (first ? Smem::SLICE_BYTES : 0) - (halved ? STAGE_UNITS * HALF : 0));
+                    if constexpr (halved) {
 #pragma unroll
-                    for (int i = 0; i < PIECES; ++i) copy_bulk(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE, PIECE, barrier, policy);
+                        for (int i = 0; i < STAGE_UNITS; ++i)
+                            copy_bulk(to + i * Smem::CODE_BYTES, c.codes + i * Smem::UNIT_STRIDE + half * HALF, HALF, barrier, policy);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < PIECES; ++i) copy_bulk(to + i * PIECE, c.codes + i * Smem::UNIT_STRIDE, PIECE, barrier, policy);
+                    }
                     if constexpr (!SCALES_ONCE) {
                         copy_bulk(to + Smem::SCALES, p.scales + group * 128, STAGE_GROUPS * 128, barrier, policy);
                         if constexpr (ZEROS)
@@ -270,11 +288,12 @@ struct Warp {
             if (i + 512 <= BYTES || lane * 16 < BYTES - i) copy_async(to + i + lane * 16, from + i + lane * 16, policy);
     }
     // `stage` was read and takes what comes next.
-    __device__ __forceinline__ void refill(Cursor& c, int stage) const {
+    template <int COUNT>
+    __device__ __forceinline__ void refill(Cursor& c, int stage, RowTiles<COUNT> tiles) const {
         if (!BULK || more(c)) {
             if constexpr (BULK) order_before_bulk_copies();
             __syncwarp();
-            prefetch(c, stage);
+            prefetch(c, stage, false, tiles);
         }
     }
     // Of a stage that starts at unit `unit`.
@@ -301,6 +320,11 @@ struct Rows {
     }
 };
 
+// The rows of one half of a block as those of its first two row tiles.
+__device__ __forceinline__ Rows half_of(const Rows& rows, int half) {
+    return {{half ? rows.pairs[2] : rows.pairs[0], half ? rows.pairs[3] : rows.pairs[1]}};
+}
+
 // `share`: of lanes that share accumulators, digits.cuh.
 __device__ __forceinline__ Rows load_rows(const char* from, int g, int share = 0) {
     if constexpr (TILES_SHARING > 1) {
@@ -318,6 +342,8 @@ struct ByteRows {
         return float(words[tile / 2] >> (tile % 2 * 16 + h * 8) & 0xff);
     }
 };
+
+__device__ __forceinline__ ByteRows half_of(const ByteRows& rows, int half) { return {{half ? rows.words[1] : rows.words[0]}}; }
 
 __device__ __forceinline__ auto load_zeros(const char* from, int g, int share = 0) {
     if constexpr (KIND == 2) {
