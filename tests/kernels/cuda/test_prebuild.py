@@ -7,7 +7,7 @@ from fdk import testing
 from fdk.errors import UnsupportedError
 from fdk.formats import parse
 from fdk.kernels import cuda
-from fdk.kernels.cuda import decode, decode_config, dense, jit, prebuild, prefill
+from fdk.kernels.cuda import decode, decode_config, dense, jit, prebuild, prefill, spread
 from fdk.kernels.cuda.prebuild import Product, Target
 from fdk.packing.layouts import Geometry
 
@@ -36,11 +36,22 @@ def test_what_products_load_is_what_is_compiled_ahead(monkeypatch, name, n, k, m
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "_device_facts", lambda index: target)
+    prefill_source = prefill.source
     for module in (decode, prefill):
         source = module.source
         monkeypatch.setattr(
             module, "Plan", plan(lambda w, config, source=source: source(shape_of(w), config, target.capability))
         )
+    monkeypatch.setattr(
+        spread,
+        "Plan",
+        lambda w, config: loaded.extend(
+            (
+                spread.source(target.capability),
+                prefill_source(spread.dense_shape(shape_of(w)), config, target.capability),
+            )
+        ),
+    )
     monkeypatch.setattr(dense, "Plan", plan(lambda w: dense.source(dense.variant_of(shape_of(w)), target.capability)))
     weight = testing.random_weight(parse(name), n, k, **more)
     zeros = weight.parts["zeros"].dtype if "zeros" in weight.parts else None

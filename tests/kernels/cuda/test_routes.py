@@ -15,9 +15,10 @@ def best(shape: Shape, m: int, capability: tuple[int, int] = (9, 0)) -> routes.R
 
 @pytest.mark.parametrize("capability", DEVICES)
 @pytest.mark.parametrize("n,k", SHAPES)
-@pytest.mark.parametrize("bits,served", [(1, 0), (4, 0), (8, 0), (3, 2), (8, 8)])
+@pytest.mark.parametrize("bits,served", [(1, 0), (4, 0), (8, 0), (3, 2), (8, 8), (3, -1)])
 def test_no_cliff_between_neighbours(bits: int, served: int, n: int, k: int, capability: tuple[int, int]) -> None:
-    shape = Shape(n, k, bits, 64, True, decode_config.ROUNDED if served else decode_config.TABLE, served)
+    kind = decode_config.SPARSE_INT if served < 0 else decode_config.ROUNDED if served else decode_config.TABLE
+    shape = Shape(n, k, bits, 64, True, kind, max(served, 0))
     times = {m: best(shape, m, capability).us for m in {*range(1, 200), *(int(200 * 1.1**i) for i in range(40))}}
     ordered = sorted(times)
     for m in ordered:
@@ -30,6 +31,22 @@ def test_one_token_decodes_and_everything_has_dense_weights_behind_it(n: int, k:
     assert best(shape, 1).name == "decode"
     for m in (1, 100, 8192):
         assert "dense" in {route.name for route in routes.routes(shape, m, (-(-n // 64),), 132, (8, 0))}
+
+
+def test_many_rows_of_sparse_integers_are_multiplied_as_dense_ones_on_hopper() -> None:
+    for n, k in ((4096, 4096), (8192, 8192), (20480, 5120)):
+        shape = Shape(n, k, 3, 64, True, decode_config.SPARSE_INT)
+        assert [best(shape, m).name for m in (1, 8, 64, 256, 2048)] == [
+            "decode",
+            "decode",
+            "spread",
+            "spread",
+            "spread",
+        ]
+        assert best(shape, 2048).rounds and best(shape, 2048).config.fresh
+    table = Shape(8192, 8192, 3, 64, True, decode_config.SPARSE_TABLE)
+    for other, capability in ((shape, (8, 0)), (shape, (10, 0)), (table, (9, 0))):
+        assert "spread" not in {found.name for found in routes.routes(other, 2048, (other.n // 64,), 132, capability)}
 
 
 def test_one_token_of_eight_bit_integers_takes_integer_products() -> None:

@@ -1,10 +1,10 @@
 """CUDA C++ kernels for NVIDIA GPUs from compute capability 8.0, tuned for 9.0, compiled at first use by NVRTC.
 
-routes.py   which of the three serves a product, by predicted time
+routes.py   which of the four serves a product, by predicted time
 decode.py   few rows of x (csrc/decode.cuh): launch arithmetic, launcher;  decode_config.py  what it is compiled for
             decode_choice.py  which configuration serves a product
 prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
-spread.py   many rows by 16:32 sparse integers as by dense ones (csrc/spread.cuh, then prefill); nothing chooses it yet
+spread.py   many rows by 16:32 sparse integers as by dense ones on Hopper (csrc/spread.cuh, then prefill)
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
 stream.py   the streaming floor (csrc/stream.cuh), for the benchmark
 jit.py      NVRTC and the cubin cache;  driver.py  loading and launching;  prebuild.py  what to compile ahead
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import decode, decode_config, dense, jit, prebuild, prefill, routes
+from fdk.kernels.cuda import decode, decode_config, dense, jit, prebuild, prefill, routes, spread
 from fdk.kernels.cuda.stream import stream_floor
 from fdk.packing import fragments
 from fdk.packing.layouts import Geometry
@@ -89,6 +89,7 @@ class CudaKernel:
         names = {
             "decode": "dequantises on the way, mma.sync",
             "prefill": "dequantises on the way, wgmma",
+            "spread": "spreads codes to memory, then dequantises on the way, wgmma",
             "dense": "dequantises to memory, cuBLAS",
         }
         first, *others = (
@@ -109,10 +110,11 @@ class CudaKernel:
 
     def _bind(self, weight: QuantisedWeight, m: int, possible: tuple[routes.Route, ...]) -> Call:
         route = possible[0]
-        if route.name == "dense":
-            others = next((i for i, other in enumerate(possible) if other.name != "dense"), None)
-            fallback = None if others is None else lambda: self._bind(weight, m, possible[others:])
-            return _Dense(self.dense_plan(weight), fallback)
+        if route.name in ("dense", "spread"):
+            # What rounds weights cannot stand in for what does not.
+            others = tuple(other for other in possible[1:] if other.rounds <= route.rounds)
+            fallback = (lambda: self._bind(weight, m, others)) if others else None
+            return _Scratch(self.dense_plan(weight) if route.name == "dense" else self._plan(weight, route), fallback)
         plan = self._plan(weight, route)
         if route.rows == m:
             return plan
@@ -127,7 +129,7 @@ class CudaKernel:
         key = ("cuda", route.config)
         found = weight.cache.get(key)
         if found is None:
-            module = decode if route.name == "decode" else prefill
+            module = {"decode": decode, "prefill": prefill, "spread": spread}[route.name]
             found = weight.cache[key] = module.Plan(weight, route.config)
         return found
 
@@ -197,19 +199,23 @@ class _InParts:
             plan(part, bias, out[start : start + self.rows])
 
 
-class _Dense:
-    """A product by way of dense weights: with less scratch where memory is short, else by another route."""
+class _Scratch:
+    """A product that needs scratch memory: dense weights with less of it where memory is short, else another route."""
 
-    def __init__(self, plan: dense.Plan, fallback: Callable[[], Call] | None) -> None:
+    def __init__(self, plan: dense.Plan | spread.Plan, fallback: Callable[[], Call] | None) -> None:
         self.plan, self.fallback = plan, fallback
 
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         try:
-            dense.within_memory(lambda scratch: self.plan(x, bias, out, scratch))
+            if isinstance(self.plan, dense.Plan):
+                dense.within_memory(lambda scratch: self.plan(x, bias, out, scratch))
+            else:
+                self.plan(x, bias, out)
         except torch.cuda.OutOfMemoryError:
             if self.fallback is None:
                 raise
-            _warn_of_scratch(x.device)
+            if isinstance(self.plan, dense.Plan):
+                _warn_of_scratch(x.device)
             self.fallback()(x, bias, out)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from fdk.kernels.cuda import decode, decode_choice, decode_config, dense, jit, prefill, routes
+from fdk.kernels.cuda import decode, decode_choice, decode_config, dense, jit, prefill, routes, spread
 from fdk.packing.fragments import FRAGMENTS, block_counts
 from fdk.packing.layouts import Geometry
 
@@ -58,16 +58,24 @@ def sources(products: Iterable[Product], target: Target) -> list[jit.Source]:
             continue
         shape = decode_config.shape_of(geometry, zeros)
         for route in routes.launched(shape, m, block_counts(geometry), target.sms, target.capability):
-            if route.name == "dense":
-                source = dense.source(dense.variant_of(shape), target.capability)
-            else:
-                module = decode if route.name == "decode" else prefill
-                source = module.source(shape, route.config, target.capability)
-            found[repr(source)] = source
-            if route.name == "decode" and decode.asks(shape, route.config):
-                asked = decode.source(*decode.ASKED, target.capability)
-                found[repr(asked)] = asked
+            for source in _sources(shape, route, target):
+                found[repr(source)] = source
     return list(found.values())
+
+
+def _sources(shape: decode_config.Shape, route: routes.Route, target: Target) -> Iterator[jit.Source]:
+    """What a route of a product is compiled from."""
+    if route.name == "dense":
+        yield dense.source(dense.variant_of(shape), target.capability)
+    elif route.name == "spread":
+        yield spread.source(target.capability)
+        yield prefill.source(spread.dense_shape(shape), route.config, target.capability)
+    elif route.name == "prefill":
+        yield prefill.source(shape, route.config, target.capability)
+    else:
+        yield decode.source(shape, route.config, target.capability)
+        if decode.asks(shape, route.config):
+            yield decode.source(*decode.ASKED, target.capability)
 
 
 def chain_config(product: Product, epilogue: decode_config.Epilogue, target: Target) -> decode_config.Config | None:

@@ -2,6 +2,7 @@
 
 decode   weights dequantised on the way into mma.sync, up to 64 rows of x per launch (decode.py)
 prefill  the same into wgmma, any number of rows, compute capability 9.0 (prefill.py)
+spread   of 16:32 sparse integers, codes spread to memory by their masks, then as prefill (spread.py)
 dense    weights dequantised to memory, then cuBLAS (dense.py); rounds scaled weights
 
 The constants are fits to graph replays with cold weights on an H200, 2026-11-21 (docs/findings.md): within 15 % at
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fdk.kernels.cuda import decode_choice, decode_config, prefill
+from fdk.kernels.cuda import decode_choice, decode_config, prefill, spread
 
 _SMS = 132
 
@@ -34,15 +35,20 @@ _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide product
 # the starts of both kernels.
 _DEQUANTISE_BYTES, _CUBLAS_BYTES, _CUBLAS_OPERATIONS, _DENSE_START = 3.35e6, 4.0e6, 740e6, 5.5
 
+# Spreading codes: bytes per microsecond that are read and written, and its start. Decoding with fewer warps than these
+# does not hide how masks become operands.
+_SPREAD_BYTES, _SPREAD_START = 3.75e6, 2.0
+_SPARSE_WARPS = 8
+
 
 @dataclass(frozen=True)
 class Route:
     """A way to serve a product.
 
-    name    decode, prefill or dense
+    name    decode, prefill, spread or dense
     us      predicted time in microseconds
     rows    rows of x per launch: all of them, but for decode
-    config  the configuration of decode or prefill at that many rows
+    config  the configuration of decode or prefill at that many rows; of spread, that of the product
     """
 
     name: str
@@ -53,7 +59,7 @@ class Route:
     @property
     def rounds(self) -> bool:
         """Whether scaled weights are rounded to 16 bits before they are multiplied."""
-        return self.name == "dense" or (self.name == "prefill" and self.config.rounds)
+        return self.name == "dense" or (self.name in ("prefill", "spread") and self.config.rounds)
 
 
 def _unit_clocks(shape: decode_config.Shape, digits: bool) -> float:
@@ -80,6 +86,8 @@ def decode_us(
     if config.tokens == 16 and shape.bits > 4 and not shape.nested:
         more = _SINGLE_LOOKUP_CLOCKS_16
     clocks = config.blocks * cta_units * (_unit_clocks(shape, config.digits) + more)
+    if shape.sparse:
+        clocks *= max(1.0, _SPARSE_WARPS / config.warps)
     x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
     total = m // rows * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
     if rest := m % rows:
@@ -93,6 +101,16 @@ def dense_us(shape: decode_config.Shape, m: int, sms: int = _SMS) -> float:
     moved = weights * (shape.bits / 8 + 2 / shape.group + 2) / _DEQUANTISE_BYTES
     product = max((2 * weights + 2 * m * (shape.n + shape.k)) / _CUBLAS_BYTES, 2 * m * weights / _CUBLAS_OPERATIONS)
     return (moved + product) * _SMS / sms + _DENSE_START
+
+
+def spread_us(shape: decode_config.Shape, m: int, blocks: tuple[int, ...], sms: int = _SMS) -> float | None:
+    """Predicted time of m rows of x by spread codes and prefill; None if it cannot serve them."""
+    dense = spread.dense_shape(shape)
+    product = None if dense is None else prefill.predict_us(dense, m, blocks, sms)
+    if product is None:
+        return None
+    moved = shape.n * shape.k * (shape.bits + dense.bits) / 8 / _SPREAD_BYTES
+    return moved * _SMS / sms + _SPREAD_START + product
 
 
 def rows_at_once(shape: decode_config.Shape, m: int, blocks: int, sms: int, capability: tuple[int, int]) -> int:
@@ -124,6 +142,8 @@ def routes(
         us = prefill.predict_us(shape, m, blocks, sms)
         if us is not None:
             found.append(Route("prefill", us, m, config))
+    if capability == (9, 0) and (config := spread.choose(shape, m, blocks, sms)):
+        found.append(Route("spread", spread_us(shape, m, blocks, sms), m, config))
     return tuple(sorted(found, key=lambda route: route.us))
 
 

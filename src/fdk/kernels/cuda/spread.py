@@ -19,7 +19,7 @@ from fdk.weight import QuantisedWeight
 BITS = 4
 """Of a code, dense."""
 
-_WARPS, _CTAS, _BUFFER, _WINDOW = 8, 4, 32 * 80, 1024
+_WARPS, _CTAS, _BUFFER, _WINDOW = 8, 3, 32 * 80, 1024
 
 
 def dense_shape(shape: decode_config.Shape) -> decode_config.Shape | None:

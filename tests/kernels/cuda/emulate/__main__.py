@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--sms", type=int, default=4, help="multiprocessors of the emulated GPU")
     parser.add_argument("--capability", default="9.0")
-    parser.add_argument("--route", choices=["decode", "prefill", "dense"], help="default: what dispatch chooses")
+    parser.add_argument(
+        "--route", choices=["decode", "prefill", "spread", "dense"], help="default: what dispatch chooses"
+    )
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="FIELD=VALUE", help="of the Config")
     parser.add_argument("--seeds", type=int, default=0, help="that many random schedules more")
     args = parser.parse_args()

@@ -11,7 +11,7 @@
 
 namespace fdk {
 
-constexpr int WARPS = 8, THREADS = WARPS * 32, CTAS = 4;  // of a multiprocessor
+constexpr int WARPS = 8, THREADS = WARPS * 32, CTAS = 3;  // of a multiprocessor
 constexpr int FROM_BYTES = 1536, TO_BYTES = 2048;         // of a unit
 constexpr int ROW = 80, BUFFER = 32 * ROW;                // 64 bytes of two rows, eight of which start in different banks
 
