@@ -349,7 +349,8 @@ _CLOCKS_PER_BYTE = 1.75e9 / 4.8e12
 def _beside(shape: Shape, config: Config, idle: int) -> Config:
     """`config` with a second CTA, of the next launch, beside one token's, where places that idle ones hold pay.
 
-    idle: clusters that find no work. Measured on an H200, 2026-11-22, at 4096^2 and, for tables, 8192^2.
+    idle: clusters that find no work. Measured on an H200, 2026-11-22, at 4096^2 and, for tables, 8192^2 and
+    4096 x 14336.
     """
     if idle <= 0 or config.tokens > 1 or shape.kind not in (TABLE, UINT_U8) or shape.n * shape.k < 1 << 24:
         return config
@@ -359,7 +360,7 @@ def _beside(shape: Shape, config: Config, idle: int) -> Config:
         two = replace(config, k_warps=8, stages=stages, stage_units=4, alone=False, min_ctas=2)
         # With 1500 to 5000 clocks some launches took 1.25 to 1.5 times as long.
         return replace(two, hold=_MOST_HOLD)
-    if config.min_ctas == 1:
+    if config.min_ctas == 1 and (config.alone or not config.paired or shape.kind != TABLE):
         return config
     late = config.late or (shape.kind == TABLE and shape.bits > 4)
     return replace(config, hold=hold_clocks(shape), late=late)
@@ -378,6 +379,25 @@ def _with_two_places(shape: Shape, config: Config, blocks: int) -> Config:
     if config.epilogue.gated and config.cluster == 1:
         return replace(beside, k_warps=4, row_warps=2, batch=2)
     return replace(beside, k_warps=7) if config.epilogue.residual and config.cluster == 2 else config
+
+
+def _few_stages(shape: Shape, config: Config, blocks: int, at_once: int) -> Config:
+    """`config` of one bit and one token in a chain with as few stages, and digits that a CTA makes, as pay.
+
+    blocks: of rows, in all;  at_once: clusters of four. Measured in the steps of custom-llama-4B, 12B and 31B on an
+    H200, 2026-11-22: docs/findings.md.
+    """
+    quarter = config.cluster == config.blocks == 1 and blocks % 4 == 0 and blocks // 4 <= at_once
+    k_warps = 3 if shape.units >= 256 else 2
+    if config.epilogue.residual and quarter and shape.units >= 96 and shape.allows_stage_units(4, 4 * k_warps):
+        # Four blocks of a cluster need a quarter of the activations each.
+        config = replace(config, cluster=4, blocks=4, row_warps=4, k_warps=k_warps, stage_units=4, stages=2, batch=1)
+    elif config.epilogue.squares and not config.epilogue.gated and shape.units == 96 and config.k_warps == 12:
+        config = replace(config, k_warps=8, stage_units=4, stages=1)
+    elif config.epilogue.gated and config.stage_units == 4:
+        config = replace(config, stages=1)
+    a_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
+    return replace(config, stages=min(config.stages, -(-a_warp // config.stage_units)))
 
 
 @lru_cache(maxsize=4096)
@@ -467,6 +487,8 @@ def choose_config(
     if best and chained and hopper and tokens == 1:
         # Fewer instructions; here registers decide nothing about where CTAs run.
         config = replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
+        if config.paired:
+            config = _few_stages(shape, config, blocks, clusters_at_once(sms, 4))
         return _with_two_places(shape, config, blocks) if capability == (9, 0) and sms == 132 else config
     if best and chained and best[1].warps > 12:
         # 128 registers are not enough for what the compiler then keeps, but for one bit in look-ups of eight codes.

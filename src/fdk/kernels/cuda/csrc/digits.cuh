@@ -12,32 +12,15 @@
 // FDK_PAIRED: one token's digits fill only half of the columns, so two row tiles share an accumulator, each with the
 // digits in its own half of the columns and zeros in the other. A lane then has half as many sums to scale.
 #pragma once
-#include "epilogue.cuh"
+#include "digit_columns.cuh"
+#include "digit_pairs.cuh"
 
 namespace fdk {
 
-constexpr int COLUMNS_USED = 4 * M;
-// Nested weights: bits of the fields that planes become (planes.cuh), a byte of which holds codes of rows g and g + 8.
-using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == 5, BF16>;
-constexpr int FIELD = Planes::FIELD;
-constexpr int MAX_SHIFT = SPARSE ? 0 : NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
 // A lane has the sums of row tiles LANE_TILES * share_of(lane) + 0.. and, of each, of columns 2t and 2t + 1.
 constexpr int LANE_TILES = 4 / TILES_SHARING;
 __device__ __forceinline__ int share_of(int lane) {
     return TILES_SHARING == 1 ? 0 : lane % 4 / 2;
-}
-
-// Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 8(j/2) + 2t + j%2 of
-// the unit, sparse: 16t + 4s + j with the two halves exchanged for odd t (sparse.cuh), with x scaled by 2^shift.
-struct Element {
-    int s, j, shift;
-};
-__device__ constexpr Element element(int step, int half, int byte) {
-    if (SPARSE) return {2 * step + half, byte % 3 ? 3 - byte : byte, 0};
-    if (NESTED) return {2 * (byte % 2) + step, 2 * half + byte / 2, MAX_SHIFT * (1 - step)};
-    if (BITS == 1) return {2 * step + half, byte == 0 ? 2 : byte == 1 ? 0 : byte == 2 ? 3 : 1, 2 * (2 * step + half)};
-    if (BITS == 8) return {2 * step + half, byte, 0};
-    return {2 * step + byte / 2, 2 * (byte % 2) + half, BITS * (1 - half)};
 }
 
 // Products of rows 8h + g carry this power of two.
@@ -99,177 +82,18 @@ __device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-// Columns `at`, +1, +8 and +9 of x (sparse: `at` to at + 3), from which on `from` points, as floats, zeros past K. `most`
-// becomes at least their magnitudes, as the bits of 16-bit floats: in either half of its own.
-__device__ __forceinline__ void load_columns(float (&v)[4], u32& most, const u16* from, int at) {
-    u32 pairs[2] = {};
-    if constexpr (SPARSE) {
-        if (K % 64 == 0 || at < K) {
-            const u32x2 four = load_8(from);
-            pairs[0] = four.x, pairs[1] = four.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i, at += 8, from += 8) {
-            if constexpr (K % 2 == 0) {
-                if (K % 64 == 0 || at < K) pairs[i] = load_4(from);
-            } else {
-                pairs[i] = (at < K ? load_2(from) : 0) | (at + 1 < K ? u32(load_2(from + 1)) << 16 : 0);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        v[2 * i] = low_half<BF16>(pairs[i]), v[2 * i + 1] = high_half<BF16>(pairs[i]);
-        most = larger_halves(most, pairs[i] & 0x7fff7fffu);
-    }
-}
+constexpr int BUSY_WARPS = IN_PAIRS ? Pairs::BUSY_WARPS : Columns::BUSY_WARPS;
+constexpr bool IDLE_WARPS = BUSY_WARPS < SHARE_WARPS;  // the last among those of a share
 
-constexpr int SHARE_ITEMS = SHARE_UNITS * M * 4, ITEMS = (SHARE_ITEMS + SHARE_THREADS - 1) / SHARE_THREADS;  // (token, unit, t); per thread
-constexpr int KEPT = ITEMS <= 3 ? ITEMS : 2;  // of which stay in registers
-// Warps of a share that have items. If there is one, the others need not know the largest |x|.
-constexpr int SHARE_WARPS = SHARE_THREADS / 32;
-constexpr int BUSY_WARPS = EVEN_SHARES && SHARE_ITEMS < SHARE_THREADS ? (SHARE_ITEMS + 31) / 32 : SHARE_WARPS;
-constexpr bool IDLE_WARPS = BUSY_WARPS < SHARE_WARPS;  // the last among them
-constexpr bool X_MEANWHILE = false;
-
-// 2^-shift of a token in a warp's slice of k.
-__device__ __forceinline__ float& back_of(char* smem, int token, int k_warp) {
-    return reinterpret_cast<float*>(smem + Smem::MAXIMA)[M * WARPS + token * K_WARPS + k_warp];
-}
-
-// The activations that a thread makes digits of, in items of a token's 16 columns of one t of a unit.
-struct Activations {
-    struct Item {
-        int t, unit, token, column;  // unit counted from the CTA's first
-        const u16* from;
-    };
-    Share share;
-    Item kept[KEPT];
-
-    __device__ __forceinline__ int items() const { return EVEN_SHARES ? SHARE_ITEMS : share.units * M * 4; }
-    __device__ __forceinline__ bool has(int n) const {
-        return (EVEN_SHARES && (n + 1) * SHARE_THREADS <= SHARE_ITEMS) || share.thread + n * SHARE_THREADS < items();
-    }
-    // Whether any lane of the warp has one; in terms of the warp, for the compiler to know that they agree.
-    __device__ __forceinline__ bool warp_has(int n, int warp) const {
-        const bool all = EVEN_SHARES && n * SHARE_THREADS + (SHARE_WARPS - 1) * 32 < SHARE_ITEMS;
-        return all || n * SHARE_THREADS + (OWN_X ? warp / K_WARPS : warp) * 32 < items();
-    }
-    __device__ __forceinline__ Item item(const Params& p, int first_unit, int n) const {
-        const int i = share.thread + n * SHARE_THREADS, per = EVEN_SHARES ? SHARE_UNITS : max(share.units, 1);
-        const int t = i % 4, unit = share.first + i / 4 % per, token = i / 4 / per;
-        const int column = (first_unit + unit) * 64 + t * (SPARSE ? 16 : 2);
-        return {t, unit, token, column, p.x + i64(min(token, p.m - 1)) * K + column};
-    }
-    // All but the loads, for which the kernel before has to end.
-    __device__ static __forceinline__ Activations of(const Params& p, int first_unit, int units, int warp, int lane) {
-        Activations a = {Share::of(units, warp, lane), {}};
-#pragma unroll
-        for (int n = 0; n < KEPT; ++n) {
-            a.kept[n] = a.item(p, first_unit, n);
-            if constexpr (PAIRED) keep_ahead(a.kept[n].from);
-        }
-        return a;
-    }
+template <bool IN_PAIRS>
+struct Chosen {
+    using Type = Columns;
 };
-
-// Shared memory at X: digits[unit][4*token + digit][t][16 bytes], the B operands of both steps of a lane; at SUM:
-// sum(x)[unit][token]; at MAXIMA: the largest |x| of each warp, and 2^-shift.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations& x, Norms& norms, int, int first_unit, int, int warp, int lane, const Lookup&) {
-    float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
-    u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
-    const Share& share = x.share;
-    float kept[KEPT][4][4];
-    const auto load = [&](float (&v)[4][4], const Activations::Item& item) {
-        u32 most = 0;
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const int to = SPARSE ? (s ^ item.t % 2 * 2) * 4 : s * 16;
-            load_columns(v[s], most, item.from + to, item.column + to);
-        }
-        return most;
-    };
-    u32 largest[M] = {};
-#pragma unroll
-    for (int n = 0; n < ITEMS; ++n) {
-        float loaded[4][4] = {};
-        float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
-        if (n < KEPT)
-            for (int q = 0; q < 16; ++q) v[q / 4][q % 4] = 0.f;
-        if (x.has(n)) {
-            const Activations::Item item = n < KEPT ? x.kept[n < KEPT ? n : 0] : x.item(p, first_unit, n);
-            const u32 most = load(v, item);
-#pragma unroll
-            for (int k = 0; k < M; ++k)
-                if (item.token == k) largest[k] = larger_halves(largest[k], most);
-        }
-    }
-    norms.read(p, smem, warp, lane);
-    if constexpr (FDK_LATE) let_next_kernel_start();
-    const int k_warp = OWN_X ? warp % K_WARPS : 0;
-#pragma unroll
-    for (int k = 0; k < M; ++k) {
-        largest[k] = __reduce_max_sync(0xffffffffu, max(largest[k] & 0xffffu, largest[k] >> 16));
-        largest[k] = __float_as_uint(low_half<BF16>(largest[k]));
-        if (BUSY_WARPS > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + share.thread / 32] = largest[k];
-    }
-    if constexpr (BUSY_WARPS > 1) share.sync(warp);
-    if constexpr (Norms::LATER && IDLE_WARPS) norms.finish(p, smem, warp, lane);
-    float scale[M];  // 2^shift
-#pragma unroll
-    for (int k = 0; k < M; ++k) {
-        u32 most = BUSY_WARPS > 1 ? 0 : largest[k];
-#pragma unroll
-        for (int i = 0; BUSY_WARPS > 1 && i < BUSY_WARPS; ++i) most = max(most, maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
-        const int exponent = int(most >> 23);  // biased; 255 for NaN and infinity
-        // Finite also with the shift of an element; a slice below 2^-97 has fewer digits.
-        const int biased = min(29 - MAX_SHIFT + 2 * 127 - exponent, 254 - MAX_SHIFT);
-        scale[k] = __uint_as_float(u32(biased) << 23);
-        const float back = __uint_as_float(u32(254 - biased) << 23);
-        if (share.thread == 0) back_of(smem, k, k_warp) = exponent == 255 ? __uint_as_float(0x7fc00000u) : back;
-    }
-#pragma unroll
-    for (int n = 0; n < ITEMS; ++n) {
-        if (!x.warp_has(n, warp)) break;
-        const Activations::Item item = n < KEPT ? x.kept[n < KEPT ? n : 0] : x.item(p, first_unit, n);
-        float loaded[4][4] = {};
-        float (&v)[4][4] = n < KEPT ? kept[n < KEPT ? n : 0] : loaded;
-        if (n >= KEPT && x.has(n)) load(v, item);
-        float sum = 0;
-#pragma unroll
-        for (int q = 0; q < 16; ++q) sum += v[q / 4][q % 4];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const float factor = M == 2 && item.token == 1 ? scale[M - 1] : scale[0];
-        // Half a digit added to the lower three lets them carry into the next; what remains is signed.
-        constexpr u32 HALVES = 0x00808080u;
-        u32 digits[4][4];  // [digit][2*step + half], four columns each
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            u32 w[4];
-#pragma unroll
-            for (int byte = 0; byte < 4; ++byte) {
-                const Element e = element(r / 2, r % 2, byte);
-                const float value = v[e.s][e.j], power = factor * float(1 << e.shift);
-                // The sum of a 16-bit float and HALVES loses no more than the one rounding to an integer.
-                w[byte] = PAIRED ? u32(__float2int_rn(fmaf(value, power, float(HALVES)))) : u32(__float2int_rn(value * power)) + HALVES;
-            }
-            const u32 low01 = __byte_perm(w[0], w[1], 0x5140), high01 = __byte_perm(w[0], w[1], 0x7362);
-            const u32 low23 = __byte_perm(w[2], w[3], 0x5140), high23 = __byte_perm(w[2], w[3], 0x7362);
-            digits[0][r] = __byte_perm(low01, low23, 0x5410) ^ 0x80808080u, digits[1][r] = __byte_perm(low01, low23, 0x7632) ^ 0x80808080u;
-            digits[2][r] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u, digits[3][r] = __byte_perm(high01, high23, 0x7632);
-        }
-        if (x.has(n)) {
-            if (item.t == 0) sums[item.unit * M + item.token] = sum;
-#pragma unroll
-            for (int d = 0; d < 4; ++d)
-                *reinterpret_cast<u32x4*>(smem + Smem::X + (item.unit * COLUMNS_USED + item.token * 4 + d) * 64 + item.t * 16) =
-                    u32x4{digits[d][0], digits[d][1], digits[d][2], digits[d][3]};
-        }
-    }
-    share.sync(warp);
-}
+template <>
+struct Chosen<true> {
+    using Type = Pairs;
+};
+using Activations = Chosen<IN_PAIRS>::Type;
 
 __device__ __forceinline__ void wait_for_activations(const char*, int, int, int) {}
 
