@@ -70,12 +70,18 @@ Outcome arrive(Warp& w, const Instruction& I, u32 lanes) {
 // at: predicate, barrier, its offset, parity. Lanes whose phase is not over go round their loop again.
 Outcome try_wait(Warp& w, const Instruction& I, u32 lanes) {
     u32 done = 0;
-    EACH(lanes, {
-        const CountedBarrier& barrier = counted_at(*w.cta, shared_address(w, I.at + 1, l));
-        const bool over = (barrier.phase & 1) != (get<u32>(w.r, I.at[3], l) & 1);
-        if (over) learn(w, 1u << l, barrier.told);
-        done |= u32(over) << l;
-    })
+    for (u32 open = lanes, same = 0; open; open &= ~same) {
+        const int first = __builtin_ctz(open);
+        const u32 address = shared_address(w, I.at + 1, first), parity = get<u32>(w.r, I.at[3], first) & 1;
+        same = 0;
+        EACH(open, {
+            same |= u32(shared_address(w, I.at + 1, l) == address && (get<u32>(w.r, I.at[3], l) & 1) == parity) << l;
+        })
+        const CountedBarrier& barrier = counted_at(*w.cta, address);
+        if ((barrier.phase & 1) == parity) continue;
+        learn(w, same, barrier.told);
+        done |= same;
+    }
     if (!done) return Outcome::WAIT;
     w.r[I.at[0]] = (w.r[I.at[0]] & ~lanes) | done;
     return Outcome::NEXT;

@@ -160,7 +160,7 @@ struct Cta {
     Cluster* cluster = nullptr;
     u32 index = 0, rank = 0;
     std::vector<u8> shared;
-    std::vector<Accesses> accesses;  // to its words
+    Shadow shadow;
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
     std::unordered_map<u32, CountedBarrier> counted;

@@ -158,20 +158,16 @@ Outcome wgmma(Warp& w, const Instruction& I, u32 lanes) {
     const u32 start = (descriptor & 0x3fff) << 4, atom = (descriptor >> 32 & 0x3fff) << 4;
     const bool keep = w.r[a[5]] >> lane & 1;
     const Tile tile = operand_a<Half>(w, a);
+    Operand operand = {std::vector<u8>(32 * columns), start, atom, w.product_batch};
     for (int first = 0; first < columns; first += 8) {
         float b[16][8];
         for (int n = 0; n < 8; ++n) {
             u16 row[16];
             read_swizzled(w, start, atom, first + n, row);
+            std::memcpy(&operand.seen[32 * (first + n)], row, 32);
             for (int k = 0; k < 16; ++k) b[k][n] = Half::widen(row[k]);
         }
         multiply_add(w, d + first / 2, d + first / 2, tile, b, keep);
-    }
-    Operand operand = {{}, start, atom, w.product_batch};
-    for (int n = 0; n < columns; ++n) {
-        u16 row[16];
-        read_swizzled(w, start, atom, n, row);
-        operand.seen.insert(operand.seen.end(), reinterpret_cast<u8*>(row), reinterpret_cast<u8*>(row + 16));
     }
     w.products.push_back(std::move(operand));
     return Outcome::NEXT;

@@ -9,59 +9,96 @@ void join(Clock& to, const Clock& from) {
     for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
+bool covers(const Clock& clock, const Clock& other) {
+    if (clock.size() < other.size()) return false;
+    for (size_t i = 0; i < other.size(); ++i)
+        if (clock[i] < other[i]) return false;
+    return true;
+}
+
+bool told(const Clock& clock, const Access& access, u32 thread) {
+    const size_t i = access.warp * THREADS + thread;
+    return i < clock.size() && clock[i] >= access.time;
+}
+
 bool knows(const Warp& w, int lane, const Access& access) {
-    const bool own = access.warp == w.knowledge.warp;
-    if (own && access.lanes <= ALL && access.time <= w.knowledge.together) return true;
+    if (access.time == 0) return true;
     const Clock& clock = *w.knowledge.lanes[lane];
-    for (u64 left = access.lanes; left; left &= left - 1) {
-        const u32 thread = __builtin_ctzll(left);
-        if (own && int(thread) == lane) continue;
-        const size_t i = access.warp * THREADS + thread;
-        if (i >= clock.size() || clock[i] < access.time) return false;
+    if (access.lanes == 0) return told(clock, access, ENGINE);
+    u32 others = access.lanes;
+    if (access.warp == w.knowledge.warp) {
+        if (access.time <= w.knowledge.together) return true;
+        others &= ~(1u << lane);
     }
+    for (; others; others &= others - 1)
+        if (!told(clock, access, __builtin_ctz(others))) return false;
+    return true;
+}
+
+bool knows_write(Warp& w, int lane, const Access& write) {
+    Access& known = w.knowledge.known[lane];
+    if (write == known) return true;
+    if (!knows(w, lane, write)) return false;
+    known = write;
     return true;
 }
 
 [[noreturn]] void race(int lane, u32 at, bool write, const Access& earlier, bool written) {
-    throw Fault(text("a race: lane %d %s shared address %#x, which <pc %u> of warp %u (lanes %#llx) has %s with nothing "
-                     "that orders them",
-                     lane, write ? "writes" : "reads", at, earlier.pc, earlier.warp, (unsigned long long)earlier.lanes,
+    const std::string who = earlier.lanes ? text("lanes %#x", earlier.lanes) : "a copy";
+    throw Fault(text("a race: lane %d %s shared address %#x, which <pc %u> of warp %u (%s) has %s with nothing that orders them",
+                     lane, write ? "writes" : "reads", at, earlier.pc, earlier.warp, who.c_str(),
                      written ? "written" : "read"));
 }
 
 template <class Body>
 void each_word(Cta& owner, u32 at, u32 bytes, Body body) {
     const u32 base = owner.cluster->machine->launch.shared_base;
-    for (u32 word = at / 4; word <= (at + bytes - 1) / 4; ++word) body(owner.accesses[word - base / 4], word * 4);
+    for (u32 word = at / 4; word <= (at + bytes - 1) / 4; ++word) body(owner.shadow.words[word - base / 4], word * 4);
 }
 
-void write_word(Warp& w, int lane, Accesses& word, u32 at, const Access& access) {
-    if (!knows(w, lane, word.write)) race(lane, at, true, word.write, true);
-    for (const Access& read : word.reads)
+void add_read(Shadow& shadow, u32& list, const Access& access) {
+    u32 place = shadow.unused;
+    if (place) {
+        shadow.unused = shadow.reads[place - 1].next;
+    } else {
+        shadow.reads.emplace_back();
+        place = u32(shadow.reads.size());
+    }
+    shadow.reads[place - 1] = {access, list};
+    list = place;
+}
+
+void remove_read(Shadow& shadow, u32& link) {
+    const u32 place = link;
+    link = shadow.reads[place - 1].next;
+    shadow.reads[place - 1].next = shadow.unused;
+    shadow.unused = place;
+}
+
+void write_word(Warp& w, int lane, Shadow& shadow, Accesses& word, u32 at, const Access& access) {
+    if (!knows_write(w, lane, word.write)) race(lane, at, true, word.write, true);
+    while (word.reads) {
+        const Access& read = shadow.reads[word.reads - 1].access;
         if (!knows(w, lane, read)) race(lane, at, true, read, false);
-    word.reads.clear();
+        remove_read(shadow, word.reads);
+    }
     word.write = access;
 }
 
-void read_word(Warp& w, int lane, Accesses& word, u32 at) {
-    if (!knows(w, lane, word.write)) race(lane, at, false, word.write, true);
+void read_word(Warp& w, int lane, Shadow& shadow, Accesses& word, u32 at) {
     const Knowledge& own = w.knowledge;
-    const u64 bit = u64(1) << lane;
-    bool found = false;
-    for (size_t i = 0; i < word.reads.size();) {
-        Access& read = word.reads[i];
-        if (read.warp != own.warp) {
-            ++i;
-        } else if (read.time == own.time) {
-            read.lanes |= bit, found = true, ++i;
-        } else if (read.lanes &= ~bit; read.lanes) {
-            ++i;
-        } else {
-            read = word.reads.back();
-            word.reads.pop_back();
-        }
+    const u32 bit = 1u << lane;
+    // Who knows a read of this warp knows all of its lanes up to where they last met, so it takes the place of such a one.
+    Access* place = nullptr;
+    for (u32 next = word.reads; next && !place; next = shadow.reads[next - 1].next) {
+        Access& read = shadow.reads[next - 1].access;
+        if (read.warp == own.warp && (read.time == own.time || read.time <= own.together)) place = &read;
     }
-    if (!found) word.reads.push_back({own.warp, own.time, machine_of(w).running_pc, bit});
+    if (place && place->time == own.time && place->lanes & bit) return;
+    if (!knows_write(w, lane, word.write)) race(lane, at, false, word.write, true);
+    if (place && place->time == own.time) place->lanes |= bit;
+    else if (place) *place = {own.warp, own.time, machine_of(w).running_pc, bit};
+    else add_read(shadow, word.reads, {own.warp, own.time, machine_of(w).running_pc, bit});
 }
 
 bool watched(Warp& w) { return machine_of(w).launch.races; }
@@ -75,17 +112,17 @@ void Told::pass() {
 
 void observe(Warp& w, int lane, Cta& owner, u32 at, u32 bytes, bool write) {
     if (!watched(w)) return;
-    const Access access = {w.knowledge.warp, w.knowledge.time, machine_of(w).running_pc, u64(1) << lane};
+    const Access access = {w.knowledge.warp, w.knowledge.time, machine_of(w).running_pc, 1u << lane};
     each_word(owner, at, bytes, [&](Accesses& word, u32 address) {
-        if (write) write_word(w, lane, word, address, access);
-        else read_word(w, lane, word, address);
+        if (write) write_word(w, lane, owner.shadow, word, address, access);
+        else read_word(w, lane, owner.shadow, word, address);
     });
 }
 
 u32 observe_copy(Warp& w, int lane, Cta& owner, u32 at, u32 bytes) {
     if (!watched(w) || bytes == 0) return 0;
-    const Access access = {w.knowledge.warp, ++w.knowledge.copies, machine_of(w).running_pc, u64(1) << ENGINE};
-    each_word(owner, at, bytes, [&](Accesses& word, u32 address) { write_word(w, lane, word, address, access); });
+    const Access access = {w.knowledge.warp, ++w.knowledge.copies, machine_of(w).running_pc, 0};
+    each_word(owner, at, bytes, [&](Accesses& word, u32 address) { write_word(w, lane, owner.shadow, word, address, access); });
     return access.time;
 }
 
@@ -131,6 +168,7 @@ void learn(Warp& w, u32 lanes, const Told& barrier) {
     std::shared_ptr<const Clock> before, after;
     for (u32 left = lanes; left; left &= left - 1) {
         auto& clock = own.lanes[__builtin_ctz(left)];
+        if (covers(*clock, barrier.passed)) continue;
         if (!after || clock != before) {
             Clock joined = *clock;
             join(joined, barrier.passed);

@@ -18,12 +18,21 @@ using Clock = std::vector<u32>;  // of the threads of a cluster, THREADS of each
 constexpr u32 ENGINE = 32, THREADS = 33;
 
 struct Access {
-    u32 warp = 0, time = 0, pc = 0;
-    u64 lanes = 0;
+    u32 warp = 0, time = 0, pc = 0, lanes = 0;  // time 0: none; lanes 0: a copy of the warp
+    bool operator==(const Access& other) const { return warp == other.warp && time == other.time && lanes == other.lanes; }
 };
 struct Accesses {  // since which none is of interest: the last write of a word, and the reads behind it
     Access write;
-    std::vector<Access> reads;
+    u32 reads = 0;
+};
+struct Read {
+    Access access;
+    u32 next = 0;
+};
+struct Shadow {  // of a CTA's shared memory; reads are lists in one array, by 1 + index
+    std::vector<Accesses> words;
+    std::vector<Read> reads;
+    u32 unused = 0;
 };
 
 // What a barrier is told, and what it tells.
@@ -35,6 +44,7 @@ struct Told {
 struct Knowledge {  // of a warp's lanes
     u32 warp = 0, time = 1, together = 0, copies = 0;
     std::shared_ptr<const Clock> lanes[32];
+    Access known[32];  // the last write that a lane was found to know: what it has been told once, it knows
 };
 
 void observe(Warp& w, int lane, Cta& owner, u32 at, u32 bytes, bool write);
