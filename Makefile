@@ -28,7 +28,7 @@ help:
 
 # Processes share the tests. Each has two threads, so that what threads share is tested, and those that wait leave the core
 # to others: threads that spin while other processes work make some tests twenty times slower.
-SPREAD := -n logical --maxprocesses 8 --dist loadgroup
+SPREAD := -n logical --maxprocesses 8 --dist loadscope
 test check: export OMP_NUM_THREADS ?= 2
 test check: export OMP_WAIT_POLICY ?= passive
 

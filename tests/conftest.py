@@ -16,6 +16,14 @@ import pytest
 import torch
 
 PART = os.environ.get("FDK_TEST_PART")
+TOGETHER = (
+    "tests/integrations/test_memory.py",
+    "tests/models/test_tiny.py",
+    "tests/packaging/test_install.py",
+    "tests/kernels/cpu/test_kernels.py",
+    "tests/kernels/test_contract.py",
+)
+"""Files that one process runs: their tests share what takes long to make, or are thousands that take no time."""
 _SAME = ("device", "driver", "versions", "commit", "dirty")
 
 
@@ -55,6 +63,20 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         # What takes long comes first, so that no process ends with it alone.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        """Large scopes first, which are the files of TOGETHER; every other test by itself, in order."""
+
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return OneByOne(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

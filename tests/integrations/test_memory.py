@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("memory"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which only Linux has"),
 ]
 

@@ -10,7 +10,7 @@ from torch import nn
 import fdk
 from fdk.models import QuantisationConfig, quantise, tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tiny")]
+pytestmark = pytest.mark.slow
 
 WIDTHS = (8, 4, 3, 2, 1)
 

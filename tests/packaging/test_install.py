@@ -24,7 +24,6 @@ NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", ".*", "
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("install"),
     pytest.mark.skipif(sys.platform != "linux", reason="tells environments apart by PATH and .so, as on Linux"),
 ]
 

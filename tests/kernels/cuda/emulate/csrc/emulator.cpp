@@ -77,7 +77,7 @@ void start_cluster(Machine& machine, u32 index) {
         auto cta = std::make_unique<Cta>();
         cta->cluster = cluster.get(), cta->rank = rank, cta->index = index * launch.cluster + rank;
         cta->shared.assign(launch.shared_bytes, 0xff);
-        if (launch.races) cta->shadow.words.resize((launch.shared_bytes + 3) / 4);
+        if (launch.races) cta->shadow.cover(launch.shared_bytes);
         cta->warps_left = warps;
         cta->warps.resize(warps);
         for (u32 i = 0; i < warps; ++i) {

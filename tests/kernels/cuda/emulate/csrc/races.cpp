@@ -45,15 +45,10 @@ bool knows_write(Warp& w, int lane, const Access& write) {
 
 [[noreturn]] void race(int lane, u32 at, bool write, const Access& earlier, bool written) {
     const std::string who = earlier.lanes ? text("lanes %#x", earlier.lanes) : "a copy";
-    throw Fault(text("a race: lane %d %s shared address %#x, which <pc %u> of warp %u (%s) has %s with nothing that orders them",
+    throw Fault(text("a race: lane %d %s shared address %#x, which <pc %u> of warp %u (%s) has %s with nothing "
+                     "that orders them",
                      lane, write ? "writes" : "reads", at, earlier.pc, earlier.warp, who.c_str(),
                      written ? "written" : "read"));
-}
-
-template <class Body>
-void each_word(Cta& owner, u32 at, u32 bytes, Body body) {
-    const u32 base = owner.cluster->machine->launch.shared_base;
-    for (u32 word = at / 4; word <= (at + bytes - 1) / 4; ++word) body(owner.shadow.words[word - base / 4], word * 4);
 }
 
 void add_read(Shadow& shadow, u32& list, const Access& access) {
@@ -73,6 +68,36 @@ void remove_read(Shadow& shadow, u32& link) {
     link = shadow.reads[place - 1].next;
     shadow.reads[place - 1].next = shadow.unused;
     shadow.unused = place;
+}
+
+void tell_apart(Shadow& shadow, Accesses* words) {
+    for (int i = 1; i < 4; ++i) {
+        words[i].write = words[0].write;
+        for (u32 next = words[0].reads; next; next = shadow.reads[next - 1].next) {
+            const Access read = shadow.reads[next - 1].access;
+            add_read(shadow, words[i].reads, read);
+        }
+    }
+}
+
+// The words of an access, or one for each four of them that have always been accessed together.
+template <class Body>
+void each_word(Cta& owner, u32 at, u32 bytes, bool write, Body body) {
+    const u32 base = owner.cluster->machine->launch.shared_base, end = at + bytes;
+    Shadow& shadow = owner.shadow;
+    for (u32 first = at & ~15u; first < end; first += 16) {
+        const u32 four = (first - base) / 16;
+        Accesses* const words = &shadow.words[4 * four];
+        const bool all = at <= first && first + 16 <= end;
+        if (all && shadow.alike[four]) {
+            body(words[0], first);
+            continue;
+        }
+        if (shadow.alike[four]) tell_apart(shadow, words);
+        for (u32 i = 0, word = first; i < 4; ++i, word += 4)
+            if (word + 4 > at && word < end) body(words[i], word);
+        shadow.alike[four] = all && write;
+    }
 }
 
 void write_word(Warp& w, int lane, Shadow& shadow, Accesses& word, u32 at, const Access& access) {
@@ -113,7 +138,7 @@ void Told::pass() {
 void observe(Warp& w, int lane, Cta& owner, u32 at, u32 bytes, bool write) {
     if (!watched(w)) return;
     const Access access = {w.knowledge.warp, w.knowledge.time, machine_of(w).running_pc, 1u << lane};
-    each_word(owner, at, bytes, [&](Accesses& word, u32 address) {
+    each_word(owner, at, bytes, write, [&](Accesses& word, u32 address) {
         if (write) write_word(w, lane, owner.shadow, word, address, access);
         else read_word(w, lane, owner.shadow, word, address);
     });
@@ -122,7 +147,8 @@ void observe(Warp& w, int lane, Cta& owner, u32 at, u32 bytes, bool write) {
 u32 observe_copy(Warp& w, int lane, Cta& owner, u32 at, u32 bytes) {
     if (!watched(w) || bytes == 0) return 0;
     const Access access = {w.knowledge.warp, ++w.knowledge.copies, machine_of(w).running_pc, 0};
-    each_word(owner, at, bytes, [&](Accesses& word, u32 address) { write_word(w, lane, owner.shadow, word, address, access); });
+    each_word(owner, at, bytes, true,
+              [&](Accesses& word, u32 address) { write_word(w, lane, owner.shadow, word, address, access); });
     return access.time;
 }
 

@@ -31,8 +31,10 @@ struct Read {
 };
 struct Shadow {  // of a CTA's shared memory; reads are lists in one array, by 1 + index
     std::vector<Accesses> words;
+    std::vector<u8> alike;  // of each four words whether the first stands for all of them
     std::vector<Read> reads;
     u32 unused = 0;
+    void cover(u32 bytes) { alike.assign((bytes + 15) / 16, 1), words.resize(alike.size() * 4); }
 };
 
 // What a barrier is told, and what it tells.
