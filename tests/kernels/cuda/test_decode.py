@@ -69,23 +69,17 @@ def test_activations_arrive_in_chunks_phases_and_slices(where: str, name: str, m
         decode_choice.choose_config(shape, m, 5, 132), stage_units=1, stages=2, batch=1, min_ctas=1, digits=False
     )
     x = inputs(where, m, k)
-    for cluster, k_warps, row_warps, phases, chunks, x_async in (
-        (2, 4, 1, 1, 4, False),
-        (2, 2, 2, 1, 2, True),
-        (2, 2, 2, 1, 2, False),
-        (2, 4, 2, 4, 2, False),
-        (2, 8, 1, 2, 1, True),
-        (2, 8, 1, 2, 1, False),
-        (1, 16, 1, 4, 1, False),
-        (4, 1, 5, 8, 2, False),
+    for cluster, k_warps, row_warps, phases, chunks in (
+        (2, 4, 1, 1, 4),
+        (2, 2, 2, 1, 2),
+        (2, 4, 2, 4, 2),
+        (2, 8, 1, 2, 1),
+        (1, 16, 1, 4, 1),
+        (4, 1, 5, 8, 2),
     ):
-        if x_async and m < 8:
-            continue
         blocks = row_warps if phases > 1 else 2 * row_warps
         config = replace(
-            base,
-            **{"cluster": cluster, "k_warps": k_warps, "row_warps": row_warps, "phases": phases},
-            **{"x_chunks": chunks, "x_async": x_async, "blocks": blocks},
+            base, cluster=cluster, k_warps=k_warps, row_warps=row_warps, phases=phases, x_chunks=chunks, blocks=blocks
         )
         plan = decode.Plan(weight, config)
         wrong = testing.check_product(lambda x, w, b, out, plan=plan: plan(x, b, out), x, weight, None, False)

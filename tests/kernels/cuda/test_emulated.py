@@ -128,13 +128,10 @@ OPTIONS = [
     ("uint1_g64", config(32, 1, 4, 1, 1, x_sums=True)),
     ("lut1_g64", config(16, 2, 4, 2, 2, x_sums=True, x_chunks=2)),
     ("lut1_g64", config(16, 2, 2, 2, 2, octets=True, x_chunks=2)),
-    ("lut4_g64", config(8, 2, 4, 2, 2, x_async=True, uniform=True)),
-    ("lut1_g64", config(16, 2, 2, 2, 4, x_async=True, x_chunks=2, stages=2)),
-    ("lut3_g64", config(16, 2, 2, 2, 2, x_async=True, phases=2)),
-    ("uint4_g64", config(8, 1, 3, 5, 5, x_async=True)),
+    ("lut1_g64", config(8, 2, 2, 2, 2, x_sums=True, x_chunks=4)),
     ("lut4_g64", config(8, 2, 2, 3, 3, half_blocks=True, stage_units=2, uniform=True)),
     ("lut8_g64", config(16, 1, 4, 2, 2, half_blocks=True, wide=True)),
-    ("uint2_g128", config(8, 2, 2, 2, 2, half_blocks=True, stages=2, x_async=True)),
+    ("uint2_g128", config(8, 2, 2, 2, 2, half_blocks=True, stages=2)),
     ("int1_g64", config(8, 1, 4, 1, 1, octets=True, stages=2)),
     ("lut1_g16", config(32, 1, 4, 2, 2, octets=True)),
     ("lut1_chan", config(1, 2, 4, 1, 2, octets=True, batch=2)),
@@ -247,6 +244,12 @@ CHOSEN = [
     "uint2_g64 4096 4096 4",
     "lut4_g64 8192 8192 4",
     "lut2_g64 28672 8192 8",
+    "lut4_g64 28672 8192 8",
+    "lut8_g64 28672 8192 8",
+    "lut1_g64 8192 8192 8",
+    "lut4_g64 14336 4096 8",
+    "lut8_g64 14336 4096 16",
+    "lut1_g64 14336 4096 16",
 ]
 
 
@@ -311,7 +314,6 @@ def test_dense_weights(name: str) -> None:
 # Configuration, file, text and what takes its place: each must be noticed under at least one schedule.
 SELECTED = config(1, 1, 4, 1, 1, indices=True, stage_units=2)
 ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
-LANES = config(8, 1, 2, 2, 2, stages=2, x_async=True)
 TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
 CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
 SLICED = prefill.Config(64, 2, 4, split=2, rounds=True)
@@ -332,12 +334,6 @@ FAULTS = {
         "first_unit = (units * k_warp - 1) / K_WARPS;",
     ),
     "no wait for the kernel in front": (ALONE, "decode.cuh", "    wait_for_previous_kernel();\n", ""),
-    "lanes' activations are said to be there": (
-        LANES,
-        "activations.cuh",
-        "barrier_arrive_behind_copies(barrier);",
-        "barrier_expect(barrier, 0);",
-    ),
     "no wait for the cluster": (
         CLUSTERED,
         "decode.cuh",
@@ -356,13 +352,24 @@ FAULTS = {
     "no scales behind the first stage": (
         replace(ALONE, scales_once=True),
         "decode.cuh",
-        "w.prefetch(ahead, stage, stage == 0);",
-        "w.prefetch(ahead, stage, false);",
+        "w.prefetch(ahead, stage, stage == 0, WholeBlock{});",
+        "w.prefetch(ahead, stage, false, WholeBlock{});",
     ),
     "the neighbour's index": (SELECTED, "indices.cuh", "32 - 7);", "32 - 5);"),
     "the scales of another unit": (SELECTED, "indices.cuh", "lane % SLOTS * 64", "(lane + 1) % SLOTS * 64"),
     "another lane's table values": (SELECTED, "indices.cuh", "t / 2 != g % 2 ? 0", "t / 2 == g % 2 ? 0"),
-    "rows past the end": (CLUSTERED, "epilogue.cuh", "written && n < (GATED ? N / 2 : range.end_row)", "written"),
+    "rows past the end": (
+        CLUSTERED,
+        "epilogue.cuh",
+        "written && !others && n < (GATED ? N / 2 : range.end_row)",
+        "written",
+    ),
+    "rows of the cluster that shares a block": (
+        config(8, 2, 2, 2, 2, half_blocks=True),
+        "epilogue.cuh",
+        "written && !others",
+        "written",
+    ),
     "no barrier of a warp before a refill": (
         ALONE,
         "shape.cuh",
@@ -454,7 +461,7 @@ def noticed(chosen: decode_config.Config | prefill.Config, schedule: Schedule) -
             return True
 
 
-@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, LANES, TURNS, CUT, SLICED, SELECTED])
+@pytest.mark.parametrize("chosen", [ALONE, CLUSTERED, TURNS, CUT, SLICED, SELECTED])
 def test_without_a_fault_nothing_is_noticed(chosen) -> None:
     assert not any(noticed(chosen, schedule) for schedule in (*SCHEDULES, *MORE))
 

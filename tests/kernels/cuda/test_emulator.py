@@ -206,34 +206,6 @@ st.global.u32 [%rd3], %r5;
     assert run(copied(""), list(range(32)), schedule=unwatched) != list(range(1, 33))
 
 
-def test_a_barrier_waits_for_copies_of_the_threads_that_arrive_behind_them() -> None:
-    def copied(arrival: str) -> str:
-        return f"""
-mov.u32 %r2, 512;
-setp.ne.u32 %p1, %r1, 0;
-@%p1 bra $JOIN;
-mbarrier.init.shared::cta.b64 [%r2], 32;
-$JOIN: bar.warp.sync -1;
-shl.b32 %r3, %r1, 4;
-cp.async.ca.shared.global [%r3], [%rd3], 4;
-{arrival}.shared::cta.b64 [%r2];
-$AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;
-@!%p2 bra $AGAIN;
-xor.b32 %r4, %r3, 256;
-ld.shared.u32 %r5, [%r4];
-st.global.u32 [%rd3], %r5;
-cp.async.wait_all;
-"""
-
-    for copies in ("at once", "late", "random"):
-        schedule = Schedule("forward", copies)
-        arrived = copied("cp.async.mbarrier.arrive.noinc")
-        assert run(arrived, list(range(32)), schedule=schedule) == [i ^ 16 for i in range(32)]
-    at_once = copied("mbarrier.arrive").replace(".b64 [%r2];\n$AGAIN", ".b64 _, [%r2];\n$AGAIN")
-    late = Schedule("forward", "late", races=False)
-    assert run(at_once, list(range(32)), schedule=late) != [i ^ 16 for i in range(32)]
-
-
 def test_what_an_arrival_tells_is_what_its_thread_knows() -> None:
     # Lane 31 arrives for what all lanes of warp 1 have read, and warp 0, which waits, writes there.
     def given_back(barrier: str) -> str:

@@ -75,6 +75,32 @@ def test_sums_and_scales_come_as_measured_to_win(kind, bits, n, k, m, sums, once
     assert config.bulk == (kind != decode_config.SPARSE_INT)
 
 
+@pytest.mark.parametrize(
+    "bits,n,k,m,warps,ring,chunks,wide,half_blocks",
+    [
+        (1, 8192, 8192, 8, (8, 2), (1, 2), 4, False, False),
+        (4, 8192, 8192, 8, (4, 2), (1, 2), 4, True, False),
+        (4, 28672, 8192, 8, (2, 7), (2, 1), 4, True, False),
+        (8, 28672, 8192, 8, (2, 7), (1, 1), 4, True, False),
+        (4, 4096, 14336, 8, (8, 1), (1, 2), 1, False, False),
+        (4, 12288, 4096, 8, (4, 3), (1, 2), 1, False, False),
+        (2, 14336, 4096, 8, (2, 4), (1, 2), 1, True, True),
+        (4, 14336, 4096, 8, (2, 4), (1, 2), 1, True, True),
+        (3, 14336, 4096, 8, (2, 4), (1, 2), 1, False, False),
+        (8, 14336, 4096, 8, (2, 4), (1, 1), 1, False, True),
+        (8, 14336, 4096, 16, (4, 4), (1, 1), 2, True, True),
+        (1, 14336, 4096, 16, (2, 4), (1, 4), 4, False, False),
+        (4, 16384, 4096, 8, (2, 4), (1, 2), 1, True, False),
+    ],
+)
+def test_eight_and_sixteen_tokens_as_measured_to_win(bits, n, k, m, warps, ring, chunks, wide, half_blocks) -> None:
+    config = decode_choice.choose_config(Shape(n, k, bits, 64, True, decode_config.TABLE), m, n // 64, 132)
+    assert (config.k_warps, config.row_warps) == warps and (config.stages, config.stage_units) == ring
+    assert (config.x_chunks, config.wide, config.half_blocks) == (chunks, wide, half_blocks) and config.uniform
+    # A launch has a place on a multiprocessor for each of its CTAs.
+    assert config.clusters(n // 64) * config.cluster <= 132
+
+
 @pytest.mark.parametrize("kind", [decode_config.UINT_U8, decode_config.UINT_FLOAT])
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
 @pytest.mark.parametrize("n,k", SHAPES[:5])

@@ -43,8 +43,6 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
-ONE_UNIT = {"uniform": True, "stage_units": 1, "stages": 2}
-
 SETS: dict[str, Named] = {
     "uniform": Named(
         "One and eight tokens: what do fewer instructions a copy save, and one bit by look-ups of eight codes?",
@@ -75,105 +73,23 @@ SETS: dict[str, Named] = {
         ),
     ),
     "eight": Named(
-        "Eight and sixteen tokens: do activations wait in the copy engine's queue, or are they too many bytes?",
-        50,
+        "Eight tokens: activations in pieces, 12 warps and half blocks at sizes between those measured?",
+        60,
         (
+            Trial(problems("decode", "lut1_g64", "4096x4096", "8"), ({"x_chunks": 2},)),
+            Trial(problems("decode", "lut1_g64", "4096x14336", "8"), ({"x_chunks": 7},)),
+            Trial(problems("decode", "lut1_g64", "14336x4096", "8"), ({"x_chunks": 2}, {"x_chunks": 4})),
+            Trial(problems("decode", "lut1_g64", "28672x8192", "8"), ({"x_sums": True, "x_chunks": 4},)),
+            Trial(problems("decode", "lut2_g64 lut3_g64 lut8_g64", "8192x8192", "8"), ({"x_chunks": 1},)),
             Trial(
-                problems("decode", "lut4_g64 lut1_g64", "8192x8192", "8"),
-                (
-                    *({"x_chunks": 2}, {"x_chunks": 4}, {"x_async": True}),
-                    *each({"x_chunks": 2}, {"x_chunks": 4}, x_async=True),
-                ),
+                problems("decode", "lut3_g64", "28672x8192", "8"),
+                ({"x_chunks": 1}, {"uniform": True, "stage_units": 1, "stages": 2}),
             ),
-            Trial(
-                problems("decode", "lut4_g64", "4096x4096", "8"),
-                ({"x_chunks": 2}, {"x_async": True}, {"x_async": True, "x_chunks": 2}),
-            ),
-            Trial(
-                problems("decode", "lut4_g64", "14336x4096", "8"),
-                (
-                    *({"x_chunks": 4}, {"x_async": True}, {"x_async": True, "x_chunks": 4}),
-                    *each({}, {"x_async": True, "x_chunks": 4}, stages=2),
-                ),
-            ),
-            Trial(problems("decode", "lut4_g64", "12288x4096", "8"), ({"k_warps": 4}, {"k_warps": 4, "wide": True})),
-            Trial(problems("decode", "lut4_g64", "16384x4096", "8"), ({"x_chunks": 4, "x_async": True},)),
-            Trial(
-                problems("decode", "lut4_g64", "4096x14336", "8"),
-                ({"x_chunks": 7}, {"x_async": True}, {"x_async": True, "x_chunks": 7}),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "8192x8192", "16"),
-                ({"x_async": True}, {"x_chunks": 8}, {"x_async": True, "x_chunks": 8}),
-            ),
-            Trial(problems("decode", "lut4_g64", "4096x14336", "16"), ({"x_async": True},)),
-            Trial(
-                problems("decode", "lut1_g64", "14336x4096", "16"),
-                each({}, {"x_async": True}, k_warps=2, stages=1, stage_units=4, x_chunks=4),
-            ),
-        ),
-    ),
-    "eight-warps": Named(
-        "Eight tokens: twice as many warps of as many units, and two CTAs, where no registers are spilled?",
-        30,
-        (
-            Trial(
-                problems("decode", "lut3_g64", "8192x8192", "8"),
-                (
-                    *({"k_warps": 8}, {"k_warps": 8, "x_async": True, "x_chunks": 2}),
-                    *each({"hold": 4000}, {"hold": 8000}, min_ctas=2),
-                ),
-            ),
-            Trial(
-                problems("decode", "lut3_g64", "14336x4096", "8"),
-                ({"k_warps": 4}, {"k_warps": 4, "x_async": True, "x_chunks": 2}, {"min_ctas": 2, "hold": 4000}),
-            ),
-            Trial(
-                problems("decode", "lut2_g64", "8192x8192", "8"),
-                each({}, {"x_async": True, "x_chunks": 2}, k_warps=8, wide=False),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "14336x4096", "8"),
-                ({"x_async": True, "x_chunks": 4}, {"k_warps": 4}, {"k_warps": 4, "x_async": True, "x_chunks": 2}),
-            ),
-        ),
-    ),
-    "halves": Named(
-        "Three and a half blocks of rows for each pair of CTAs, not four for some and none for others?",
-        20,
-        (
-            Trial(
-                problems("decode", "lut4_g64", "14336x4096", "8"),
-                each({}, {"x_async": True, "x_chunks": 4}, {"wide": False}, half_blocks=True),
-            ),
-            Trial(problems("decode", "lut8_g64", "14336x4096", "8 16"), ({"half_blocks": True},)),
-            Trial(problems("decode", "lut2_g64", "14336x4096", "8"), ({"half_blocks": True},)),
-            Trial(
-                problems("decode", "lut4_g64", "14336x4096", "1"),
-                each(
-                    {},
-                    {"half_blocks": True},
-                    {"half_blocks": True, "uniform": True},
-                    **{"cluster": 2, "blocks": 4, "row_warps": 4, "k_warps": 4, "batch": 1},
-                ),
-            ),
-        ),
-    ),
-    "eight-rings": Named(
-        "Eight tokens at 28672 x 8192: other rings of 14 warps, a wide table, and activations as in the set eight?",
-        25,
-        (
-            Trial(
-                problems("decode", "lut4_g64", "28672x8192", "8"),
-                (
-                    *({"x_async": True}, ONE_UNIT, {**ONE_UNIT, "stages": 3}),
-                    *each({}, {"x_chunks": 4}, {"x_chunks": 4, "x_async": True}, wide=True, **ONE_UNIT),
-                ),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "28672x8192", "8"),
-                each({}, {"x_chunks": 4}, {"x_async": True, "x_chunks": 4}, uniform=True, stages=1, wide=True),
-            ),
+            Trial(problems("decode", "lut2_g64", "28672x8192", "8"), ({"x_chunks": 1},)),
+            Trial(problems("decode", "lut2_g64 lut3_g64 lut8_g64", "12288x4096", "8"), ({"k_warps": 4},)),
+            Trial(problems("decode", "lut4_g64", "10240x4096 18944x3584 22528x3072", "8"), ({"half_blocks": True},)),
+            Trial(problems("decode", "lut8_g64", "14336x4096", "8"), ({"wide": True},)),
+            Trial(problems("decode", "lut3_g64", "14336x4096", "8"), ({"min_ctas": 2, "hold": 2700},)),
         ),
     ),
 }

@@ -184,7 +184,6 @@ class Config:
     uniform    tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
-    x_async    lanes copy activations by cp.async, not the copy engine, whose queue of weights these then do not wait in
     half_blocks  each two clusters share a block of rows: half a block less for each of them
     epilogue   what becomes of the sums
     bulk         fill rings by bulk copies, else by cp.async as before Hopper
@@ -220,7 +219,6 @@ class Config:
     paired: bool = False
     hold: int = 0
     indices: bool = False
-    x_async: bool = False
     half_blocks: bool = False
 
     @property
@@ -322,7 +320,6 @@ class Config:
             "FDK_TABLES": self.epilogue.tables,
             "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_X_CHUNKS": self.x_chunks,
-            "FDK_X_ASYNC": int(self.x_async),
             "FDK_BULK": int(self.bulk),
             "FDK_X_SUMS": int(self.x_sums),
             "FDK_WIDE": int(self.wide),

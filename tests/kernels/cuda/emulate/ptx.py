@@ -347,8 +347,6 @@ class _Translator:
         elif name == "cp.async.shared.global" and len(operands) == 3:
             to, source = self.address(operands[0]), self.address(operands[1], 64)
             self.emit("cp.async", *to, *source, self.number(operands[2]))
-        elif name == "cp.async.mbarrier.arrive.noinc.shared::cta.b64":
-            self.emit("cp.async.mbarrier.arrive", *self.address(operands[0]))
         elif name == f"cp.async.bulk.{counted}":
             to, source, barrier = self.address(operands[0]), self.address(operands[1], 64), self.address(operands[3])
             self.emit("cp.async.bulk", *to, *source, self.operand(operands[2], 32), *barrier)

@@ -23,7 +23,7 @@ __device__ __forceinline__ void wait_for_activations(const char* smem, int phase
 }
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
-// token, by cp.async, or by hand with zeros past K. Tokens past m repeat the last one.
+// token, or by hand with zeros past K. Tokens past m repeat the last one.
 __device__ __forceinline__ void stage_activations(const Params& p, char* smem, Norms& norms, int phase, int first_unit, int units, int warp, int lane) {
     char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
@@ -35,23 +35,6 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, N
         for (int chunk = 0; chunk < X_CHUNKS; ++chunk) {
             const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
             const int at = first + chunk * count;
-            if constexpr (X_ASYNC) {
-                constexpr int MOST = (Smem::CTA_UNITS + K_WARPS - 1) / K_WARPS / X_CHUNKS;  // units, of which 32 lanes take four
-                constexpr bool WHOLE = UNITS % (CLUSTER * PHASES * K_WARPS * X_CHUNKS) == 0 && MOST % 4 == 0;
-                const int unit = at + lane / 8;
-#pragma unroll
-                for (int base = 0; base < M; base += ROW_WARPS) {
-                    const int token = base + row_warp;
-                    if (M % ROW_WARPS != 0 && token >= M) break;
-                    const u32 there = shared_address(to) + token * Smem::X_STRIDE + unit * 128 + lane % 8 * 16;
-                    const u16* from = p.x + i64(min(token, p.m - 1)) * K + (first_unit + unit) * 64 + lane % 8 * 8;
-#pragma unroll
-                    for (int i = 0; i < MOST; i += 4)
-                        if (WHOLE || i + lane / 8 < count) copy_async_shared(there + i * 128, from + i * 64);
-                }
-                barrier_arrive_behind_copies(barrier);
-                continue;
-            }
             if (lane == 0) barrier_expect(barrier, tokens * count * 128);
             __syncwarp();
 #pragma unroll

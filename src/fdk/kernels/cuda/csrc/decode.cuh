@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
         if (warp == 0) {
-            for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, X_ARRIVALS);
+            for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, ROW_WARPS);
             barrier_init(sums_barrier);
             if constexpr (COUNTED_SUMS) barrier_expect(sums_barrier, (STEPS_PER_CTA == 1 ? 1 : steps) * ROW_WARPS * 64 * M * 4);
         }

@@ -168,11 +168,6 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, u64 policy)
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 
-// The same for what is read by many CTAs.
-__device__ __forceinline__ void copy_async_shared(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -209,13 +204,6 @@ __device__ __forceinline__ void barrier_init_fence() {
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 #if FDK_HOPPER
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-}
-
-// One of the barrier's arrivals, when all cp.async that this thread has issued are there.
-__device__ __forceinline__ void barrier_arrive_behind_copies(u32 barrier) {
-#if FDK_HOPPER
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
 }
 

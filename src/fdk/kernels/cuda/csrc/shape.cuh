@@ -5,7 +5,7 @@
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
-//   FDK_X_CHUNKS FDK_X_ASYNC FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
+//   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
 //   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
@@ -36,10 +36,6 @@ static_assert(STAGE_UNITS == 1 || GROUPS == 1 || (STAGE_UNITS * 64) % GROUP == 0
 static_assert(UNITS % (CLUSTER * K_WARPS * STAGE_UNITS) == 0 || STAGE_UNITS == 1, "slices are whole stages");
 constexpr int X_CHUNKS = FDK_X_CHUNKS;  // pieces of a warp's slice of k that activations arrive in, one after the other
 static_assert(X_CHUNKS == 1 || UNITS % (CLUSTER * PHASES * K_WARPS * X_CHUNKS * STAGE_UNITS) == 0, "chunks are whole stages");
-// Lanes copy activations by cp.async, or the copy engine does, behind the weights that it was asked for before.
-constexpr bool X_ASYNC = FDK_HOPPER && FDK_X_ASYNC;
-static_assert(!X_ASYNC || BULK, "the ring's cp.async would be waited for with those of activations");
-constexpr int X_ARRIVALS = ROW_WARPS * (X_ASYNC ? 32 : 1);  // at the barrier of a slice of k
 static_assert(PHASES == 1 || (STEPS_PER_CTA == 1 && UNITS % (CLUSTER * PHASES * K_WARPS * STAGE_UNITS) == 0),
               "phases are whole, and follow each other within one step");
 constexpr int SQUARES = FDK_SQUARES;  // partial sums of squares per token that scale the product

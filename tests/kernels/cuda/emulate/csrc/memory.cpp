@@ -103,21 +103,6 @@ void send(Machine& machine, Cta* cta, std::function<void()> deliver) {
     });
 }
 
-// at: barrier, its offset. It counts the thread's copies from here on: waits for groups of them know no more of these.
-Outcome copy_arrive(Warp& w, const Instruction& I, u32 lanes) {
-    EACH(lanes, {
-        Cta* const cta = w.cta;
-        const u32 barrier = get<u32>(w.r, I.at[0], l) + I.at[1];
-        tell(w, 1u << l, counted_at(*cta, barrier).told);
-        send(machine_of(w), cta, [=, copies = std::move(w.copies[l])] {
-            for (const AsyncCopy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
-            complete(*cta, barrier, 1, 0);
-        });
-        w.copies[l].clear();
-    })
-    return Outcome::NEXT;
-}
-
 // at: destination, its offset, source, its offset, bytes, barrier, its offset
 Outcome copy_bulk(Warp& w, const Instruction& I, u32 lanes) {
     const i32* at = I.at;
@@ -269,7 +254,6 @@ void add_memory(Table& table) {
     table["cp.async.commit_group"] = {copy_commit};
     table["cp.async.wait_group"] = {copy_wait};
     table["cp.async.wait_all"] = {copy_wait_all};
-    table["cp.async.mbarrier.arrive"] = {copy_arrive};
     table["cp.async.bulk"] = {copy_bulk};
     table["cp.async.bulk.tensor.2d"] = {copy_tensor};
     table["st.async"] = {store_counted};
