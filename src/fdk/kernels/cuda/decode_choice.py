@@ -76,13 +76,13 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
     # Each block of rows has warps of its own: where those leave room, two of them and more share its slice of k.
     few = tokens <= 16 and shape.lean and not shape.nested
     # One bit by look-ups, at sixteen tokens, would rather have four units a warp than twice as many warps.
-    eight_do = (1, 2, 4) if tokens == 16 else (1,)
+    eight_do = (1, 2, 4) if config.octets else (1, 2) if tokens == 16 else (1,)
     narrow = (shape.bits == 1 and row_warps not in eight_do) or (shape.bits > 4 and tokens == 16 and row_warps == 4)
     # Zeros leave registers for 16 warps of eight tokens if codes take few.
     zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4
     zeros &= 1 < row_warps <= (7 if shape.kind == UINT_U8 and shape.bits == 4 else 4)
     warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
-    if few and (tokens, row_warps, shape.bits) == (8, 3, 4):
+    if few and (tokens, row_warps, shape.bits, config.cluster) == (8, 3, 4, 2):
         warps = 12  # six are too few
     return max(1, min(warps // row_warps, cta_units)), row_warps
 
@@ -222,7 +222,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     if shape.bits <= 4 and config.tokens <= 16:
         # Two units at once take more registers than 16 warps leave in these cases.
         wide = config.tokens == 16 or (shape.bits, config.tokens) in ((4, 1), (2, 8))
-        wide |= (shape.bits, config.tokens) == (4, 8) and config.warps > 12
+        wide |= (shape.bits, config.tokens, config.cluster) == (4, 8, 2) and config.warps > 12
         return [(1, 2), (1, 1)] if config.warps > 8 and wide and not config.alone else [(2, 1), (1, 2), (1, 1)]
     if _eight_bits_fill_up(shape, config):
         return [(1, 1)]  # and a wide table beside it
@@ -232,7 +232,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
 def _eight_bits_fill_up(shape: Shape, config: Config) -> bool:
     """Whether eight tokens of 8 bits have as many warps as registers allow, outside of chains."""
     few = config.tokens == 8 and config.epilogue == PLAIN and shape.kind == TABLE and shape.subs == 1
-    return few and shape.bits == 8 and config.warps > 12
+    return few and shape.bits == 8 and config.warps > 12 and config.cluster == 2
 
 
 def _x_chunks(shape: Shape, config: Config, hopper: bool) -> int:
