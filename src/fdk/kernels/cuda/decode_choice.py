@@ -97,10 +97,10 @@ def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: 
         if shape.bits == 4:
             return shape.kind == INT and cta_units <= 32
         return shape.kind == INT or shape.bits == 8
-    if shape.kind not in (INT, UINT_U8) or (shape.bits, shape.kind) == (4, INT):
-        return False  # look-ups of 4 bits without zero points wait for memory alone
-    two_blocks = cluster == 1 and blocks == 2
-    return shape.bits == 2 or blocks == 1 or (two_blocks and shape.bits == 8 and shape.zeros)
+    if shape.kind not in (INT, UINT_U8):
+        return False
+    # With more blocks look-ups of 4 and 8 bits wait for memory alone.
+    return shape.bits == 2 or blocks == 1 or (cluster == 1 and blocks == 2)
 
 
 def _two_digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int) -> bool:
@@ -169,7 +169,8 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         return [(4, 2 if per_warp > 8 else 1)]
     if shape.zeros:
         if config.digits and config.epilogue == PLAIN and config.blocks == 1:
-            first = (2, 1) if config.k_warps > 14 else (1, 2) if shape.bits in (1, 8) else (2, 2)
+            few = config.k_warps > 14 and shape.bits != 4
+            first = (2, 1) if few else (1, 2) if shape.bits in (1, 8) else (2, 2)
             return [first, (1, 2), (1, 1)]
         if _few_codes_and_zeros(shape) and config.tokens in (2, 4) and per_warp == 4 and config.epilogue == PLAIN:
             return [(1, 4 if shape.bits == 2 else 3), (1, 2), (1, 1)]
@@ -195,8 +196,10 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             return [first, (2, 2), (1, 4), (1, 2), (1, 1)]
         if shape.bits == 1 and config.blocks > 1:
             return [(4, 1), (2, 1), (1, 2), (1, 1)]
-        if single and config.k_warps <= 14:
+        if single and (config.k_warps <= 14 or shape.bits == 4):
             return [(1 if shape.bits == 8 else 2, 2), (1, 2), (1, 1)]
+        if config.row_warps == config.blocks == 2 and shape.bits >= 4:
+            return [*([(2, 2)] if shape.bits == 4 else []), (1, 2), (1, 1)]
         return [(2, 1) if single else (1, 3) if shape.bits == 4 else (2, 2), (1, 3), (1, 2), (1, 1)]
     if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
         return [(1, 1)]
