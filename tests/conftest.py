@@ -74,7 +74,8 @@ def pytest_xdist_make_scheduler(config, log):
 
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return file if file in TOGETHER else nodeid
+            # On a GPU the contract's tests each compile kernels of their own.
+            return file if file in TOGETHER and config.option.markexpr != "gpu" else nodeid
 
     return OneByOne(config, log)
 
