@@ -97,6 +97,10 @@ def test_eight_and_sixteen_tokens_as_measured_to_win(bits, n, k, m, warps, ring,
     config = decode_choice.choose_config(Shape(n, k, bits, 64, True, decode_config.TABLE), m, n // 64, 132)
     assert (config.k_warps, config.row_warps) == warps and (config.stages, config.stage_units) == ring
     assert (config.x_chunks, config.wide, config.half_blocks) == (chunks, wide, half_blocks) and config.uniform
+    if bits == 4:
+        integers = Shape(n, k, bits, 64, True, decode_config.INT)
+        same = n == 28672 or not wide
+        assert (decode_choice.choose_config(integers, m, n // 64, 132) == config) == same
     # A launch has a place on a multiprocessor for each of its CTAs.
     assert config.clusters(n // 64) * config.cluster <= 132
 
