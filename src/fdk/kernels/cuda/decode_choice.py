@@ -99,8 +99,11 @@ def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: 
         return shape.kind == INT or shape.bits == 8
     if shape.kind not in (INT, UINT_U8):
         return False
-    # With more blocks look-ups of 4 and 8 bits wait for memory alone.
-    return shape.bits == 2 or blocks == 1 or (cluster == 1 and blocks == 2)
+    two_blocks = cluster == 1 and blocks == 2 and (cta_units <= 64 or (shape.bits == 8 and shape.zeros))
+    if shape.bits == 4 and not shape.zeros and cta_units > 128:
+        return False
+    # Of more work look-ups of 4 and 8 bits wait for memory alone.
+    return shape.bits == 2 or blocks == 1 or two_blocks
 
 
 def _two_digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int) -> bool:
