@@ -69,7 +69,7 @@ def test_without_memory_for_codes_dense_weights_take_over(where: str, m: int, mo
     def exhausted() -> None:
         raise torch.cuda.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(call.plan, "spread", exhausted)
+    monkeypatch.setattr(call.call, "spread", exhausted)
     x = torch.randn(m, 256, generator=torch.Generator().manual_seed(m)).bfloat16().to(where)
     run = lambda x, _, bias, out: call(x, bias, out)  # noqa: E731
     assert testing.check_product(run, x, weight, None, True) is None

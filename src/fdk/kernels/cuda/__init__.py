@@ -114,7 +114,8 @@ class CudaKernel:
             # What rounds weights cannot stand in for what does not.
             others = tuple(other for other in possible[1:] if other.rounds <= route.rounds)
             fallback = (lambda: self._bind(weight, m, others)) if others else None
-            return _Scratch(self.dense_plan(weight) if route.name == "dense" else self._plan(weight, route), fallback)
+            call = _in_parts_of_memory(self.dense_plan(weight)) if route.name == "dense" else self._plan(weight, route)
+            return _Scratch(call, fallback, warns=route.name == "dense")
         plan = self._plan(weight, route)
         if route.rows == m:
             return plan
@@ -199,22 +200,24 @@ class _InParts:
             plan(part, bias, out[start : start + self.rows])
 
 
-class _Scratch:
-    """A product that needs scratch memory: dense weights with less of it where memory is short, else another route."""
+def _in_parts_of_memory(plan: dense.Plan) -> Call:
+    """A product by way of dense weights, with less scratch where memory is short."""
+    return lambda x, bias, out: dense.within_memory(lambda scratch: plan(x, bias, out, scratch))
 
-    def __init__(self, plan: dense.Plan | spread.Plan, fallback: Callable[[], Call] | None) -> None:
-        self.plan, self.fallback = plan, fallback
+
+class _Scratch:
+    """A product that needs scratch memory; without it another one, which is said once where `warns`."""
+
+    def __init__(self, call: Call, fallback: Callable[[], Call] | None, warns: bool) -> None:
+        self.call, self.fallback, self.warns = call, fallback, warns
 
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         try:
-            if isinstance(self.plan, dense.Plan):
-                dense.within_memory(lambda scratch: self.plan(x, bias, out, scratch))
-            else:
-                self.plan(x, bias, out)
+            self.call(x, bias, out)
         except torch.cuda.OutOfMemoryError:
             if self.fallback is None:
                 raise
-            if isinstance(self.plan, dense.Plan):
+            if self.warns:
                 _warn_of_scratch(x.device)
             self.fallback()(x, bias, out)
 

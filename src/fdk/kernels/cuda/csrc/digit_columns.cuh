@@ -73,9 +73,8 @@ struct Columns {
 
 __device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Columns& x, Norms& norms, int, int first_unit, int, int warp, int lane, const Lookup&) {
     float* sums = reinterpret_cast<float*>(smem + Smem::SUM);
-    u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
     const Share& share = x.share;
-    constexpr int ITEMS = Columns::ITEMS, KEPT = Columns::KEPT, BUSY_WARPS = Columns::BUSY_WARPS;
+    constexpr int ITEMS = Columns::ITEMS, KEPT = Columns::KEPT;
     float kept[KEPT][4][4];
     const auto load = [&](float (&v)[4][4], const Columns::Item& item) {
         u32 most = 0;
@@ -104,21 +103,12 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     norms.read(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     const int k_warp = OWN_X ? warp % K_WARPS : 0;
-#pragma unroll
-    for (int k = 0; k < M; ++k) {
-        largest[k] = __reduce_max_sync(0xffffffffu, max(largest[k] & 0xffffu, largest[k] >> 16));
-        largest[k] = __float_as_uint(low_half<BF16>(largest[k]));
-        if (BUSY_WARPS > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + share.thread / 32] = largest[k];
-    }
-    if constexpr (BUSY_WARPS > 1) share.sync(warp);
-    if constexpr (Norms::LATER && BUSY_WARPS < SHARE_WARPS) norms.finish(p, smem, warp, lane);
+    find_largest<Columns::BUSY_WARPS>(largest, smem, share, share.thread / 32, k_warp, warp, lane);
+    if constexpr (Norms::LATER && Columns::BUSY_WARPS < SHARE_WARPS) norms.finish(p, smem, warp, lane);
     float scale[M];  // 2^shift
 #pragma unroll
     for (int k = 0; k < M; ++k) {
-        u32 most = BUSY_WARPS > 1 ? 0 : largest[k];
-#pragma unroll
-        for (int i = 0; BUSY_WARPS > 1 && i < BUSY_WARPS; ++i) most = max(most, maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
-        const Fixed fixed = Fixed::of(most);
+        const Fixed fixed = Fixed::of(largest[k]);
         scale[k] = fixed.scale;
         if (share.thread == 0) back_of(smem, k, k_warp) = fixed.back;
     }

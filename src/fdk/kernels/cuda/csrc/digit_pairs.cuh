@@ -35,7 +35,8 @@ struct Pairs {
     }
 };
 
-// What the columns of a lane become: words `word` of digits in the 16 bytes of t, scaled by two powers of two.
+// What the columns of a lane become, as `element` says from the other side: words `word` of digits in the 16 bytes of t, scaled
+// by two powers of two.
 struct Place {
     static constexpr bool FOUR = !NESTED && !SPARSE && (BITS == 2 || BITS == 4);  // lanes that share words
     static constexpr int PARTNER = SPARSE ? 1 : NESTED ? 16 : FOUR ? 8 : 4;
@@ -75,26 +76,18 @@ __device__ __forceinline__ float sum_lanes(float (&v)[COUNT], int lane) {
 }
 
 __device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Pairs& x, Norms& norms, int, int, int, int warp, int lane, const Lookup&) {
-    u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
     const Share& share = x.share;
-    u32 pairs[Pairs::MOST], largest = 0;
+    u32 pairs[Pairs::MOST], largest[M] = {};
 #pragma unroll
     for (int n = 0; n < Pairs::MOST; ++n) pairs[n] = x.load(n);
     norms.read(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     const int k_warp = OWN_X ? warp % K_WARPS : 0;
 #pragma unroll
-    for (int n = 0; n < Pairs::MOST; ++n) largest = larger_halves(largest, pairs[n] & 0x7fff7fffu);
-    largest = __reduce_max_sync(0xffffffffu, max(largest & 0xffffu, largest >> 16));
-    largest = __float_as_uint(low_half<BF16>(largest));
-    if constexpr (Pairs::BUSY_WARPS > 1) {
-        if (lane == 0) maxima[k_warp * SHARE_WARPS + x.warp] = largest;
-        share.sync(warp);
-#pragma unroll
-        for (int i = 0; i < Pairs::BUSY_WARPS; ++i) largest = max(largest, maxima[k_warp * SHARE_WARPS + i]);
-    }
+    for (int n = 0; n < Pairs::MOST; ++n) largest[0] = larger_halves(largest[0], pairs[n] & 0x7fff7fffu);
+    find_largest<Pairs::BUSY_WARPS>(largest, smem, share, x.warp, k_warp, warp, lane);
     if constexpr (Norms::LATER && Pairs::BUSY_WARPS < SHARE_WARPS) norms.finish(p, smem, warp, lane);
-    const Fixed fixed = Fixed::of(largest);
+    const Fixed fixed = Fixed::of(largest[0]);
     if (share.thread == 0) back_of(smem, 0, k_warp) = fixed.back;
 
     const Place place = Place::of(lane);

@@ -82,9 +82,6 @@ __device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-constexpr int BUSY_WARPS = IN_PAIRS ? Pairs::BUSY_WARPS : Columns::BUSY_WARPS;
-constexpr bool IDLE_WARPS = BUSY_WARPS < SHARE_WARPS;  // the last among those of a share
-
 template <bool IN_PAIRS>
 struct Chosen {
     using Type = Columns;
@@ -94,6 +91,8 @@ struct Chosen<true> {
     using Type = Pairs;
 };
 using Activations = Chosen<IN_PAIRS>::Type;
+constexpr bool IDLE_WARPS = Activations::BUSY_WARPS < SHARE_WARPS;  // while others make digits: the last among those of a share
+constexpr bool X_MEANWHILE = false;
 
 __device__ __forceinline__ void wait_for_activations(const char*, int, int, int) {}
 

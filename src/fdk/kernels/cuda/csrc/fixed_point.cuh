@@ -29,7 +29,6 @@ __device__ constexpr Element element(int step, int half, int byte) {
 // Of one token a lane makes digits of pairs of neighbouring columns, else of 16 columns.
 constexpr int SHARE_WARPS = SHARE_THREADS / 32, SHARE_MOST_UNITS = (SHARE_UNITS + SHARE_WARPS - 1) / SHARE_WARPS;
 constexpr bool IN_PAIRS = M == 1 && K % 2 == 0 && SHARE_MOST_UNITS <= 32;
-constexpr bool X_MEANWHILE = false;
 
 // 2^-shift of a token in a warp's slice of k.
 __device__ __forceinline__ float& back_of(char* smem, int token, int k_warp) {
@@ -47,6 +46,26 @@ struct Fixed {
         return {__uint_as_float(u32(biased) << 23), exponent == 255 ? __uint_as_float(0x7fc00000u) : back};
     }
 };
+
+// Of each token, from the largest |x| of each lane as two halves, that of the share as the bits of a float; only the share's
+// first BUSY warps have any. own: the warp's number in the share.
+template <int BUSY>
+__device__ __forceinline__ void find_largest(u32 (&largest)[M], char* smem, const Share& share, int own, int k_warp, int warp, int lane) {
+    u32* maxima = reinterpret_cast<u32*>(smem + Smem::MAXIMA);
+#pragma unroll
+    for (int k = 0; k < M; ++k) {
+        largest[k] = __reduce_max_sync(0xffffffffu, max(largest[k] & 0xffffu, largest[k] >> 16));
+        largest[k] = __float_as_uint(low_half<BF16>(largest[k]));
+        if (BUSY > 1 && lane == 0) maxima[k * WARPS + k_warp * SHARE_WARPS + own] = largest[k];
+    }
+    if constexpr (BUSY > 1) {
+        share.sync(warp);
+#pragma unroll
+        for (int k = 0; k < M; ++k)
+#pragma unroll
+            for (int i = 0; i < BUSY; ++i) largest[k] = max(largest[k], maxima[k * WARPS + k_warp * SHARE_WARPS + i]);
+    }
+}
 
 // Half a digit added to the lower three lets them carry into the next; what remains is signed.
 __device__ __forceinline__ u32 fixed_point(float value, float power) {
