@@ -58,6 +58,15 @@ CASES = [
     ("lut5_g64", Config(256, 2, 4, rounds=True, stream=True, unrolled=True)),
     ("lut1_g64", Config(256, 2, 4, pair=2, rounds=True)),
     ("int4_g64", Config(64, 2, 11, split=5, k_groups=2, ahead=False, turns=True)),
+    ("lut4_g64", Config(128, 2, 7, split=3, rounds=True)),
+    ("lut4_g64", Config(128, 2, 4, split=3, rounds=True, wide=True, unrolled=True)),
+    ("lut4_g64", Config(192, 2, 4, split=3, rounds=True, wide=True)),
+    ("int4_g64", Config(256, 2, 4, split=3, rounds=True)),
+    ("lut3_g64", Config(256, 2, 2, split=3, rounds=True, unrolled=True)),
+    ("uint4_g32", Config(96, 1, 4, split=3, k_groups=2, rounds=True, unrolled=True)),
+    ("lut4_g64", Config(16, 2, 8, split=3, k_groups=2, unrolled=True)),
+    ("lut4_g64", Config(64, 2, 8, split=3, k_groups=2, rounds=True, unrolled=True)),
+    ("int4_g16", Config(64, 2, 4, split=3, k_groups=2, ahead=False, turns=True, unrolled=True)),
 ]
 
 

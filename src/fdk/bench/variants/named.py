@@ -43,7 +43,61 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
+def tile(tokens: int, blocks: int, stages: int, split: int = 1, **other: int | bool) -> Change:
+    """Every field of the prefill kernel's configuration that says how work is cut, so that nothing chosen is left."""
+    fields = {"tokens": tokens, "blocks": blocks, "stages": stages, "split": split}
+    plain = {"k_groups": 1, "pair": 1, "parts": 1, "ahead": True, "turns": False, "wide": False, "stream": False}
+    return {**plain, "unrolled": True, **fields, **other}
+
+
 SETS: dict[str, Named] = {
+    "thirds": Named(
+        "Prefill: k in three slices where tiles fill 80 of 132 multiprocessors, slices that differ, longer rings?",
+        45,
+        (
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "64"),
+                (tile(64, 2, 8, 3, k_groups=2), tile(64, 2, 10, 3, k_groups=2, unrolled=False)),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "96"), (tile(96, 2, 8, 3), tile(96, 2, 6, 3, wide=True))
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "128"),
+                (
+                    tile(128, 2, 6, 3, wide=True),
+                    tile(128, 2, 4, 3, wide=True),
+                    tile(128, 2, 6, 3, wide=True, unrolled=False),
+                    tile(128, 2, 7, 3, unrolled=False),
+                ),
+            ),
+            Trial(problems("prefill", "lut4_g64", "5120x5120", "160"), (tile(160, 2, 4, 3, wide=True),)),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "192"),
+                (
+                    tile(192, 2, 4, 3, wide=True),
+                    tile(192, 2, 4, 3, wide=True, unrolled=False),
+                    tile(192, 2, 5, 3, unrolled=False),
+                ),
+            ),
+            Trial(problems("prefill", "lut4_g64", "5120x5120", "224"), (tile(224, 2, 4, 3),)),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "256"),
+                (tile(256, 2, 4, 3), tile(256, 2, 4, 3, unrolled=False)),
+            ),
+            Trial(problems("prefill", "lut4_g64", "5120x17408", "128"), (tile(128, 2, 6, 3, wide=True),)),
+            Trial(problems("prefill", "lut4_g64", "5120x17408", "256"), (tile(256, 2, 4, 3),)),
+            Trial(
+                problems("prefill", "lut4_g64", "8192x8192", "128"),
+                (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
+            ),
+            Trial(problems("prefill", "lut4_g64", "4096x14336", "192"), (tile(96, 2, 6, 2, wide=True),)),
+            Trial(
+                problems("prefill", "lut4_g64", "4096x14336", "256"),
+                (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
+            ),
+        ),
+    ),
     "uniform": Named(
         "One and eight tokens: what do fewer instructions a copy save, and one bit by look-ups of eight codes?",
         60,

@@ -70,7 +70,10 @@ constexpr int TOUCHED = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GRO
 constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that a unit touches
 constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
 static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
-static_assert(!UNROLLED || UNITS % (STAGES * SPLIT) == 0, "runs of units take whole rounds of the ring");
+// Slices of k that take no whole rounds of the ring leave the unrolled loop where they end: one tile, after which no stage is used.
+constexpr bool RAGGED = UNROLLED && SPLIT > 1 && UNITS % (STAGES * SPLIT) != 0;
+static_assert(!UNROLLED || RAGGED || UNITS % STAGES == 0, "runs of units take whole rounds of the ring");
+static_assert(!RAGGED || PARTS == 1, "halves of a unit are prepared ahead of each other");
 static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or their halves alternate between two operands");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
@@ -778,7 +781,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                                     wgmma_wait<1>();
                                 }
                                 if (i == PLACES - 1) turn.parity ^= 1;
-                                if (next > 0 || unit + STAGES < end_unit) load(PARTS == 1 ? other : now, place(next), current + K_GROUPS);
+                                if (RAGGED ? current + K_GROUPS < end_unit : next > 0 || unit + STAGES < end_unit)
+                                    load(PARTS == 1 ? other : now, place(next), current + K_GROUPS);
                             }
                             if constexpr (LATE || !AHEAD) {
                                 finish();
@@ -787,12 +791,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                         }
                         if constexpr (LATE || !AHEAD) release(place(i).stage);
                         if (!AHEAD && i == PLACES - 1) turn.parity ^= 1;
+                        if (RAGGED && current + K_GROUPS >= end_unit) break;
                     }
                     if (unit > begin) announce();
                 }
                 if constexpr (AHEAD && !LATE) {
                     finish();
-                    release(place(PLACES - 1).stage);
+                    if constexpr (!RAGGED) release(place(PLACES - 1).stage);
                 }
             } else if constexpr (PARTS == 2) {
                 if (begin < end_unit) load(units[0], turn, begin);
