@@ -57,7 +57,8 @@ def test_quantise_info_and_load(capsys, tmp_path, source):
     status, out, err = run(capsys, "info", tmp_path / "low")
     assert (status, err) == (0, "")
     assert "LlamaForCausalLM, 14 low-bit layers" in out
-    assert re.search(r"^14 x lut3_g64 \[64, 64\] torch.bfloat16 times 1 rows on \w+:\n  \w+  chosen", out, re.MULTILINE)
+    chosen = r"^the first of 14 layers: lut3_g64 \[64, 64\] torch.bfloat16 times 1 row on \w+:\n  \w+  chosen"
+    assert re.search(chosen, out, re.MULTILINE)
     assert "decoding: " in out
     status, out, _ = run(capsys, "info", source)
     assert status == 0

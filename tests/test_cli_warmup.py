@@ -138,6 +138,11 @@ def test_wrong_command_lines(capsys, built, arguments, words) -> None:
     assert status == 2 and words in err and err.count("\n") == 1 and built == []
 
 
+def test_an_architecture_that_the_compiler_does_not_know(capsys, built) -> None:
+    status, _, err = run(capsys, "--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_999")
+    assert status == 1 and "compiles for no sm_999a" in err and err.count("\n") == 1 and built == []
+
+
 def test_a_cache_that_cannot_be_written_to(capsys, built, tmp_path) -> None:
     (tmp_path / "cache").write_text("a file where the directory should be")
     status, _, err = run(capsys, "--format", "lut4_g64", "--shapes", "64x64", "--arch", "sm_80")

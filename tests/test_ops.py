@@ -133,6 +133,9 @@ def test_module_survives_copy_cast_and_state_dict() -> None:
     with pytest.raises(RuntimeError, match="codes"):
         empty.load_state_dict({key: value for key, value in state.items() if key != "codes"})
     empty.load_state_dict(state)
+    for other in (make("lut3_g64")[1], make(n=32)[1]):
+        with pytest.raises(RuntimeError, match=r"codes is \[48, 64\], but .* layer .*; load the matching"):
+            other.load_state_dict(state)
     assert torch.equal(empty(x), expected)
 
 
@@ -159,6 +162,14 @@ def test_refusals_say_what_is_wrong(x, bias, message: str) -> None:
     weight, _ = make()
     with torch.no_grad(), pytest.raises(fdk.FormatError, match=message):
         fdk.linear(x, weight, bias)
+
+
+def test_operands_without_numbers_are_checked_too() -> None:
+    _, module = make()
+    with pytest.raises(fdk.FormatError, match="x lies on meta, but the weight on cpu"):
+        module(torch.empty(2, 128, dtype=torch.bfloat16, device="meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(fdk.FormatError, match=r"x has shape \[2, 127\]"):
+        module(torch.empty(2, 127, dtype=torch.bfloat16))
 
 
 def test_unknown_or_unable_kernel_is_refused() -> None:

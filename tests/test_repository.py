@@ -15,7 +15,8 @@ PACKAGE = ROOT / "src" / "fdk"
 # Each part of the package imports only what stands in an earlier line. `fdk/__init__.py` gathers the public names, so
 # whoever imports those imports all up to models. A `__main__.py` is a command: it may import everything.
 LAYERS = (
-    ("deferred", "errors", "device"),
+    ("deferred", "errors"),
+    ("device",),
     ("formats",),
     ("packing",),
     ("quantise",),

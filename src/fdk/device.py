@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fdk.errors import UnsupportedError
+
 # Instruction sets that the CPU kernels care about, as /proc/cpuinfo spells them.
 _FLAGS = (
     "avx2",
@@ -94,6 +96,24 @@ def cuda_devices() -> list[str]:
         size = facts.total_memory / 2**30
         found.append(f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.multi_processor_count} SMs, {size:.0f} GiB")
     return found
+
+
+def device_of(name: torch.device | str | None) -> torch.device | None:
+    """`name` as a device that this machine has; None stays None. UnsupportedError names it, the reason and a remedy."""
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UnsupportedError(f"device {name!r} is unknown; use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise UnsupportedError(f"device {str(name)!r} is not supported; use cpu or cuda")
+    if device.type == "cuda":
+        if reason := why_no_cuda():
+            raise UnsupportedError(f"device {str(name)!r}: {reason}; use cpu")
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UnsupportedError(f"device {str(name)!r} does not exist; the last of {count} is cuda:{count - 1}")
+    return device
 
 
 def why_no_cuda() -> str | None:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fdk import reference
 from fdk.errors import FormatError, UnsupportedError
-from fdk.kernels import Choice, Problem, choose, reason_against
+from fdk.kernels import Choice, Problem, choose, reason_against, rows_text
 from fdk.kernels import kernel as kernel_named
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight, decode_spec, encode_spec, from_spec
@@ -127,6 +127,7 @@ def _linear_grad(grad: Tensor, parts: list[Tensor], spec: str) -> Tensor:
 
 def _linear_fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, spec: str, kernel: str) -> Tensor:
     geometry, _, _ = decode_spec(spec)
+    check_operands(x, geometry, parts[0].device, bias)
     return x.new_empty((*x.shape[:-1], geometry.n))
 
 
@@ -228,7 +229,7 @@ class Explanation:
         geometry = problem.geometry
         weight = f"{geometry.format} [{geometry.n}, {geometry.k}] {geometry.dtype}"
         lines = [
-            f"{weight} times {problem.m} rows on {problem.device}:",
+            f"{weight} times {rows_text(problem.m)} on {problem.device}:",
             f"  {self.choice.kernel.name}  chosen, layout {self.choice.kernel.layout}",
         ]
         if describe := getattr(self.choice.kernel, "describe", None):

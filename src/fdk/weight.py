@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from fdk.device import device_of
 from fdk.errors import FormatError
 from fdk.formats import Format, parse
 from fdk.formats.registry import INT, LUT
@@ -200,9 +201,9 @@ class QuantisedWeight:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantisedWeight:
         """The same weight on another device, or with scales and table rounded to another dtype (canonical layout).
 
-        Raises FormatError if a scale or table entry overflows the new dtype.
+        FormatError if a scale or table entry overflows the new dtype, UnsupportedError if there is no such device.
         """
-        target = self.device if device is None else torch.device(device)
+        target = device_of(device) or self.device
         dtype = dtype or self.dtype
         if target == self.device and dtype == self.dtype:
             return self

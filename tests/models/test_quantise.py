@@ -174,8 +174,25 @@ def test_sizes_that_do_not_fit_are_refused_by_name_before_anything_is_done():
     assert "odd [8, 100]: group 64 does not divide k = 100; use one scale per row (chan), or skip" in text
     assert "other [8, 72]" in text
     assert "good" not in text
+    alike = nn.Sequential(*(nn.Linear(100, 8) for _ in range(6)))
+    with pytest.raises(fdk.FormatError) as error:
+        quantise(alike, "lut4_g64")
+    assert str(error.value).endswith("so with 1 [8, 100], 2 [8, 100] and 3 more")
     low = quantise(model, QuantisationConfig(bits=4, overrides={"o": "lut4_chan"}))
     assert low["odd"](torch.randn(2, 100).bfloat16()).shape == (2, 8)
+
+
+def test_devices_that_are_not_here_are_refused(mlp):
+    low = quantise(mlp, "lut4_g64", device="cpu")
+    for name, words in (
+        ("gpu", "'gpu' is unknown"),
+        ("xpu", "'xpu' is not supported"),
+        ("cuda:99", "device 'cuda:99'"),
+    ):
+        with pytest.raises(fdk.UnsupportedError, match=words):
+            quantise(mlp, "lut4_g64", device=name)
+        with pytest.raises(fdk.UnsupportedError, match=words):
+            low[0].weight.to(name)
 
 
 def test_bad_weights_name_the_layer(mlp):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from fdk.errors import UnsupportedError
+
 if TYPE_CHECKING:
     import torch
 
@@ -15,19 +17,15 @@ class UsageError(Exception):
 
 def device_of(name: str) -> torch.device:
     """--device as a `torch.device` that this machine has."""
-    import torch
-
-    from fdk.device import why_no_cuda
+    from fdk import device
 
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name!r} is unknown; use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (reason := why_no_cuda()):
-        raise UsageError(f"--device {name}: {reason}; use --device cpu")
-    return device
+        found = device.device_of(name)
+    except UnsupportedError as error:
+        raise UsageError(f"--{error}") from None
+    if found.type == "meta":
+        raise UsageError(f"--device {name!r} holds no numbers; use cpu or cuda")
+    return found
 
 
 def shard_bytes_of(size: float) -> int:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--arch: {error}") from None
     if target.capability < (8, 0):
         raise UsageError(f"--arch {args.arch}: the CUDA kernels need compute capability 8.0; use sm_80 or newer")
-    if reason := jit.unavailable():
+    if reason := jit.unavailable(target.capability):
         raise FdkError(reason)
     sources = prebuild.sources(wanted, target)
     for folder in folders:

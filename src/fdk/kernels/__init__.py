@@ -84,6 +84,11 @@ def reason_against(candidate: Kernel, problem: Problem) -> str | None:
     return layout(candidate.layout).supports(problem.geometry) or candidate.supports(problem)
 
 
+def rows_text(m: int) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{m} row" if m == 1 else f"{m} rows"
+
+
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, name: str = "auto") -> Choice:
     """The first kernel of the table that serves the problem, or the one named.
@@ -95,7 +100,7 @@ def choose(problem: Problem, name: str = "auto") -> Choice:
         if reason := reason_against(candidate, problem):
             raise UnsupportedError(
                 f"kernel {name!r} cannot multiply {problem.geometry.format} "
-                f"[{problem.geometry.n}, {problem.geometry.k}] by {problem.m} rows: {reason}; use kernel='auto'"
+                f"[{problem.geometry.n}, {problem.geometry.k}] by {rows_text(problem.m)}: {reason}; use kernel='auto'"
             )
         return Choice(problem, candidate, ())
     rejected = []

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fdk.device import device_of
 from fdk.errors import FdkError, FormatError
 from fdk.formats import parse
 from fdk.models.card import write_card
@@ -102,6 +103,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, shard_b
     end. FormatError if the target exists, or the model has tensors on the meta device or no low-bit layer.
     """
     path = Path(path)
+    if not isinstance(model, nn.Module):
+        raise FormatError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as fdk.nn.Linear(weight)")
     check_target(path, overwrite)
     found = contents(model)
     if not found.layers:
@@ -294,7 +297,7 @@ def load(
     incomplete, damaged, of a newer version or of another tool, or does not fit the modules.
     """
     folder = Path(path)
-    device = None if device is None else torch.device(device)
+    device = device_of(device)
     config = read_config(folder)
     stored = quantisation_of(config, folder)
     files = TensorFiles(folder)

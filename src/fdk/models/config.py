@@ -62,6 +62,11 @@ class QuantisationConfig:
 
         put("kernel", _check_kernel(self.kernel))
         put("dtype", check_dtype(self.dtype))
+        if isinstance(self.codebook, torch.Tensor):
+            raise FormatError(
+                "codebook is a tensor, which no text file can hold; choose one of "
+                f"{', '.join(CODEBOOKS)}, and give the table as lut= of fdk.models.quantise"
+            )
         if self.codebook not in CODEBOOKS:
             raise FormatError(f"codebook {self.codebook!r} is unknown; choose one of {', '.join(CODEBOOKS)}")
         if self.scale not in METHODS:

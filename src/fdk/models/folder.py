@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fdk.device import device_of
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.models.card import write_card
@@ -121,6 +122,7 @@ def open_source(folder: Path) -> Source:
 
 def load_dense(folder: Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a dense folder, in `dtype` (None: as stored), evaluation mode."""
+    device = device_of(device)
     source = open_source(folder)
     read: dict[str, nn.Parameter] = {}
     for name, module, own, _ in list(persistent(source.model)):
@@ -133,7 +135,7 @@ def load_dense(folder: Path, device: torch.device | str | None = None, dtype: to
             module._parameters[own] = read[held]
         else:
             module._buffers[own] = read[held].detach()
-    fill_computed(source.model, None if device is None else torch.device(device))
+    fill_computed(source.model, device)
     return source.model.eval()
 
 
@@ -161,7 +163,7 @@ def quantise_folder(
     folder = resolve(source)
     if target.resolve() == folder.resolve():
         raise FormatError(f"{target} is the source itself; choose another folder for the output")
-    plan = as_plan(config)
+    plan, device = as_plan(config), device_of(device)
     opened = open_source(folder)
     dtype = dtype or plan.dtype or opened.dtype
     jobs, kept = plan_jobs(opened.model, plan, meta=True)
@@ -219,7 +221,7 @@ def _announce(source: Source, jobs: list[Job], dtype: torch.dtype) -> tuple[dict
 
 
 def _write_layer(
-    source: Source, job: Job, dtype: torch.dtype, device: torch.device | str | None, writer: TensorWriter
+    source: Source, job: Job, dtype: torch.dtype, device: torch.device | None, writer: TensorWriter
 ) -> tuple[LayerReport, dict[str, dict]]:
     start = time.perf_counter()
     weight_name = joined(job.name, "weight")

@@ -59,12 +59,17 @@ def inventory(folder: Path, device: torch.device) -> Inventory:
     what = (config.get("architectures") or [config.get("fdk_module", "model")])[0] if config else "model"
     return Inventory(
         rows,
-        [f"{counts[kind]} x {ops.explain_problem(problem)}" for kind, problem in served.items()],
+        [f"{_of_layers(counts[kind])}{ops.explain_problem(problem)}" for kind, problem in served.items()],
         _decoding(config, device),
         f"{folder}: {what}, {len(layers)} low-bit layers, {weights:,} weights in {size_text(low_bytes)} "
         f"({8 * low_bytes / max(1, weights):.3f} bits each), {size_text(total - low_bytes)} dense, "
         f"{size_text(total)} in all",
     )
+
+
+def _of_layers(count: int) -> str:
+    """What stands before the explanation of the first of several layers of one format."""
+    return f"the first of {count} layers: " if count > 1 else ""
 
 
 def _decoding(config: dict, device: torch.device) -> str:

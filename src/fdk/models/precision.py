@@ -46,7 +46,8 @@ def widths(nested: Mapping[str, Format], precision: int | Mapping[str, int] | st
         for pattern, bits in asked.items():
             found = [name for name in nested if re.search(pattern, name)]
             if not found:
-                some = ", ".join(list(nested)[:3]) + (", ..." if len(nested) > 3 else "")
+                some = ", ".join(name or "'' (a layer by itself)" for name in list(nested)[:3])
+                some += ", ..." if len(nested) > 3 else ""
                 raise FormatError(f"precision {pattern!r} matches no nested layer; they are called {some}")
             chosen.update(dict.fromkeys(found, bits))
     for name, bits in chosen.items():

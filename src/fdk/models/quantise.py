@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fdk.device import device_of
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.formats.registry import LUT
@@ -37,13 +38,14 @@ def quantise(
     lut      a table of at most 2^bits values for every lut layer, in place of the config's codebook.
 
     The copy carries a `fdk_report`: error, bits and seconds of each layer, the share of parameters quantised, and
-    the linear layers that stay dense with the reason. FormatError names every layer that its format does not fit.
+    the linear layers that stay dense with the reason. FormatError names layers that their format does
+    not fit.
     """
     if not isinstance(source, nn.Module):
         raise FormatError(
             f"source is a {type(source).__name__}; give a torch.nn.Module, or a folder to quantise_folder"
         )
-    device = None if device is None else torch.device(device)
+    device = device_of(device)
     plan = None if config is None else as_plan(config)
     dtype = dtype or (plan.dtype if plan else None) or torch.bfloat16
     if dtype not in DTYPES:

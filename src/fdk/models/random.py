@@ -7,6 +7,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from fdk.device import device_of
 from fdk.models.llama import Llama, LlamaConfig
 from fdk.models.skeleton import persistent
 from fdk.nn.convert import Plan, Progress, plan_jobs, run_job
@@ -31,7 +32,7 @@ def random_llama(
     progress: Progress | None = None,
 ) -> Llama:
     """A random Llama quantised as `plan` says (None: dense), in evaluation mode, with its report as `fdk_report`."""
-    device = torch.device(device)
+    device = device_of(device)
     model = Llama.skeleton(config)
     jobs, kept = plan_jobs(model, plan, meta=True) if plan else ([], {})
     report = Report(kept=kept, parameters=config.parameters)

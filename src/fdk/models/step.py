@@ -112,7 +112,8 @@ class Step:
 
     def _cuda_attention(self, heads: int, length: int) -> attend.Config | None:
         """The configuration of the CUDA kernel for the attention, which has none before Hopper; None: fused.attend."""
-        if torch.cuda.get_device_capability(self.model.device) < (9, 0) or jit.unavailable():
+        capability = torch.cuda.get_device_capability(self.model.device)
+        if capability < (9, 0) or jit.unavailable(capability):
             return None
         config, sms = self.config, torch.cuda.get_device_properties(self.model.device).multi_processor_count
         # With more heads than multiprocessors throughput counts, and fused.attend has the tensor cores.

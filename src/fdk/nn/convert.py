@@ -163,21 +163,21 @@ def plan_jobs(
 ) -> tuple[list[Job], dict[str, str]]:
     """What to quantise and what stays dense with the reason; everything is checked before any weight is touched.
 
-    meta: the weights may lie on the meta device, to be read later. FormatError names every layer that its format does
-    not fit, and tied layers that are told to differ.
+    meta: the weights may lie on the meta device, to be read later. FormatError names layers that their format does
+    not fit, of those that are alike the first few, and tied layers that are told to differ.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     plan.check_names(list(linears))
     kept: dict[str, str] = {}
     jobs: dict[int, Job] = {}
-    misfits = []
+    misfits: dict[str, list[str]] = {}
     for name, module in linears.items():
         recipe = plan.recipe(name)
         if recipe is None or (filter_fn is not None and not filter_fn(module, name)):
             kept[name] = "skipped by the configuration" if recipe is None else "skipped by the filter"
             continue
         if module.weight.is_meta and not meta:
-            misfits.append(f"{name or 'the layer'} lies on the meta device; load the weights first")
+            misfits.setdefault("lies on the meta device; load the weights first", []).append(name or "the layer")
             continue
         if reason := reason_to_keep(module):
             kept[name] = reason
@@ -185,21 +185,33 @@ def plan_jobs(
         try:
             recipe.format.groups(module.in_features)
         except FormatError as error:
-            misfits.append(f"{name or 'the layer'} {[*module.weight.shape]}: {error}")
+            where = f"{name or 'the layer'} {[*module.weight.shape]}:"
+            misfits.setdefault(str(error), []).append(where)
             continue
         job = jobs.setdefault(id(module.weight), Job({}, recipe))
         if job.recipe is not recipe and job.recipe != recipe:
-            misfits.append(
-                f"{name} shares its weight with {job.name}, but one is to be {recipe.format} and the other "
+            reason = (
+                f"shares its weight with {job.name}, but one is to be {recipe.format} and the other "
                 f"{job.recipe.format}; give both the same override"
             )
+            misfits.setdefault(reason, []).append(name)
         job.layers[name] = module
     if misfits:
-        raise FormatError("; ".join(misfits))
+        raise FormatError("; ".join(_misfit(reason, layers) for reason, layers in misfits.items()))
     for key, holder in _other_holders(model, jobs):
         for name in jobs.pop(key).layers:
             kept[name] = f"its weight is shared with {holder}, which stays dense"
     return list(jobs.values()), kept
+
+
+def _misfit(reason: str, layers: list[str]) -> str:
+    """What is wrong with the first layer, and how many others it is wrong with: a model has hundreds that are alike."""
+    first, *others = layers
+    if not others:
+        return f"{first} {reason}"
+    some = ", ".join(name.rstrip(":") for name in others[:2])
+    more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+    return f"{first} {reason}; so with {some}{more}"
 
 
 def _other_holders(model: nn.Module, jobs: dict[int, Job]) -> Iterator[tuple[int, str]]:

@@ -150,13 +150,15 @@ class Linear(nn.Module):
         if device.type != "meta":
             parts = {name: part.to(device) for name, part in parts.items()}
         try:
-            row_ends = geometry.row_ends
-            weight = QuantisedWeight.from_parts(geometry.format, geometry.k, parts, row_ends, prefix.rstrip("."))
-            if weight.shape != (geometry.n, geometry.k):
-                raise FormatError(
-                    f"{prefix}codes has {weight.shape[0]} rows, but the module has {geometry.n}; "
-                    "load the matching checkpoint"
-                )
+            for name, shape in shapes.items():
+                # A table may be short: `from_parts` widens it.
+                if name != "table" and parts[name].shape != shape:
+                    raise FormatError(
+                        f"{prefix}{name} is {list(parts[name].shape)}, but {list(shape)} in a {geometry.format} layer "
+                        f"[{geometry.n}, {geometry.k}]; load the matching checkpoint"
+                    )
+            name = prefix.rstrip(".") or "weight"
+            weight = QuantisedWeight.from_parts(geometry.format, geometry.k, parts, geometry.row_ends, name)
         except FormatError as error:
             error_msgs.append(str(error))
             return

@@ -72,7 +72,7 @@ class CudaKernel:
         capability, _ = _device_facts(index)
         if capability < (8, 0):
             return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
-        return None
+        return jit.unavailable(capability)
 
     def _problem_routes(self, problem: Problem) -> list[tuple[routes.Route, ...]]:
         """Routes for each dtype that zeros may have, which a problem does not tell."""
@@ -243,7 +243,7 @@ def compile_ahead(
     wanted = [
         source
         for index, products in found.items()
-        if targets[index].capability >= (8, 0)
+        if targets[index].capability >= (8, 0) and not jit.unavailable(targets[index].capability)
         for source in prebuild.sources(dict.fromkeys(products), targets[index])
     ]
     return jit.compile_ahead(wanted, progress)

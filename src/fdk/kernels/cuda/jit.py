@@ -49,13 +49,25 @@ def _nvrtc():
     return nvrtc
 
 
-def unavailable() -> str | None:
-    """Why kernels cannot be compiled here, or None."""
+def unavailable(capability: tuple[int, int] | None = None) -> str | None:
+    """Why kernels cannot be compiled here, for a GPU of that compute capability where one is named, or None."""
     try:
-        compiler_version()
+        version = compiler_version()
     except UnsupportedError as error:
         return str(error)
+    if capability is not None and capability not in _known_capabilities():
+        return (
+            f"NVRTC {version[0]}.{version[1]} compiles for no {architecture(capability)}; "
+            "install another nvidia-cuda-nvrtc, if the GPU exists"
+        )
     return None
+
+
+@cache
+def _known_capabilities() -> frozenset[tuple[int, int]]:
+    status, known = _nvrtc().nvrtcGetSupportedArchs()
+    _check(status)
+    return frozenset(divmod(number, 10) for number in known)
 
 
 @cache
