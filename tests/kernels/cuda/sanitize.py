@@ -131,6 +131,8 @@ PRODUCTS = (
     Product("lut1_g64", 1, replace(INTEGERS, late=False, hold=2000)),
     Product("int2_g64", 1, one(1, 2, 4, digits=True, row_warps=2, blocks=2, stages=2)),
     Product("int4_g64_sp16of32", 1, one(1, 2, 8, digits=True, paired=True, bulk=False, scales_once=True, stages=2)),
+    Product("nest8s4_g128", 4, one(4, 2, 4, digits=True, paired=True, blocks=2, batch=2, stage_units=2)),
+    Product("int8_g64", 8, one(8, 1, 4, digits=True, paired=True, row_warps=2, blocks=2, stages=2)),
     Product("lut4_g64_sp16of32", 8, one(8, 2, 4)),
     Product("lut4_g64", 1, one(1, 2, 4, row_warps=2, blocks=4, stages=3)),
     Product("lut4_g64", 1, one(1, 2, 4, blocks=3, batch=3, bulk=False, stages=2)),

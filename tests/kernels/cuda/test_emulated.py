@@ -179,6 +179,22 @@ OPTIONS = [
     ("int4_g64_sp16of32", config(1, 1, 4, 1, 1, digits=True, stages=2)),
     ("int4_g128_sp16of32", config(2, 2, 4, 1, 2, digits=True, bulk=False)),
     ("int4_g64_sp16of32", config(1, 1, 8, 1, 1, digits=True, paired=True, scales_once=True, stage_units=2)),
+    # Integer products for four and eight tokens: scales of one unit and of two, x kept and loaded twice.
+    ("nest8s2_g128", config(4, 1, 8, 1, 1, digits=True, paired=True, uniform=True, stage_units=2)),
+    ("nest8s3_g64", config(4, 2, 4, 1, 2, digits=True, paired=True, uniform=True, stage_units=2, batch=2)),
+    ("nest8s4_g128", config(4, 2, 2, 2, 2, digits=True, paired=True, stage_units=2, scales_once=True)),
+    ("nest8_g128", config(8, 2, 4, 2, 2, digits=True, paired=True, uniform=True, stages=2)),
+    ("nest8s6_chan", config(8, 1, 2, 2, 4, digits=True, paired=True, stage_units=4)),
+    ("trunc8s2_g128", config(8, 1, 1, 1, 1, digits=True, paired=True, stage_units=2, stages=2)),
+    ("trunc8s7_g64", config(4, 1, 3, 1, 2, digits=True, paired=True, stages=2)),
+    ("int1_g64", config(4, 1, 4, 1, 1, digits=True, paired=True, stage_units=2, late=True)),
+    ("int2_g128", config(8, 2, 4, 2, 2, digits=True, paired=True, uniform=True, stage_units=2)),
+    ("int4_g64", config(4, 2, 8, 1, 3, digits=True, paired=True, batch=3)),
+    ("int8_g128", config(4, 4, 2, 1, 1, digits=True, paired=True, bulk=False, stage_units=2)),
+    ("int8_g64", config(8, 1, 1, 3, 3, digits=True, paired=True)),
+    ("uint4_g128", config(4, 1, 4, 2, 2, digits=True, paired=True, stage_units=4)),
+    ("uint2_g64", config(8, 2, 4, 1, 1, digits=True, paired=True, scales_once=True, stages=2)),
+    ("uint1_g64", config(4, 1, 16, 1, 1, digits=True, paired=True)),
 ]
 
 
@@ -289,19 +305,20 @@ def test_tables_of_any_range_are_what_indices_select(bits: int, m: int, stage_un
 
 
 @pytest.mark.parametrize("largest", [1e-32, math.nan, math.inf])
-def test_integer_products_at_the_ends_of_the_range(largest: float) -> None:
+@pytest.mark.parametrize("name,m", [("lut1_g64", 1), ("int2_g64", 4), ("nest8s4_g64", 8)])
+def test_integer_products_at_the_ends_of_the_range(name: str, m: int, largest: float) -> None:
     with emulated():
-        weight = testing.random_weight(parse("lut1_g64"), 64, 512).to_layout(KERNEL.layout)
-        call = decode.Plan(weight, config(1, 1, 2, 1, 1, digits=True))
-        x = inputs(1, 512)
+        weight = testing.random_weight(parse(name), 64, 512).to_layout(KERNEL.layout)
+        call = decode.Plan(weight, config(m, 1, 2, 1, 1, digits=True, paired=m > 2))
+        x = inputs(m, 512)
         if math.isfinite(largest):
             run = lambda x, _, bias, out: call(x, bias, out)  # noqa: E731
             assert testing.check_product(run, x * largest, weight, None, False) is None
         else:
             x[0, 77] = largest
-            out = torch.zeros(1, 64, dtype=weight.dtype)
+            out = testing.poisoned(m, 64, weight.dtype, "cpu")
             call(x, None, out)
-            assert not out.isfinite().any()
+            assert not out[0].isfinite().any() and out[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["lut4_g64", "uint3_g48", "nest8s4_g128"])

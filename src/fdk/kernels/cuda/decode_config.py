@@ -120,6 +120,11 @@ class Shape:
         bytes_of_codes = self.nested or self.kind == SPARSE_INT or (self.bits in (1, 2, 4, 8) and affine)
         return bytes_of_codes and self.subs == 1
 
+    def allows_digits_of(self, tokens: int) -> bool:
+        """The same for so many tokens: from four on, of codes alone and an even k."""
+        codes_alone = self.kind != TABLE and not self.sparse and self.k % 2 == 0
+        return self.allows_digits and (tokens <= 2 or (tokens <= 8 and codes_alone))
+
     @property
     def allows_indices(self) -> bool:
         """Whether sparse products can serve it: codes of one or two bits, one scale of a unit for each row."""
@@ -270,17 +275,18 @@ class Config:
         sums = 0 if self.steps == 1 and ring >= slot else buffers * self.batch * self.warps * slot
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
         one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
-        summed = self.digits or (not (self.x_sums or self.indices) and (shape.zeros or one_bit_sums))
+        if self.digits:
+            summed = self.tokens <= 2
+        else:
+            summed = not (self.x_sums or self.indices) and (shape.zeros or one_bit_sums)
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
         head += 256 * self.stage_units - 240 if self.digits and self.paired and self.tokens == 1 else 0
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
         if self.digits:
-            head += (
-                -(-cta_units * self.tokens * 4 // 16) * 16
-                + -(-self.tokens * (self.warps + self.k_warps) * 4 // 16) * 16
-            )
+            head += -(-self.tokens * (self.warps + self.k_warps) * 4 // 16) * 16
+            head += -(-cta_units * self.tokens * 4 // 16) * 16 if summed else 0
         elif summed:
             columns = 1 if self.tokens == 1 else -(-self.tokens // 8) * 8
             kinds = 3 if shape.bits == 1 and (self.tokens < 16 or (shape.kind != TABLE and shape.kind != INT)) else 1

@@ -8,7 +8,9 @@
 // the cluster through distributed shared memory. All in a fixed order, so the result does not depend on timing.
 #pragma once
 #include "epilogue.cuh"
-#if FDK_DIGITS
+#if FDK_DIGITS && FDK_M > 2
+#include "digits_many.cuh"
+#elif FDK_DIGITS
 #include "digits.cuh"
 #elif FDK_INDICES
 #include "indices.cuh"
@@ -212,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                                   i, (cta_unit + phase * units + unit + i) * 64, lane, w.half, tiles);
                     w.refill(ahead, stage, tiles);
 #pragma unroll
-                    for (int i = 0; i < STAGE_UNITS; ++i) multiply_unit(acc, loaded[i], buffer, unit + i, i, lane, lookup, tiles);
+                    for (int i = 0; i < STAGE_UNITS; i += UNITS_AT_ONCE) multiply_units(acc, loaded + i, buffer, unit + i, i, lane, lookup, tiles);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
 #if FDK_HALF_BLOCKS

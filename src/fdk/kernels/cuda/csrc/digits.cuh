@@ -12,6 +12,7 @@
 // FDK_PAIRED: one token's digits fill only half of the columns, so two row tiles share an accumulator, each with the
 // digits in its own half of the columns and zeros in the other. A lane then has half as many sums to scale.
 #pragma once
+#include "code_bytes.cuh"
 #include "digit_columns.cuh"
 #include "digit_pairs.cuh"
 
@@ -21,65 +22,6 @@ namespace fdk {
 constexpr int LANE_TILES = 4 / TILES_SHARING;
 __device__ __forceinline__ int share_of(int lane) {
     return TILES_SHARING == 1 ? 0 : lane % 4 / 2;
-}
-
-// Products of rows 8h + g carry this power of two.
-__device__ constexpr int row_shift(int h) {
-    if (SPARSE) return 4;
-    if (NESTED) return MAX_SHIFT + (FIELD == 2 ? 2 * h : 0);
-    return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 0;
-}
-
-// A operands of the two steps of a row tile, codes as bytes.
-template <int WORDS>
-__device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[WORDS], int tile, const Lookup& lookup) {
-    if constexpr (SPARSE) {
-        const ByteExpansion expand(lookup);
-        expand(a, words, tile);
-    } else if constexpr (NESTED) {
-        constexpr u32 MASK = 0x01010101u * ((1u << FDK_SLICE) - 1);
-        u32 fields[FIELD];
-        slice_fields<BITS, FDK_SLICE>(fields, words, tile);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int bit = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
-            a[i / 4][i % 4] = FDK_SLICE == 8 ? fields[bit % FIELD] : fields[bit % FIELD] & MASK << bit / FIELD * FIELD;
-        }
-    } else {
-        constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-            if constexpr (BITS == 1) {
-                const u32 w = words[tile];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) a[step][i] = w & (0x01010101u << (7 - i % 2 - 2 * (2 * step + i / 2)));
-            } else if constexpr (BITS == 2) {
-                const u32 w = rotate_left(words[tile * 2 + step], BACK);
-                a[step][0] = w & 0x03030303u, a[step][1] = w & 0x30303030u;
-                a[step][2] = w & 0x0c0c0c0cu, a[step][3] = w & 0xc0c0c0c0u;
-            } else if constexpr (BITS == 4) {
-                const u32 w0 = rotate_left(words[tile * 4 + 2 * step], BACK), w1 = rotate_left(words[tile * 4 + 2 * step + 1], BACK);
-                const u32 low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
-                a[step][0] = low & 0x0f0f0f0fu, a[step][1] = high & 0x0f0f0f0fu;
-                a[step][2] = low & 0xf0f0f0f0u, a[step][3] = high & 0xf0f0f0f0u;
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) a[step][i] = rotate_left(words[tile * 8 + step * 4 + i], BACK);
-            }
-        }
-    }
-}
-
-// d = a b + c for unsigned bytes a[16 x 32], signed ones of sparse weights, and signed bytes b[32 x 8].
-__device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
-    if constexpr (SPARSE)
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-    else
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
 template <bool IN_PAIRS>
@@ -123,7 +65,8 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
 }
 
 // Unit `unit` of the CTA, which is unit `index` of its stage.
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
+__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
+    const Unit& u = *units;
     // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22;
     // a start of 256 times as much makes them count 256 each.
     constexpr u32 MAGIC = 0x4b400000u, NEXT = PAIRED ? MAGIC + (8u << 23) : MAGIC;

@@ -130,7 +130,8 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
 
 // `unit` counts from the CTA's first.
 template <int COUNT>
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int, int lane, const Lookup& lookup, RowTiles<COUNT>) {
+__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int, int lane, const Lookup& lookup, RowTiles<COUNT>) {
+    const Unit& u = *units;
     const int t = lane % 4;
     const char* x = smem + Smem::X;
     u32 b[NT > 2 ? 1 : NT][8];

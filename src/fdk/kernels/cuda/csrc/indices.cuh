@@ -77,7 +77,8 @@ __device__ __forceinline__ void load_activations(u32 (&a)[WORDS][2][4], const ch
     }
 }
 
-__device__ __forceinline__ void multiply_unit(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
+__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
+    const Unit& u = *units;
     const int g = lane / 4;
 #pragma unroll
     for (int token = 0; token < M; ++token) {

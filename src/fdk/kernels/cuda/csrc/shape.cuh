@@ -46,17 +46,19 @@ static_assert(!WIDE || (KIND <= 3 && !FDK_DIGITS && TABLES == 1 && (BITS == 2 ||
 constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
 static_assert(!GATED || (ROW_WARPS % 2 == 0 && N % 128 == 0 && !RESIDUAL), "gate and up are whole blocks, side by side");
 // With few tokens the warps of a slice of k bring its activations themselves, by plain loads, and wait for no others.
-constexpr bool OWN_X = M <= 2 && PHASES == 1 && (ROW_WARPS == 1 || K_WARPS < 16);
+constexpr bool OWN_X = (M <= 2 || FDK_DIGITS) && PHASES == 1 && (ROW_WARPS == 1 || K_WARPS < 16);
 // A warp's scales and zeros arrive in one piece each with its first stage, instead of with each stage its own.
 constexpr bool SCALES_ONCE = FDK_SCALES_ONCE;
 constexpr int SLICE = UNITS / (CLUSTER * K_WARPS), SLICE_GROUPS = GROUPS == 1 || GROUP > SLICE * 64 ? 1 : SLICE * 64 / GROUP;
 static_assert(!SCALES_ONCE || (SUBS == 1 && STEPS_PER_CTA == 1 && PHASES == 1 && UNITS % (CLUSTER * K_WARPS) == 0 &&
                                (GROUPS == 1 || (SLICE * 64) % GROUP == 0 || GROUP % (SLICE * 64) == 0)),
               "a warp has one slice of k, of whole groups or inside one");
-constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh
+constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh and digits_many.cuh
 constexpr bool PAIRED = FDK_PAIRED;     // their sums are made and scaled two for one
 constexpr int TILES_SHARING = PAIRED && M == 1 ? 2 : 1;  // row tiles that share an accumulator
 static_assert(!PAIRED || DIGITS, "see digits.cuh");
+// Units of a stage that are multiplied together: two with the same scales where integer sums have room for both.
+constexpr int UNITS_AT_ONCE = DIGITS && M > 2 && STAGE_UNITS / STAGE_GROUPS % 2 == 0 ? 2 : 1;
 constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse products, see indices.cuh
 // Two clusters share a block of rows: each has ROW_WARPS - 1 of its own, and half of one behind or in front of them.
 constexpr bool HALF_BLOCKS = FDK_HALF_BLOCKS;
@@ -76,7 +78,7 @@ constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS && !INDICES;
 // A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
 constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS && !INDICES;
-constexpr bool SUMS = (ZEROS || SPLIT_BIT || DIGITS) && !X_SUMS && !INDICES;
+constexpr bool SUMS = (DIGITS ? M <= 2 : ZEROS || SPLIT_BIT) && !X_SUMS && !INDICES;
 // Phases whose activations are in shared memory at once: those of the next arrive under the products of this one.
 constexpr int X_BUFFERS = PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
@@ -143,8 +145,9 @@ struct Smem {
     }
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
-static_assert(!DIGITS || (SUBS == 1 && M <= 2 && (NESTED || SPARSE || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE_TABLE),
+static_assert(!DIGITS || (SUBS == 1 && M <= 8 && (NESTED || SPARSE || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE_TABLE),
               "see digits.cuh");
+static_assert(!DIGITS || M <= 2 || (PAIRED && !TABLE && !SPARSE && K % 2 == 0), "see digits_many.cuh");
 static_assert(!INDICES || (BITS <= 2 && KIND <= 3 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 

@@ -1,0 +1,74 @@
+// Codes as bytes, the A operand of mma.m16n8k32, and that product: what digits.cuh and digits_many.cuh share.
+#pragma once
+#include "fixed_point.cuh"
+
+namespace fdk {
+
+// Products of rows 8h + g carry this power of two.
+__device__ constexpr int row_shift(int h) {
+    if (SPARSE) return 4;
+    if (NESTED) return MAX_SHIFT + (FIELD == 2 ? 2 * h : 0);
+    return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 0;
+}
+
+// The bit of its byte at which code_bytes leaves the codes of register `i` of step `step`.
+__device__ constexpr int code_bit(int step, int i) {
+    if (NESTED) return (step * 4 + i % 2 * 2 + i / 2) / FIELD * FIELD;
+    if (BITS == 1) return 7 - i % 2 - 2 * (2 * step + i / 2);
+    return BITS == 2 ? 4 * (i % 2) + 2 * (i / 2) : BITS == 4 ? 4 * (i / 2) : 0;
+}
+
+// A operands of the two steps of a row tile, codes as bytes.
+template <int WORDS>
+__device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[WORDS], int tile, const Lookup& lookup) {
+    if constexpr (SPARSE) {
+        const ByteExpansion expand(lookup);
+        expand(a, words, tile);
+    } else if constexpr (NESTED) {
+        constexpr u32 MASK = 0x01010101u * ((1u << FDK_SLICE) - 1);
+        u32 fields[FIELD];
+        slice_fields<BITS, FDK_SLICE>(fields, words, tile);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int bit = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
+            a[i / 4][i % 4] = FDK_SLICE == 8 ? fields[bit % FIELD] : fields[bit % FIELD] & MASK << bit / FIELD * FIELD;
+        }
+    } else {
+        constexpr int BACK = 32 - 7;  // words are packed rotated left by 7
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+            if constexpr (BITS == 1) {
+                const u32 w = words[tile];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[step][i] = w & (0x01010101u << (7 - i % 2 - 2 * (2 * step + i / 2)));
+            } else if constexpr (BITS == 2) {
+                const u32 w = rotate_left(words[tile * 2 + step], BACK);
+                a[step][0] = w & 0x03030303u, a[step][1] = w & 0x30303030u;
+                a[step][2] = w & 0x0c0c0c0cu, a[step][3] = w & 0xc0c0c0c0u;
+            } else if constexpr (BITS == 4) {
+                const u32 w0 = rotate_left(words[tile * 4 + 2 * step], BACK), w1 = rotate_left(words[tile * 4 + 2 * step + 1], BACK);
+                const u32 low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
+                a[step][0] = low & 0x0f0f0f0fu, a[step][1] = high & 0x0f0f0f0fu;
+                a[step][2] = low & 0xf0f0f0f0u, a[step][3] = high & 0xf0f0f0f0u;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[step][i] = rotate_left(words[tile * 8 + step * 4 + i], BACK);
+            }
+        }
+    }
+}
+
+// d = a b + c for unsigned bytes a[16 x 32], or SIGNED ones as those of sparse weights, and signed bytes b[32 x 8].
+template <bool SIGNED = SPARSE>
+__device__ __forceinline__ void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
+    if constexpr (SIGNED)
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    else
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+}  // namespace fdk
