@@ -61,9 +61,10 @@ bench-gpu:
 	@PYTHONPATH=src $(PYTHON) -m fdk.bench --device cuda --quick --chain --output-dir out
 
 figures: $(VENV)/.bench
-	@for folder in $$(dirname results/*/kernels.jsonl); do \
-	    $(BIN)/python -m fdk.bench.plots $$folder --output-dir docs/figures/$$(basename $$folder) || exit 1; \
-	done
+	@$(BIN)/python -m fdk.bench.plots results/amd_zen4_4cores/kernels.jsonl results/amd_zen4_4cores/rows.jsonl \
+	    --output-dir docs/figures/amd_zen4_4cores
+	@$(BIN)/python -m fdk.bench.plots results/nvidia_h200/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl \
+	    results/nvidia_h200/rows-4ef5730.jsonl --output-dir docs/figures/nvidia_h200
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl --brief --into README.md
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows*.jsonl results/*_formats/nested.jsonl \
 	    --into docs/results.md

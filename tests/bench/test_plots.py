@@ -85,6 +85,12 @@ def test_the_caption_counts_runs():
     assert plots.caption(entries[:1]).endswith("2026-11-20")
 
 
+def test_names_of_rows_do_not_run_into_each_other():
+    assert plots.spaced([1]) == {1}
+    assert plots.spaced([1, 8, 64]) == {1, 8, 64}
+    assert plots.spaced([1, 8, 64, 96, 128, 192, 256, 384, 8192]) == {1, 8, 64, 128, 256, 384, 8192}
+
+
 def test_a_single_record_is_enough_for_a_roofline(one, tmp_path):
     assert {p.stem for p in plots.draw([one], tmp_path)} == {"roofline_4096x4096_t2"}
 

@@ -27,6 +27,18 @@ def test_a_run_that_adds_a_line_is_kept_whole_and_one_that_adds_none_is_not():
     assert runs.needed_runs([*OLD, *MIDDLE, *NEW]) == [*NEW, *MIDDLE]
 
 
+def test_older_runs_show_rows_beyond_those_of_newer_ones():
+    wide = [entry("wide", "lut4_g64", m, 1) for m in (1, 8, 32, 64, 4096)]
+    late = [entry("late", "lut4_g64", m, 3) for m in (8, 64)]
+    found = runs.pieces([*wide, *late, *MIDDLE], lambda e: e["format"])
+    assert [[(e["id"], e["m"]) for e in piece] for piece in found] == [
+        [("late", 8), ("late", 64)],
+        [("middle", 1)],
+        [("middle", 1), ("middle", 8)],
+        [("wide", 4096)],
+    ]
+
+
 def test_the_fullest_run():
     assert runs.fullest_run([*OLD, *MIDDLE, *NEW]) == MIDDLE
     assert runs.fullest_run([*OLD, *MIDDLE[:2]]) == MIDDLE[:2]

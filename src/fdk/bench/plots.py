@@ -13,7 +13,7 @@ from math import log2
 from pathlib import Path
 
 from fdk.bench.records import Record, RecordError, read
-from fdk.bench.runs import fullest_run, needed_runs
+from fdk.bench.runs import fullest_run, needed_runs, pieces
 from fdk.errors import FormatError
 from fdk.formats import parse
 
@@ -161,30 +161,32 @@ def spread_labels(ys: Sequence[float], gap: float) -> list[float]:
 
 
 def roofline(plt, entries: list[Record]):
-    """Arithmetic intensity against GFLOP/s under the measured read bandwidth and bf16 rate, for one shape."""
+    """Arithmetic intensity against GFLOP/s (TFLOP/s) under the measured read bandwidth and bf16 rate, for one shape."""
     figure, axes = plt.subplots(figsize=(9.2, 5.4), layout="constrained")
     read = max(entry["read_bandwidth"] for entry in entries)
     peak = max(entry["peak"] for entry in entries)
+    unit, prefix = (1e12, "T") if peak >= 1e13 else (1e9, "G")
 
     def place(entry: Record) -> tuple[float, float]:
-        return entry["ops"] / entry["bytes_rw"], entry["ops"] / entry["time_p50"] / 1e9
+        return entry["ops"] / entry["bytes_rw"], entry["ops"] / entry["time_p50"] / unit
 
     points = [place(entry) for entry in entries]
     corner = peak / read
     left = min(x for x, _ in points) / 1.6
     right = max(corner, *(x for x, _ in points)) * 1.8
-    ceiling = f"ceilings measured in the same run:\nread {read / 1e9:.1f} GB/s\nbf16 matmul {peak / 1e9:.0f} GFLOP/s"
-    heights = [left * read / 1e9, peak / 1e9, peak / 1e9]
+    bandwidth = f"{read / 1e12:.2f} TB/s" if read >= 1e12 else f"{read / 1e9:.1f} GB/s"
+    ceiling = f"ceilings measured in the same run:\nread {bandwidth}\nbf16 matmul {peak / unit:.0f} {prefix}FLOP/s"
+    heights = [left * read / unit, peak / unit, peak / unit]
     axes.plot([left, corner, right], heights, color=GREY, linewidth=2, zorder=1, label=ceiling)
     for (label, _), group in series_of(entries).items():
         xs, ys = zip(*(place(entry) for entry in group), strict=True)
         axes.plot(xs, ys, label=label, markersize=5, **style_of(group[0]))
     axes.set(xscale="log", yscale="log", xlim=(left, right))
-    axes.set_ylim(min(min(y for _, y in points), heights[0]) / 1.5, max(peak / 1e9, *(y for _, y in points)) * 1.6)
+    axes.set_ylim(min(min(y for _, y in points), heights[0]) / 1.5, max(peak / unit, *(y for _, y in points)) * 1.6)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("arithmetic intensity, FLOP per byte moved")
-    axes.set_ylabel("GFLOP/s")
+    axes.set_ylabel(f"{prefix}FLOP/s")
     ms = sorted({entry["m"] for entry in entries})
     n, k = shape_of(entries[0])
     rows = f"m = {ms[0]}" if len(ms) == 1 else f"m = {', '.join(map(str, ms))} from left to right"
@@ -195,31 +197,47 @@ def roofline(plt, entries: list[Record]):
 
 def speedup(plt, entries: list[Record]):
     """Speed-up over torch bf16 against m, one line for every format and provider, named at its right end."""
-    found = series_of(e for e in entries if e["provider"] != "torch-bf16" and e.get("x_bf16"))
+    timed = [e for e in entries if e["provider"] != "torch-bf16" and e.get("x_bf16")]
+    # In the order of series_of, so that lines lie on one another as in the other figures.
+    order = {label: place for place, (label, _) in enumerate(series_of(timed))}
+    found = sorted(pieces(timed, label_of), key=lambda group: order[label_of(group[0])])
     if not found:
         return None
     figure, axes = plt.subplots(figsize=(9.2, 5.4), layout="constrained")
-    ms = sorted({entry["m"] for group in found.values() for entry in group})
-    places = {m: place for place, m in enumerate(ms)}
+    shown = [entry for group in found for entry in group]
+    ms = sorted({entry["m"] for entry in shown if entry["m"] > 0})
     axes.axhline(1, color=GREY, linewidth=1.2, linestyle="--")
     ends: dict[str, tuple[str, float, float, str]] = {}
-    for (label, _), group in found.items():
-        style = style_of(group[0])
-        axes.plot([places[e["m"]] for e in group], [e["x_bf16"] for e in group], **style)
-        end = (label, group[-1]["x_bf16"], places[group[-1]["m"]], style["color"])
+    for group in found:
+        label, style = label_of(group[0]), style_of(group[0])
+        axes.plot([e["m"] for e in group], [e["x_bf16"] for e in group], markersize=5, **style)
+        end = (label, group[-1]["x_bf16"], group[-1]["m"], style["color"])
         ends[label] = max(ends.get(label, end), end, key=lambda e: e[2])
-    # A log axis, so that a slow-down and a speed-up of the same factor are equally far from 1.
+    # Log axes: a slow-down and a speed-up of the same factor are equally far from 1.
+    axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xticks(range(len(ms)), [str(m) for m in ms], fontsize=10 if len(ms) <= 16 else 7.5)
+    named = spaced(ms)
+    axes.set_xticks(ms, [str(m) if m in named else "" for m in ms], fontsize=10 if len(named) <= 8 else 7.5)
+    axes.minorticks_off()
     axes.set_xlabel("m, rows of activations")
     axes.set_ylabel("speed-up over torch bf16 (median of ratios)")
-    axes.set_xlim(-0.15 - 0.05 * len(ms), len(ms) - 1 + 0.1 * len(ms))
+    axes.set_xlim(ms[0] / 1.6, ms[-1] * 1.6)
     label_ends(axes, list(ends.values()))
     axes.text(0.0, 1, " torch bf16 = 1", transform=axes.get_yaxis_transform(), fontsize=9, color=GREY, va="bottom")
     n, k = shape_of(entries[0])
-    titled(axes, f"Speed-up over torch bf16, [{n}, {k}]", entries)
+    titled(axes, f"Speed-up over torch bf16, [{n}, {k}]", shown)
     return figure
+
+
+def spaced(ms: Sequence[int]) -> set[int]:
+    """Those of ms whose labels fit on a log axis beside each other, powers of two before others."""
+    gap = 0.036 * log2(ms[-1] / ms[0])
+    found: set[int] = set()
+    for m in sorted(ms, key=lambda m: (m & (m - 1) != 0, m)):
+        if all(abs(log2(m / other)) >= gap for other in found):
+            found.add(m)
+    return found
 
 
 def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
@@ -229,7 +247,8 @@ def label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
     for (label, y, x, colour), height in zip(ends, spread_labels(heights, 0.05), strict=True):
         axes.annotate(
             label, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour, fontsize=9, va="center",
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ A line of a figure is of one run: in another process the same product has other 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fdk.bench.records import Record
 
@@ -42,6 +42,28 @@ def needed_runs(entries: Iterable[Record]) -> list[Record]:
         if not lines <= known:
             known |= lines
             found += newest(run)
+    return found
+
+
+def pieces(entries: Iterable[Record], label: Callable[[Record], str]) -> list[list[Record]]:
+    """Lines over m, each of one run and one label: all rows of the newest run that has the label, of older ones those
+    below and those above what newer ones reach."""
+    reach: dict[str, tuple[int, int]] = {}
+    found: list[list[Record]] = []
+    for run in by_run(entries):
+        groups: dict[str, list[Record]] = {}
+        for entry in sorted(newest(run), key=lambda e: e["m"]):
+            groups.setdefault(label(entry), []).append(entry)
+        for name, group in groups.items():
+            ms = [entry["m"] for entry in group]
+            if name not in reach:
+                found.append(group)
+            else:
+                low, high = reach[name]
+                below, above = [e for e in group if e["m"] < low], [e for e in group if e["m"] > high]
+                found += [part for part in (below, above) if part]
+                ms += [low, high]
+            reach[name] = min(ms), max(ms)
     return found
 
 
