@@ -67,6 +67,14 @@ CASES = [
     ("lut4_g64", Config(16, 2, 8, split=3, k_groups=2, unrolled=True)),
     ("lut4_g64", Config(64, 2, 8, split=3, k_groups=2, rounds=True, unrolled=True)),
     ("int4_g16", Config(64, 2, 4, split=3, k_groups=2, ahead=False, turns=True, unrolled=True)),
+    ("lut4_g64", Config(64, 2, 8, k_groups=2, split=2, rounds=True, unrolled=True, codes_ahead=True)),
+    ("lut1_g64", Config(64, 4, 4, rounds=True, unrolled=True, codes_ahead=True)),
+    ("int4_g128", Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True, codes_ahead=True)),
+    ("lut4_g64", Config(192, 2, 4, rounds=True, wide=True, stream=True, unrolled=True, codes_ahead=True)),
+    ("uint4_g32", Config(32, 2, 8, k_groups=2, unrolled=True, codes_ahead=True)),
+    ("lut8_g64", Config(16, 4, 4, unrolled=True, codes_ahead=True)),
+    ("lut4_g64", Config(128, 2, 6, split=3, rounds=True, wide=True, unrolled=True, codes_ahead=True)),
+    ("nest8s4_g64", Config(64, 2, 8, k_groups=2, rounds=True, unrolled=True, codes_ahead=True)),
 ]
 
 

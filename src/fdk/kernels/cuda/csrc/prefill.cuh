@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_FRESH
+//   FDK_AHEAD FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_FRESH
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -35,7 +35,7 @@ constexpr bool WIDE = FDK_WIDE;
 constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
-constexpr bool AHEAD = FDK_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
+constexpr bool AHEAD = FDK_AHEAD, CODES_AHEAD = FDK_CODES_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
 constexpr int PARTS = FDK_PARTS;  // parts of a unit that are dequantised and multiplied one after the other
 constexpr int WARPGROUPS = BLOCKS * K_GROUPS, CLUSTER = PAIR * SPLIT, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
 // Registers of a thread: what a CTA starts with is all that its warpgroups can share out among themselves, and asking for
@@ -75,6 +75,7 @@ constexpr bool RAGGED = UNROLLED && SPLIT > 1 && UNITS % (STAGES * SPLIT) != 0;
 static_assert(!UNROLLED || RAGGED || UNITS % STAGES == 0, "runs of units take whole rounds of the ring");
 static_assert(!RAGGED || PARTS == 1, "halves of a unit are prepared ahead of each other");
 static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or their halves alternate between two operands");
+static_assert(!CODES_AHEAD || (UNROLLED && AHEAD && PARTS == 1 && STAGES >= 3 * K_GROUPS), "two units are prepared beside the one multiplied");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
 
@@ -730,12 +731,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     for (int i = 0; i < TOKENS / 2; ++i) acc[i] = fmaf(u.scale[run][i / 2 % 2], d[i], acc[i]);
                 }
             };
-            const auto load = [&](Operand& u, const Turn& at, int unit) {
+            const auto fetch = [&](const Turn& at, int unit) {
                 // Where a stage goes from one k group to another, this one may come before the other's copies have: parity
                 // alone would take that for the round before. What the other gives back, it has waited for.
                 if constexpr (STAGES % K_GROUPS != 0) barrier_wait(empty + at.stage * 8, at.parity ^ 1);
                 barrier_wait(full + at.stage * 8, at.parity);
                 load_codes(codes, block_at(at), offsets, unit, r, g);
+            };
+            const auto load = [&](Operand& u, const Turn& at, int unit) {
+                fetch(at, unit);
                 expand(u, codes, 0, lookup);
             };
             const auto finish = [&] {
@@ -760,6 +764,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     return at;
                 };
                 if constexpr (AHEAD) load(units[0], place(0), begin);
+                if (CODES_AHEAD && (!RAGGED || begin + K_GROUPS < end_unit)) fetch(place(1), begin + K_GROUPS);
                 for (int unit = begin; unit < end_unit; unit += STAGES) {
 #pragma unroll
                     for (int i = 0; i < PLACES; ++i) {
@@ -781,8 +786,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                                     wgmma_wait<1>();
                                 }
                                 if (i == PLACES - 1) turn.parity ^= 1;
-                                if (RAGGED ? current + K_GROUPS < end_unit : next > 0 || unit + STAGES < end_unit)
+                                const auto more = [&](int by) {
+                                    return RAGGED ? current + by * K_GROUPS < end_unit : i + by < PLACES || unit + STAGES < end_unit;
+                                };
+                                if constexpr (CODES_AHEAD) {
+                                    if (more(1)) expand(other, codes, 0, lookup);
+                                    Turn later = place((i + 2) % PLACES);
+                                    if (i == PLACES - 2) later.parity ^= 1;
+                                    if (more(2)) fetch(later, current + 2 * K_GROUPS);
+                                } else if (more(1)) {
                                     load(PARTS == 1 ? other : now, place(next), current + K_GROUPS);
+                                }
                             }
                             if constexpr (LATE || !AHEAD) {
                                 finish();
