@@ -151,6 +151,30 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "int4_g64", "8192x8192", "8"), ({**_EIGHT_WARPS, "stages": 2},)),
         ),
     ),
+    "nested-warps": Named(
+        "Slices at eight and sixteen tokens: twice as many planes on their way, by 16 warps or two stages?",
+        30,
+        (
+            Trial(
+                problems("decode", "nest8s2_g128 trunc8s2_g128", "8192x8192", "16"),
+                ({"k_warps": 8, **_SINGLE}, {"stages": 2}),
+            ),
+            Trial(
+                problems("decode", "nest8s4_g128", "8192x8192", "16"),
+                ({"k_warps": 8}, {"stages": 2}, {"k_warps": 8, "stages": 2}),
+            ),
+            Trial(problems("decode", "nest8s6_g128 nest8_g128", "8192x8192", "16"), ({"k_warps": 8}, {"stages": 2})),
+            Trial(
+                problems("decode", "nest8s4_g128", "8192x8192", "8"),
+                each({"k_warps": 8}, {"stages": 2}, uniform=True),
+            ),
+            Trial(
+                problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128", "16384x16384", "16"),
+                ({"k_warps": 4, **_SINGLE},),
+            ),
+            Trial(problems("decode", "nest8s4_g128", "4096x4096", "16"), ({"stages": 2}, {"k_warps": 16})),
+        ),
+    ),
     "uniform": Named(
         "One and eight tokens: what do fewer instructions a copy save, and one bit by look-ups of eight codes?",
         60,
