@@ -75,6 +75,9 @@ CASES = [
     ("lut8_g64", Config(16, 4, 4, unrolled=True, codes_ahead=True)),
     ("lut4_g64", Config(128, 2, 6, split=3, rounds=True, wide=True, unrolled=True, codes_ahead=True)),
     ("nest8s4_g64", Config(64, 2, 8, k_groups=2, rounds=True, unrolled=True, codes_ahead=True)),
+    ("lut4_g64", Config(256, 2, 4, rounds=True, stream=True, fetch_sums=True, unrolled=True)),
+    ("lut4_g64", Config(192, 3, 4, rounds=True, wide=True, parts=2, stream=True, fetch_sums=True)),
+    ("int8_g64", Config(128, 2, 5, rounds=True, stream=True, fetch_sums=True)),
 ]
 
 

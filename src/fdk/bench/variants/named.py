@@ -61,8 +61,8 @@ _SINGLE, _TWO_SINGLE = {"stage_units": 1}, {"stage_units": 1, "stages": 2}
 
 SETS: dict[str, Named] = {
     "thirds": Named(
-        "Prefill: k in three slices where tiles fill 80 of 132 multiprocessors, slices that differ, longer rings?",
-        45,
+        "Prefill: k in three slices where tiles fill 80 of 132 multiprocessors, longer rings, sums through the ring?",
+        65,
         (
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "64"),
@@ -104,6 +104,18 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("prefill", "lut4_g64", "4096x14336", "256"),
                 (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
+            ),
+            # The sums that shares of tiles leave each other, through the ring.
+            Trial(
+                problems("prefill", "lut4_g64", "14336x4096", "384 512 1024")
+                + problems("prefill", "lut4_g64", "5120x5120", "1024 2048")
+                + problems("prefill", "lut4_g64", "8192x8192", "2048")
+                + problems("prefill", "lut4_g64", "28672x8192", "384"),
+                ({"fetch_sums": True},),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "512"),
+                (tile(256, 2, 4, stream=True), tile(256, 2, 4, stream=True, fetch_sums=True)),
             ),
         ),
     ),

@@ -100,6 +100,7 @@ class Config:
     parts       parts of a unit that are dequantised one after the other: two need half the registers
     wide        rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
+    fetch_sums  what other shares leave of a tile comes through the ring, behind its last unit, instead of being loaded
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
     fresh       the kernel in front writes the codes, so that they are not fetched before it is done
@@ -118,6 +119,7 @@ class Config:
     parts: int = 1
     wide: bool = False
     stream: bool = False
+    fetch_sums: bool = False
     unrolled: bool = False
     codes_ahead: bool = False
     fresh: bool = False
@@ -184,6 +186,7 @@ class Config:
             "FDK_ROUND": int(self.rounds),
             "FDK_PARTS": self.parts,
             "FDK_STREAM": int(self.stream),
+            "FDK_FETCH_SUMS": int(self.fetch_sums),
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
             "FDK_FRESH": int(self.fresh),

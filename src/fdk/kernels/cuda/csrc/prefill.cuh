@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_WIDE FDK_UNROLLED FDK_FRESH
+//   FDK_AHEAD FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_FETCH_SUMS FDK_WIDE FDK_UNROLLED FDK_FRESH
 //   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
 //       64 rows and each token; all tokens in one tile
 #pragma once
@@ -36,6 +36,7 @@ constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // be
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
 constexpr bool AHEAD = FDK_AHEAD, CODES_AHEAD = FDK_CODES_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
+constexpr bool FETCH_SUMS = FDK_FETCH_SUMS;  // the sums that other shares leave of a tile come through the ring, behind its units
 constexpr int PARTS = FDK_PARTS;  // parts of a unit that are dequantised and multiplied one after the other
 constexpr int WARPGROUPS = BLOCKS * K_GROUPS, CLUSTER = PAIR * SPLIT, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
 // Registers of a thread: what a CTA starts with is all that its warpgroups can share out among themselves, and asking for
@@ -76,6 +77,10 @@ static_assert(!UNROLLED || RAGGED || UNITS % STAGES == 0, "runs of units take wh
 static_assert(!RAGGED || PARTS == 1, "halves of a unit are prepared ahead of each other");
 static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or their halves alternate between two operands");
 static_assert(!CODES_AHEAD || (UNROLLED && AHEAD && PARTS == 1 && STAGES >= 3 * K_GROUPS), "two units are prepared beside the one multiplied");
+// Stages that the sums of a tile take: f32x4 of SUM_TILES token tiles of every thread where else x lies.
+constexpr int SUM_TILES = FETCH_SUMS ? TOKENS / (16 * BLOCKS) : 1, SUM_STAGES = (TOKEN_TILES + SUM_TILES - 1) / SUM_TILES;
+static_assert(!FETCH_SUMS || (STREAM && PAIR == 1 && !LATE), "sums are left where tiles are cut, for one CTA");
+static_assert(!FETCH_SUMS || !UNROLLED || SUM_STAGES % STAGES == 0, "sums take whole rounds of the ring");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
 
@@ -216,9 +221,9 @@ __device__ __forceinline__ void keep_registers() {
 // Place in the ring.
 struct Turn {
     int stage;
-    u32 parity = 0;
+    u32 parity;
     int at;  // offset of the stage in shared memory: x, then codes
-    __device__ __forceinline__ explicit Turn(int stage = 0) : stage(stage), at(Smem::stage(stage)) {}
+    __device__ __forceinline__ explicit Turn(int stage = 0, u32 parity = 0) : stage(stage), parity(parity), at(Smem::stage(stage)) {}
     __device__ __forceinline__ void next(int by = 1) {
         stage += by;
         if (stage >= STAGES) stage -= STAGES, parity ^= 1;
@@ -283,6 +288,19 @@ struct Schedule {
         ++done;
         return w.index < p.row_tiles * p.token_tiles;
     }
+    // add(share) for each share that leaves sums of a tile whose first units are this one's, in the order of k.
+    template <class Add>
+    __device__ __forceinline__ void for_others(const Work& w, Add add) const {
+        for (int other = share() + 1; w.end < UNITS && cut(other) < (w.index + 1) * UNITS; ++other)
+            if (cut(other) < cut(other + 1)) add(other);
+    }
+    // Sums that a share leaves of a block, and the flag that says so.
+    __device__ __forceinline__ static f32x4* partial(const Params& p, int share, int rank, int row_block) {
+        return p.partial + (i64(share * PAIR + rank) * BLOCKS + row_block) * TOKEN_TILES * 128;
+    }
+    __device__ __forceinline__ static u32* flag(const Params& p, int share, int rank, int row_block) {
+        return p.flags + (share * PAIR + rank) * BLOCKS + row_block;
+    }
 };
 
 // First group of a unit's stage, moved down where it would reach past the last group.
@@ -290,6 +308,28 @@ __device__ __forceinline__ int staged_group(int unit) {
     const int group = unit * 64 / GROUP;
     if constexpr (SUBS > 1 && 64 % GROUP != 0) return min(group, GROUPS - UNIT_GROUPS);
     return GROUPED ? group : 0;
+}
+
+// Sums that wait in global memory past L1, which does not see what other multiprocessors write.
+__device__ __forceinline__ f32x4 load_partial(const f32x4* from) {
+    f32x4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void set_flag(u32* flag, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 read_flag(const u32* flag) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
+}
+
+// Between what threads write to global memory and what the copy engine reads of it.
+__device__ __forceinline__ void global_copies_fence() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // --- producer --------------------------------------------------------------------------------------------------
@@ -307,9 +347,9 @@ struct Producer {
     __device__ __forceinline__ u32 empty(int stage) const { return full(STAGES + stage); }
 
     // fetch(tile, unit, stage) for every unit of every tile, once its stage is free; LATEST: and once what the kernel in front
-    // writes may be read.
-    template <bool LATEST, class Fetch>
-    __device__ __forceinline__ void run(Fetch fetch) const {
+    // writes may be read. fetch_sums(share, i, stage) for the stages of sums behind them.
+    template <bool LATEST, class Fetch, class FetchSums>
+    __device__ __forceinline__ void run(Fetch fetch, FetchSums fetch_sums) const {
         Turn turn;
         u32 round = 0;
         Schedule schedule(p, rank);
@@ -319,11 +359,17 @@ struct Producer {
                 asm volatile("" : "+r"(tile.token));  // before the wait
                 wait_for_previous_kernel();
             }
-            for (int unit = work.first; unit < work.end; ++unit) {
+            const auto in_turn = [&](auto fetch_stage) {
                 if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                fetch(tile, unit, turn);
+                fetch_stage();
                 turn.next();
                 if (turn.stage == 0) round = 1;
+            };
+            for (int unit = work.first; unit < work.end; ++unit) in_turn([&] { fetch(tile, unit, turn); });
+            if (FETCH_SUMS && work.first == 0) {
+                schedule.for_others(work, [&](int share) {
+                    for (int i = 0; i < SUM_STAGES; ++i) in_turn([&] { fetch_sums(share, i, turn); });
+                });
             }
         }
     }
@@ -336,6 +382,8 @@ struct Producer {
                 barrier_expect(barrier, Smem::X_BYTES);
                 copy_box<(PAIR > 1)>(smem + turn.at + part * 128, p.x_map, unit * 64, tile.token + part, barrier, (1 << PAIR) - 1);
             }
+        }, [&](int, int, const Turn& turn) {
+            if (elected()) barrier_arrive(full(turn.stage));
         });
     }
     __device__ __forceinline__ void run_weights(int which) const {
@@ -362,6 +410,22 @@ struct Producer {
                             copy_bulk(to + Smem::ZEROS_AT, p.zeros + group * 64, Smem::STAGED_GROUPS * 64, barrier, policy);
                     }
                 }
+            }
+        }, [&](int share, int i, const Turn& turn) {
+            static_assert(!FETCH_SUMS || WEIGHT_WARPS == BLOCKS, "each of these warps has one block");
+            if (elected()) {
+                if (i == 0) {
+                    wait_for_previous_kernel();
+                    u32* const left = Schedule::flag(p, share, rank, which);
+                    while (read_flag(left) == 0) {
+                    }
+                    set_flag(left, 0);
+                    global_copies_fence();
+                }
+                const u32 barrier = full(turn.stage), bytes = min(SUM_TILES, TOKEN_TILES - i * SUM_TILES) * 128 * 16;
+                barrier_expect(barrier, bytes);
+                const f32x4* const from = Schedule::partial(p, share, rank, which) + i * SUM_TILES * 128;
+                copy_bulk(smem + turn.at + which * SUM_TILES * 128 * 16, from, bytes, barrier, policy);
             }
         });
     }
@@ -486,23 +550,6 @@ __device__ __forceinline__ void fill_table_from_lanes(char* table, u32 warp, u32
         if constexpr (T::CODES == 4) v.y = v.w = entry(row >> 2 * BITS) | entry(row >> 3 * BITS) << 16;
         *reinterpret_cast<u32x4*>(table + row * (WIDE ? 256 : 128) + lane % 8 * 16) = v;
     }
-}
-
-// Sums that wait in global memory past L1, which does not see what other multiprocessors write.
-__device__ __forceinline__ f32x4 load_partial(const f32x4* from) {
-    f32x4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void set_flag(u32* flag, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ u32 read_flag(const u32* flag) {
-    u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-    return value;
 }
 
 // Two tiles of 8 rows x 8 tokens, transposed: 8 rows of one token are contiguous. Lanes 0 to 15 name the tokens' places.
@@ -662,8 +709,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
         const auto announce = [&] {
             if (STREAM && owes) {
                 __threadfence();
+                if constexpr (FETCH_SUMS) global_copies_fence();
                 named_barrier(1 + group_index, 128);
-                if (thread == 0) set_flag(p.flags + (Schedule::share() * PAIR + rank) * BLOCKS + row_block, 1);
+                if (thread == 0) set_flag(Schedule::flag(p, Schedule::share(), rank, row_block), 1);
                 owes = false;
             }
         };
@@ -889,10 +937,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
             announce();
             if constexpr (STREAM) {
                 const int share = schedule.share();
-                const auto partial = [&](int share) {
-                    return p.partial + (i64(share * PAIR + rank) * BLOCKS + row_block) * TOKEN_TILES * 128 + thread;
-                };
-                const auto flag = [&](int share) { return p.flags + (share * PAIR + rank) * BLOCKS + row_block; };
+                const auto partial = [&](int share) { return Schedule::partial(p, share, rank, row_block) + thread; };
+                const auto flag = [&](int share) { return Schedule::flag(p, share, rank, row_block); };
                 if (first_unit > 0) {
                     // Whoever begins this tile adds it up.
                     wait_for_previous_kernel();
@@ -905,7 +951,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     owes = true;
                     continue;
                 }
-                for (int other = share + 1; end_unit < UNITS && schedule.cut(other) < (work.index + 1) * UNITS; ++other) {
+                if constexpr (FETCH_SUMS) {
+                    schedule.for_others(work, [&](int) {
+#pragma unroll
+                        for (int i = 0; i < SUM_STAGES; ++i) {
+                            if constexpr (UNROLLED) turn = Turn(i % STAGES, turn.parity);
+                            barrier_wait(full + turn.stage * 8, turn.parity);
+                            const f32x4* const from = reinterpret_cast<const f32x4*>(smem + turn.at) + row_block * SUM_TILES * 128 + thread;
+#pragma unroll
+                            for (int j = i * SUM_TILES; j < (i + 1) * SUM_TILES && j < TOKEN_TILES; ++j) {
+                                const f32x4 v = from[(j - i * SUM_TILES) * 128];
+                                const int at = 4 * (j % TOKEN_TILES);
+                                sum(at) += v.x, sum(at + 1) += v.y, sum(at + 2) += v.z, sum(at + 3) += v.w;
+                            }
+                            pin(d);  // added up before more of them are loaded
+                            release(turn.stage);
+                            if constexpr (!UNROLLED)
+                                turn.next();
+                            else if (i % STAGES == STAGES - 1)
+                                turn = Turn(0, turn.parity ^ 1);
+                        }
+                    });
+                }
+                for (int other = share + 1; !FETCH_SUMS && end_unit < UNITS && schedule.cut(other) < (work.index + 1) * UNITS; ++other) {
                     if (schedule.cut(other) == schedule.cut(other + 1)) continue;
                     if (thread == 0) {
                         wait_for_previous_kernel();
