@@ -135,6 +135,7 @@ PRODUCTS = (
     Product("int8_g64", 8, one(8, 1, 4, digits=True, paired=True, row_warps=2, blocks=2, stages=2)),
     Product("lut4_g64_sp16of32", 8, one(8, 2, 4)),
     Product("lut4_g64", 1, one(1, 2, 4, row_warps=2, blocks=4, stages=3)),
+    Product("lut4_g64", 1, one(1, 2, 4, row_warps=2, blocks=4, stages=3, ahead=2)),
     Product("lut4_g64", 1, one(1, 2, 4, blocks=3, batch=3, bulk=False, stages=2)),
     Product("lut4_g64", 8, one(8, 4, 4, uniform=True)),
     Product("uint4_g64", 8, one(8, 4, 4, x_sums=True)),

@@ -133,6 +133,9 @@ OPTIONS = [
     ("lut8_g64", config(16, 1, 4, 2, 2, half_blocks=True, wide=True)),
     ("uint2_g128", config(8, 2, 2, 2, 2, half_blocks=True, stages=2)),
     ("int1_g64", config(8, 1, 4, 1, 1, octets=True, stages=2)),
+    ("lut4_g64", config(1, 1, 4, 1, 1, ahead=1)),
+    ("lut3_g64", config(1, 1, 4, 2, 3, batch=2, stages=2, ahead=2, uniform=True)),
+    ("lut8_g128", config(1, 2, 4, 1, 1, scales_once=True, ahead=3)),
     ("lut1_g16", config(32, 1, 4, 2, 2, octets=True)),
     ("lut1_chan", config(1, 2, 4, 1, 2, octets=True, batch=2)),
     ("lut4_g64", config(16, 2, 2, 2, 2, uniform=True, stages=2, x_chunks=2)),
@@ -350,7 +353,12 @@ FAULTS = {
         "first_unit = units * k_warp / K_WARPS;",
         "first_unit = (units * k_warp - 1) / K_WARPS;",
     ),
-    "no wait for the kernel in front": (ALONE, "decode.cuh", "    wait_for_previous_kernel();\n", ""),
+    "no wait for the kernel in front": (
+        ALONE,
+        "decode.cuh",
+        "if constexpr (AHEAD < 2) wait_for_previous_kernel();",
+        "",
+    ),
     "no wait for the cluster": (
         CLUSTERED,
         "decode.cuh",

@@ -404,4 +404,20 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "ahead": Named(
+        "One token by look-ups: what do a warp's first operands save that are made before its activations come?",
+        25,
+        (
+            Trial(
+                problems("decode", "lut3_g64 lut4_g64 lut8_g64", "8192x8192 14336x4096 4096x14336", "1"),
+                ({"ahead": 1}, {"ahead": 3}, *each({"ahead": 1}, {"ahead": 2}, {"ahead": 3}, uniform=True)),
+            ),
+            Trial(problems("decode", "lut4_g64", "8192x8192", "1"), ({"ahead": 2},)),
+            Trial(problems("decode", "lut4_g64", "4096x4096", "1"), ({"ahead": 1, "min_ctas": 1}, {"ahead": 1})),
+            Trial(
+                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"),
+                ({"ahead": 1}, {"ahead": 1, "uniform": True}),
+            ),
+        ),
+    ),
 }

@@ -198,6 +198,8 @@ class Config:
     hold       clocks for which CTAs without work stay, so that each multiprocessor has a place for the next launch
     wide       rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     octets     look up one bit eight codes at a time, which needs no sums of activations
+    ahead      make operands of a warp's first unit while its activations come (1), or before the dependency wait,
+               with its stage refilled behind that (2) or at once (3)
     """
 
     tokens: int
@@ -225,6 +227,7 @@ class Config:
     hold: int = 0
     indices: bool = False
     half_blocks: bool = False
+    ahead: int = 0
 
     @property
     def squares_per_block(self) -> int:
@@ -333,6 +336,7 @@ class Config:
             "FDK_UNIFORM": int(self.uniform),
             "FDK_INDICES": int(self.indices),
             "FDK_HALF_BLOCKS": int(self.half_blocks),
+            "FDK_AHEAD": self.ahead,
             "FDK_PAIRED": int(self.digits and self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),

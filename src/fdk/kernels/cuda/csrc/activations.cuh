@@ -83,6 +83,29 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, N
     }
 }
 
+// One token's activations of a share on their way through registers, while their warps do something else.
+struct Arriving {
+    static constexpr int PIECES = (SHARE_UNITS * 16 + SHARE_THREADS - 1) / SHARE_THREADS;
+    u32x2 piece[PIECES];
+
+    __device__ __forceinline__ void load(const Params& p, const Share& share, int first_unit) {
+#pragma unroll
+        for (int a = 0; a < PIECES; ++a) {
+            const int i = share.thread + a * SHARE_THREADS;
+            piece[a] = {};
+            if (i < share.units * 16) piece[a] = load_8(p.x + (first_unit + share.first) * 64 + i * 4);
+        }
+    }
+    __device__ __forceinline__ void store(char* smem, const Share& share, int warp) const {
+#pragma unroll
+        for (int a = 0; a < PIECES; ++a) {
+            const int i = share.thread + a * SHARE_THREADS;
+            if (i < share.units * 16) *reinterpret_cast<u32x2*>(smem + Smem::X + share.first * 128 + i * 8) = piece[a];
+        }
+        share.sync(warp);
+    }
+};
+
 // Copies need nothing that is known before the dependency wait.
 struct Activations {
     __device__ static __forceinline__ Activations of(const Params&, int, int, int, int) { return {}; }

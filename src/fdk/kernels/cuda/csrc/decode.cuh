@@ -124,18 +124,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     norms.find(p, lane);
     __syncthreads();  // table and barriers are ready
     if constexpr (MET_EARLY) cluster_wait();
-    wait_for_previous_kernel();
+    if constexpr (AHEAD < 2) wait_for_previous_kernel();
     const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 || (SPARSE && DIGITS) ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
-    // Whatever takes longer to come is asked for first.
-    if constexpr (!X_MEANWHILE) outputs.prepare(first_block, end_block);
     const auto prepare_phase = [&](int phase) {
         if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, norms, phase, cta_unit + phase * units, units, warp, lane, lookup);
     };
+#if FDK_AHEAD
+    MadeUnit made;
+    const bool some = first_unit < end_unit;
+    const auto make_first = [&] {
+        w.wait(0, 0);
+        load_unit(made.u, w.ring, w.groups(0, first_unit), 0, 0, lane, w.half, WholeBlock{});
+        if constexpr (AHEAD != 2) w.refill(ahead, 0, WholeBlock{});
+        made.make(lookup);
+    };
+    if constexpr (AHEAD > 1) {
+        if (some) make_first();
+        wait_for_previous_kernel();
+    }
+    const Share share = Share::of(units, warp, lane);
+    Arriving x;
+    x.load(p, share, cta_unit);
+    if (some) {
+        if constexpr (AHEAD == 1) make_first();
+        if constexpr (AHEAD == 2) w.refill(ahead, 0, WholeBlock{});
+    }
+    x.store(smem, share, warp);
+    if constexpr (FDK_LATE) let_next_kernel_start();
+#else
+    // Whatever takes longer to come is asked for first.
+    if constexpr (!X_MEANWHILE) outputs.prepare(first_block, end_block);
     for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
     if constexpr (X_MEANWHILE) outputs.prepare(first_block, end_block);
+#endif
 
     float* partial = reinterpret_cast<float*>(smem + Smem::PARTIAL);
     float* receive = reinterpret_cast<float*>(smem + Smem::RECEIVE);
@@ -188,8 +212,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 
     int stage = 0;
     u32 parity = 0;
+#if FDK_AHEAD
+    Accumulator begun = {};
+    if (some) made.multiply(begun, smem, first_unit, lane);
+    stage = STAGES == 1 ? 0 : 1, parity = STAGES == 1;
+    int from = first_unit + 1;
+#endif
     for (int step = 0; step < (STEPS_PER_CTA == 1 ? 1 : steps); ++step) {
         Accumulator acc = {};
+#if FDK_AHEAD
+        acc = begun;
+#else
+        const int from = first_unit;
+#endif
         for (int phase = 0; phase < PHASES; ++phase) {
             if (phase > 0) {
                 order_before_bulk_copies();
@@ -204,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 constexpr WholeBlock tiles;
 #endif
 #pragma unroll 1
-                for (int unit = first_unit; unit < end_unit; unit += STAGE_UNITS) {
+                for (int unit = from; unit < end_unit; unit += STAGE_UNITS) {
                     w.wait(stage, parity);
                     wait_for_activations(smem, phase, unit - first_unit, k_warp);
                     Unit loaded[STAGE_UNITS];
@@ -226,6 +261,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #endif
             }
         }
+#if FDK_AHEAD
+        begun = {}, from = first_unit;
+#endif
         if constexpr (Norms::LATER && !IDLE_WARPS)
             if (step == 0 && blocks > 0) norms.finish(p, smem, warp, lane);
         if constexpr (Smem::SINGLE && !Smem::PARTIAL_IN_RING) __syncthreads();

@@ -128,10 +128,17 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
     }
 }
 
-// `unit` counts from the CTA's first.
-template <int COUNT>
-__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int, int lane, const Lookup& lookup, RowTiles<COUNT>) {
-    const Unit& u = *units;
+// The A operands of the four steps of a row tile.
+__device__ __forceinline__ void make_operand(u32 (&a)[4][4], const Unit& u, int tile, const Lookup& lookup) {
+    if constexpr (OCTETS)
+        octets_to_operand(a, u.words[tile], lookup);
+    else
+        to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT, WIDE>(a, u.words, tile, lookup);
+}
+
+// `unit` counts from the CTA's first; `operand(a, tile)` gives the A operands of a row tile.
+template <int COUNT, class Operand>
+__device__ __forceinline__ void multiply_operands(Accumulator& acc, const Unit& u, const char* smem, int unit, int lane, RowTiles<COUNT>, Operand operand) {
     const int t = lane % 4;
     const char* x = smem + Smem::X;
     u32 b[NT > 2 ? 1 : NT][8];
@@ -148,12 +155,7 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
     for (int first = 0; first < COUNT; first += TILES) {
         u32 a[TILES][4][4];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            if constexpr (OCTETS)
-                octets_to_operand(a[i], u.words[first + i], lookup);
-            else
-                to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT, WIDE>(a[i], u.words, first + i, lookup);
-        }
+        for (int i = 0; i < TILES; ++i) operand(a[i], first + i);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             u32 (&bt)[8] = b[NT > 2 ? 0 : nt];
@@ -202,6 +204,28 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
         }
     }
 }
+
+template <int COUNT>
+__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int, int lane, const Lookup& lookup, RowTiles<COUNT> tiles) {
+    multiply_operands(acc, *units, smem, unit, lane, tiles, [&](u32 (&a)[4][4], int tile) { make_operand(a, *units, tile, lookup); });
+}
+
+// The first unit of a warp with its operands, which need no activations: 64 registers.
+struct MadeUnit {
+    Unit u;
+    u32 a[4][4][4];
+
+    __device__ __forceinline__ void make(const Lookup& lookup) {
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile) make_operand(a[tile], u, tile, lookup);
+    }
+    __device__ __forceinline__ void multiply(Accumulator& acc, const char* smem, int unit, int lane) const {
+        multiply_operands(acc, u, smem, unit, lane, WholeBlock{}, [&](u32 (&to)[4][4], int tile) {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) to[i / 4][i % 4] = a[tile][i / 4][i % 4];
+        });
+    }
+};
 
 // A warp's sums of a block to its slot [64 rows][M tokens], those of its first COUNT row tiles; `low` and `high` are the two
 // table values of one bit.

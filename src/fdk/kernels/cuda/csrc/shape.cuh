@@ -6,7 +6,7 @@
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
-//   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS FDK_AHEAD, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -64,6 +64,11 @@ constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse produc
 constexpr bool HALF_BLOCKS = FDK_HALF_BLOCKS;
 static_assert(!HALF_BLOCKS || (BITS % 2 == 0 && KIND <= 3 && STEPS_PER_CTA == 1 && PHASES == 1 && BULK && !DIGITS && !INDICES && !GATED && !RESIDUAL),
               "whole planes of codes are half a block's, in one step");
+// Operands of a warp's first unit are made while its activations are on their way (1), or before the dependency wait: the
+// stage is then refilled behind it (2) or at once (3).
+constexpr int AHEAD = FDK_AHEAD;
+static_assert(!AHEAD || (M == 1 && OWN_X && K % 64 == 0 && STAGE_UNITS == 1 && SUBS == 1 && !DIGITS && !INDICES && !HALF_BLOCKS && !SQUARES && !RESIDUAL),
+              "one unit of 16-bit products, and activations that nothing else is made of");
 // Row tiles of a block that a warp multiplies.
 template <int COUNT>
 struct RowTiles {};
