@@ -62,7 +62,7 @@ _SINGLE, _TWO_SINGLE = {"stage_units": 1}, {"stage_units": 1, "stages": 2}
 SETS: dict[str, Named] = {
     "thirds": Named(
         "Prefill: k in three slices where tiles fill 80 of 132 multiprocessors, longer rings, sums through the ring?",
-        65,
+        70,
         (
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "64"),
@@ -89,18 +89,26 @@ SETS: dict[str, Named] = {
                     tile(192, 2, 5, 3, unrolled=False),
                 ),
             ),
-            Trial(problems("prefill", "lut4_g64", "5120x5120", "224"), (tile(224, 2, 4, 3),)),
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "256"),
                 (tile(256, 2, 4, 3), tile(256, 2, 4, 3, unrolled=False)),
             ),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "32"),
+                (tile(32, 2, 12, 3, k_groups=2, wide=True), tile(32, 2, 8, 3, k_groups=2, wide=True)),
+            ),
+            Trial(problems("prefill", "lut4_g64", "2560x9728", "64"), (tile(64, 1, 8, 3, k_groups=2),)),
+            Trial(
+                problems("prefill", "lut4_g64", "2560x9728", "128"), (tile(128, 1, 8, 3, k_groups=2), tile(64, 2, 8, 3))
+            ),
+            Trial(problems("prefill", "lut4_g64", "2560x9728", "256"), (tile(128, 2, 6, 3, wide=True),)),
+            Trial(problems("prefill", "lut4_g64", "10240x5120", "64"), (tile(64, 4, 8, 3),)),
             Trial(problems("prefill", "lut4_g64", "5120x17408", "128"), (tile(128, 2, 6, 3, wide=True),)),
             Trial(problems("prefill", "lut4_g64", "5120x17408", "256"), (tile(256, 2, 4, 3),)),
             Trial(
                 problems("prefill", "lut4_g64", "8192x8192", "128"),
                 (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
             ),
-            Trial(problems("prefill", "lut4_g64", "4096x14336", "192"), (tile(96, 2, 6, 2, wide=True),)),
             Trial(
                 problems("prefill", "lut4_g64", "4096x14336", "256"),
                 (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
@@ -109,8 +117,7 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("prefill", "lut4_g64", "14336x4096", "384 512 1024")
                 + problems("prefill", "lut4_g64", "5120x5120", "1024 2048")
-                + problems("prefill", "lut4_g64", "8192x8192", "2048")
-                + problems("prefill", "lut4_g64", "28672x8192", "384"),
+                + problems("prefill", "lut4_g64", "8192x8192", "2048"),
                 ({"fetch_sums": True},),
             ),
             Trial(
