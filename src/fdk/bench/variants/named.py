@@ -194,34 +194,6 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "nest8s4_g128", "4096x4096", "16"), ({"stages": 2}, {"k_warps": 16})),
         ),
     ),
-    "uniform": Named(
-        "One and eight tokens: what do fewer instructions a copy save, and one bit by look-ups of eight codes?",
-        60,
-        (
-            Trial(
-                problems("decode", "lut4_g64 lut2_g64 lut8_g64", "4096x4096 8192x8192", "1"),
-                ({"uniform": True}, {"uniform": True, "scales_once": True}),
-            ),
-            Trial(
-                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"),
-                ({"uniform": True},),
-            ),
-            Trial(
-                problems("decode", "lut4_g64 lut2_g64 lut8_g64", "8192x8192", "8")
-                + problems("decode", "lut2_g64", "28672x8192", "8"),
-                ({"uniform": False},),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "4096x4096 8192x8192 28672x8192", "8"),
-                each(
-                    {},
-                    {"octets": True, "x_sums": False},
-                    {"octets": True, "x_sums": False, "stage_units": 1, "stages": 2},
-                    uniform=True,
-                ),
-            ),
-        ),
-    ),
     "eight": Named(
         "Eight tokens: activations in pieces, 12 warps and half blocks at sizes between those measured?",
         60,

@@ -6,8 +6,10 @@ decode.py   few rows of x (csrc/decode.cuh): launch arithmetic, launcher;  decod
 prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
 spread.py   many rows by 16:32 sparse integers as by dense ones on Hopper (csrc/spread.cuh, then prefill)
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
+attend.py   attention of a decoding step (csrc/attend.cuh)
 stream.py   the streaming floor (csrc/stream.cuh), for the benchmark
 jit.py      NVRTC and the cubin cache;  driver.py  loading and launching;  prebuild.py  what to compile ahead
+flags.py    zeroed memory by which CTAs of a launch tell each other that sums are there
 """
 
 from __future__ import annotations

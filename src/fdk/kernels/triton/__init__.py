@@ -60,6 +60,10 @@ class TritonKernel:
 
     def linear(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
         fmt = weight.format
+        assert out.shape == (len(x), weight.shape[0]) and out.is_contiguous() and x.is_contiguous()
+        if weight.shape[1] == 0:
+            out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+            return
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             if fmt.is_nested:
                 launch_nested(x, weight, bias, out, interpreted())
@@ -96,15 +100,11 @@ def _meaning(fmt: Format) -> dict[str, int | bool]:
 
 
 def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: Config) -> None:
-    """out [m, n] = x [m, k] W^T + bias with the given tile; weight in the canonical layout."""
+    """out [m, n] = x [m, k] W^T + bias with the given tile, k > 0; weight in the canonical layout."""
     from fdk.kernels.triton.source import add_splits, product
 
     geometry, parts, fmt = weight.geometry, weight.parts, weight.format
     (m, k), n = x.shape, geometry.n
-    assert out.shape == (m, n) and out.is_contiguous() and x.is_contiguous()
-    if k == 0:
-        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-        return
     width = word_bits(geometry, parts["codes"].data_ptr())
     codes = parts["codes"].view(_WORDS[width])
     several = fmt.is_table and len(geometry.row_ends) > 1
@@ -152,15 +152,11 @@ def launch(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor,
 
 
 def launch_vector(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, config: VectorConfig) -> None:
-    """out [1, n] = x [1, k] W^T + bias with the given blocks; weight in the canonical layout."""
+    """out [1, n] = x [1, k] W^T + bias with the given blocks, k > 0; weight in the canonical layout."""
     from fdk.kernels.triton.vector import vector_product
 
     geometry, parts, fmt = weight.geometry, weight.parts, weight.format
     n, k = geometry.n, geometry.k
-    assert x.shape == (1, k) and out.shape == (1, n) and out.is_contiguous() and x.is_contiguous()
-    if k == 0:
-        out.zero_() if bias is None else out.copy_(bias)
-        return
     # With a single word to a lane, Triton would give a lane several runs of codes instead of several rows.
     whole = fmt.bits in (1, 2, 4, 8)
     width = min(word_bits(geometry, parts["codes"].data_ptr()), config.run * fmt.bits // 2) if whole else 8

@@ -57,6 +57,15 @@ def split_count(steps: int, wanted: int) -> int:
     return even if 2 * even >= most else -(-steps // -(-steps // most))
 
 
+def choose_untuned(m: int, element_size: int, one_bk: int) -> tuple[int, int, int, int]:
+    """(bm, bn, bk, warps) of nested and sparse weights, which no GPU has tuned; one_bk: bk of one token."""
+    if m == 1:
+        return 1, 4, one_bk, 4
+    if element_size == 4:
+        return 16, 32, 32, 4
+    return (16 if m <= 16 else 64), 64, 64, 4
+
+
 @dataclass(frozen=True)
 class VectorConfig:
     """Blocks of the kernel for one token: `rows` rows x `bk` of k for `warps` warps, `run` codes of a row to a lane.

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fdk.formats import Format
+from fdk.kernels.triton.config import choose_untuned
 from fdk.weight import QuantisedWeight
 
-# (BM, BN, BK, warps) for one token, few and many; not tuned on any GPU yet.
-_ONE, _FEW, _MANY, _FLOAT32 = (1, 4, 1024, 4), (16, 64, 64, 4), (64, 64, 64, 4), (16, 32, 32, 4)
+# Columns at once where there is one token.
+_ONE_BK = 1024
 
 
 def slicing(format: Format) -> tuple[int, int, int, float, float]:
@@ -21,17 +22,13 @@ def slicing(format: Format) -> tuple[int, int, int, float, float]:
 
 
 def launch_nested(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, interpreted: bool) -> None:
-    """out [m, n] = x [m, k] W^T + bias for a nested weight in the canonical layout."""
+    """out [m, n] = x [m, k] W^T + bias for a nested weight in the canonical layout, k > 0."""
     from fdk.kernels.triton.nested import nested_product
 
     geometry, parts, fmt = weight.geometry, weight.parts, weight.format
     (m, k), n = x.shape, geometry.n
-    assert out.shape == (m, n) and out.is_contiguous() and x.is_contiguous()
-    if k == 0:
-        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-        return
     dot = m > 1
-    bm, bn, bk, warps = _ONE if not dot else _FLOAT32 if x.element_size() == 4 else _FEW if m <= 16 else _MANY
+    bm, bn, bk, warps = choose_untuned(m, x.element_size(), _ONE_BK)
     planes = parts["planes"]
     whole = planes.shape[2] % 4 == 0 and planes.data_ptr() % 4 == 0
     words = planes.view(torch.uint32) if whole else planes

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fdk.kernels.triton.config import choose_untuned
 from fdk.kernels.triton.tiles import row_tiles
 from fdk.weight import QuantisedWeight
 
-# (BM, BN, BK, warps) for one token, few and many; not tuned on any GPU yet.
-_ONE, _FEW, _MANY, _FLOAT32 = (1, 4, 512, 4), (16, 64, 64, 4), (64, 64, 64, 4), (16, 32, 32, 4)
+# Columns at once where there is one token.
+_ONE_BK = 512
 
 
 def launch_sparse(x: Tensor, weight: QuantisedWeight, bias: Tensor | None, out: Tensor, interpreted: bool) -> None:
-    """out [m, n] = x [m, k] W^T + bias for a 16:32 sparse weight in the canonical layout."""
+    """out [m, n] = x [m, k] W^T + bias for a 16:32 sparse weight in the canonical layout, k > 0."""
     from fdk.kernels.triton.sparse import sparse_product
 
     geometry, parts, fmt = weight.geometry, weight.parts, weight.format
     (m, k), n = x.shape, geometry.n
-    assert out.shape == (m, n) and out.is_contiguous() and x.is_contiguous()
-    if k == 0:
-        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-        return
     dot = m > 1
-    bm, bn, bk, warps = _ONE if not dot else _FLOAT32 if x.element_size() == 4 else _FEW if m <= 16 else _MANY
+    bm, bn, bk, warps = choose_untuned(m, x.element_size(), _ONE_BK)
     several = fmt.is_table and len(geometry.row_ends) > 1
     tiles = row_tiles(geometry, bn, x.device) if several else parts["codes"]
     sparse_product[(tiles.shape[0] if several else -(-n // bn), -(-m // bm) if dot else 1)](
