@@ -122,7 +122,7 @@ SETS: dict[str, Named] = {
             ),
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "512"),
-                (tile(256, 2, 4, stream=True), tile(256, 2, 4, stream=True, fetch_sums=True)),
+                (tile(176, 2, 4, wide=True), tile(256, 2, 4, stream=True, fetch_sums=True)),
             ),
         ),
     ),
