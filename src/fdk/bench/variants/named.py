@@ -215,8 +215,8 @@ SETS: dict[str, Named] = {
         ),
     ),
     "close": Named(
-        "One token near its bar: more warps of one CTA, blocks in turn, rings, two CTAs, since digits come from pairs?",
-        40,
+        "One token near its bar: more warps of a CTA, blocks in turn, rings, two CTAs, operands ahead of activations?",
+        55,
         (
             Trial(
                 problems("decode", "lut3_g64 lut4_g64", "8192x8192", "1"),
@@ -344,6 +344,11 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "nest8s4_g128", "8192x8192", "1"), ({"uniform": True},)),
             Trial(problems("decode", "int4_g64_sp16of32", "8192x8192", "1"), ({"bulk": True, "uniform": True},)),
             Trial(
+                problems("decode", "lut3_g64 lut4_g64 lut8_g64", "8192x8192 14336x4096 4096x14336", "1"),
+                ({"ahead": 1}, *each({"ahead": 1}, {"ahead": 2}, {"ahead": 3}, uniform=True)),
+            ),
+            Trial(problems("decode", "lut4_g64", "4096x4096 28672x8192", "1"), ({"ahead": 1},)),
+            Trial(
                 problems("decode", "int4_g64_sp16of32", "20480x5120", "1"),
                 (
                     {"row_warps": 5, "batch": 1, "stage_units": 1, "scales_once": True},
@@ -380,22 +385,6 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "192"),
                 (tile(192, 2, 4, 3, wide=True, codes_ahead=True),),
-            ),
-        ),
-    ),
-    "ahead": Named(
-        "One token by look-ups: what do a warp's first operands save that are made before its activations come?",
-        25,
-        (
-            Trial(
-                problems("decode", "lut3_g64 lut4_g64 lut8_g64", "8192x8192 14336x4096 4096x14336", "1"),
-                ({"ahead": 1}, {"ahead": 3}, *each({"ahead": 1}, {"ahead": 2}, {"ahead": 3}, uniform=True)),
-            ),
-            Trial(problems("decode", "lut4_g64", "8192x8192", "1"), ({"ahead": 2},)),
-            Trial(problems("decode", "lut4_g64", "4096x4096", "1"), ({"ahead": 1, "min_ctas": 1}, {"ahead": 1})),
-            Trial(
-                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"),
-                ({"ahead": 1}, {"ahead": 1, "uniform": True}),
             ),
         ),
     ),
