@@ -372,7 +372,7 @@ SETS: dict[str, Named] = {
                 + problems("prefill", "lut4_g64 lut1_g64", "28672x8192", "32")
                 + problems("prefill", "lut4_g64", "8192x8192 28672x8192 4096x4096", "16")
                 + problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 5120x5120", "128")
-                + problems("prefill", "lut4_g64", "8192x8192 28672x8192", "96")
+                + problems("prefill", "lut4_g64", "8192x8192", "96")
                 + problems("prefill", "lut4_g64", "4096x4096 5120x5120", "192")
                 + problems("prefill", "lut4_g64", "8192x8192 4096x4096", "384")
                 + problems("prefill", "int8_g64", "8192x8192", "128 1024"),
