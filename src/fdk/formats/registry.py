@@ -74,7 +74,10 @@ def kind(name: str) -> Kind:
     try:
         return _kinds[name]
     except KeyError:
-        raise FormatError(f"unknown format kind {name!r}; known kinds: {', '.join(_kinds)}") from None
+        known = ", ".join(_kinds)
+        raise FormatError(
+            f"unknown format kind {name!r}; known kinds: {known}; one of your own is known once its module is imported"
+        ) from None
 
 
 def kinds() -> tuple[Kind, ...]:
