@@ -108,6 +108,7 @@ def test_a_dense_folder_decodes(command, llama, tmp_path):
         (["--bits", "four"], "invalid int value"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--model", "./none"], "does not exist"),
+        (["--model", "custom-llama-5B"], "there is no such model; choose from custom-llama"),
         (["--kernel", "warp"], "'warp'"),
         (["--block-size", "7"], "block_size = '7'"),
         (["--calibration", "builtin"], "add --target-bits or --max-memory"),

@@ -242,4 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FdkError as error:
+        sys.exit(f"fdk serve-bench: {error}")

@@ -335,6 +335,8 @@ def _wrong(args: argparse.Namespace) -> str | None:
         return "--calibration needs a budget; add --target-bits or --max-memory"
     if args.calibration and str(args.calibration) != BUILT_IN and not args.calibration.is_file():
         return f"--calibration {args.calibration}: there is no such file; name a text, or {BUILT_IN}"
+    if args.model.startswith("custom-") and args.model not in CUSTOM and not Path(args.model).exists():
+        return f"--model {args.model}: there is no such model; choose from {', '.join(CUSTOM)}, or give a folder"
     if args.device == "cuda" and not torch.cuda.is_available():
         return f"--device cuda: {device.why_no_cuda()}; use --device cpu"
     return None

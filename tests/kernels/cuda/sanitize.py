@@ -168,7 +168,7 @@ PRODUCTS = (
 
 def _attend(split: bool) -> Other:
     # Sixty positions a turn of a warp; a turn of every cluster and more.
-    config = attend.Config(128, 3, True, 1, 4, 2, 2, norm=not split, splits=4 if split else 1, hold=2000 * split)
+    config = attend.Config(128, 3, True, 1, 4, 2, 2, norm=not split, splits=4 if split else 1)
 
     def call(device: str) -> None:
         from test_attend import check
@@ -177,7 +177,7 @@ def _attend(split: bool) -> Other:
 
     return Other(
         "fdk_attend",
-        f"4 warps, clusters of 2, {config.splits} of a head, hold={config.hold}",
+        f"4 warps, clusters of 2, {config.splits} of a head",
         call,
         lambda c: attend.source(config, c),
     )

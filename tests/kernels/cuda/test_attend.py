@@ -66,12 +66,6 @@ def test_attention_split_over_clusters(
     check(config, where, 3 * splits * span // 2, (0, span, span + 1, splits * span - 1, splits * span + 5), 1)
 
 
-def test_clusters_without_a_head_only_hold_their_places(where: str) -> None:
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs clusters, of compute capability 9.0")
-    check(attend.Config(64, 4, True, 1, 4, 2, 2, hold=1), where, 200, (150,), 1)
-
-
 def check(config: attend.Config, where: str, length: int, positions: tuple[int, ...], repeats: int) -> None:
     """What `config` makes of random caches of `length`, filled up to `positions`: right and equal `repeats` times."""
     batch, groups = 2, 3

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode_config, driver, jit
+from fdk.kernels.cuda import driver, jit
 
 _MOST_OWN = 4
 """Query heads of a warp: their queries and sums fill its registers."""
@@ -34,7 +34,6 @@ class Config:
     stages      turns of positions that are in flight, 4 KB of each warp
     splits      clusters of a key/value head, whose sums meet in global memory
     norm        queries and keys are normed before they are turned
-    hold        clocks for which clusters without a head hold their places, as in decode_config.Config; not chosen
     """
 
     head_dim: int
@@ -46,7 +45,6 @@ class Config:
     stages: int
     norm: bool = False
     splits: int = 1
-    hold: int = 0
 
     @property
     def threads(self) -> int:
@@ -80,7 +78,6 @@ class Config:
             "FDK_STAGES": self.stages,
             "FDK_SPLITS": self.splits,
             "FDK_NORM": int(self.norm),
-            "FDK_HOLD": self.hold,
             "FDK_SHARED_BYTES": self.shared_bytes,
         }
 
@@ -131,7 +128,6 @@ class Params(ctypes.Structure):
         ("groups", ctypes.c_int),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("heads", ctypes.c_int),
         ("partial", ctypes.c_void_p),
         ("arrived", ctypes.c_void_p),
     )
@@ -147,9 +143,7 @@ def load(config: Config, device: int) -> driver.Function:
     """The compiled kernel on CUDA device `device`, which must be the current one."""
     capability = torch.cuda.get_device_capability(device)
     cubin = jit.cubin(*source(config, capability))
-    # Where places are held, a multiprocessor has two for all launches of a chain.
-    at_least = decode_config.shared_for_places(2, capability) if config.hold else 0
-    return driver.Function(cubin, "fdk_attend", config.threads, max(config.shared_bytes, at_least), config.cluster)
+    return driver.Function(cubin, "fdk_attend", config.threads, config.shared_bytes, config.cluster)
 
 
 def attend(
@@ -177,11 +171,6 @@ def attend(
     assert config.norm == (norms is not None) and (config.splits > 1) == (workspace is not None)
     assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     shared = (tensor.data_ptr() for tensor in workspace or ())
-    heads = batch * groups
-    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale, heads, *shared)
-    clusters = heads * config.splits
-    if config.hold:
-        sms = torch.cuda.get_device_properties(qkv.device).multi_processor_count
-        clusters = max(clusters, decode_config.clusters_at_once(sms, config.cluster))
+    params = Params(*(tensor.data_ptr() for tensor in tensors), length, groups, eps, scale, *shared)
     function = load(config, qkv.device.index)
-    function(clusters * config.cluster, torch.cuda.current_stream(qkv.device).cuda_stream, params)
+    function(batch * groups * config.splits * config.cluster, torch.cuda.current_stream(qkv.device).cuda_stream, params)

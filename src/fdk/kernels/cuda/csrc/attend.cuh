@@ -10,7 +10,7 @@
 // lies there, in the order of clusters. Clusters without a position of their own leave at once.
 //
 // The host passes (see fdk/kernels/cuda/attend.py): FDK_BF16 FDK_HEAD_DIM FDK_HEADS FDK_HEAD_WARPS FDK_WARPS FDK_CLUSTER
-// FDK_STAGES FDK_SPLITS FDK_HOLD, and FDK_NORM where queries and keys are normed over their channels before they are turned.
+// FDK_STAGES FDK_SPLITS, and FDK_NORM where queries and keys are normed over their channels before they are turned.
 #pragma once
 #include "ptx.cuh"
 
@@ -42,7 +42,6 @@ struct Params {
     int groups;
     float eps;
     float scale;  // 1 / sqrt(D) times log2(e)
-    int heads;    // key/value heads of all sequences; clusters past them have no work
     f32x4* partial;  // [b, groups, SPLITS, HEADS * D / 4, 2]: sums of a split; their largest score and sum of weights
     u32* arrived;    // [b, groups, CLUSTER]: splits that have left theirs; 0 before and after a launch
 };
@@ -150,7 +149,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) fdk_attend(const __grid_co
     const int warp = threadIdx.x / 32 % WARPS, first_head = threadIdx.x / 32 / WARPS * OWN;
     const int lane = threadIdx.x % LANES, row = threadIdx.x % 32 / LANES;
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), head = blockIdx.x / (CLUSTER * SPLITS);
-    if (FDK_HOLD > 0 && head >= p.heads) return hold_place(FDK_HOLD);
     const i64 sequence = head / p.groups, group = head % p.groups;
     const u32 barrier = shared_address(&shared.barrier), full = shared_address(&shared.full[threadIdx.x / 32]);
     char* ring = smem + threadIdx.x / 32 * (STAGES * STAGE);
