@@ -46,6 +46,11 @@ CONFIGS = [
     Config(256, 2, 4, split=2, rounds=True),
     Config(64, 2, 4, k_groups=2, split=2, rounds=True, unrolled=True),
     Config(256, 2, 4, rounds=True, stream=True, unrolled=True),
+    Config(256, 2, 4, rounds=True, stream=True, unrolled=True, fetch_sums=True),
+    Config(192, 3, 4, rounds=True, parts=2, stream=True, fetch_sums=True),
+    Config(32, 3, 8, split=4, unrolled=True),
+    Config(64, 2, 8, split=5, k_groups=2, rounds=True, unrolled=True),
+    Config(128, 3, 4, split=4, rounds=True, unrolled=True),
 ]
 
 
@@ -90,6 +95,14 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     # Cut tiles gain nothing, so that larger ones stay ahead.
     assert chosen(replace(table, n=28672), 768).tokens == 256
     assert three.blocks == 3 and not three.unrolled
+
+
+def test_sums_come_through_the_ring_where_that_was_measured_to_win() -> None:
+    table = Shape(14336, 4096, 4, 64, True, decode_config.TABLE)
+    for m in (384, 512, 1024):
+        assert chosen(table, m).fetch_sums and not chosen(replace(table, bits=8), m).fetch_sums
+    # Pairs of CTAs write sums that the copy engine does not read.
+    assert chosen(table, 8192).pair == 2 and not chosen(table, 8192).fetch_sums
 
 
 def test_what_is_not_served() -> None:
@@ -161,7 +174,10 @@ def check_code(compiled, problems: list[tuple[Shape, Config]]) -> None:
 
 def fits(shape: Shape, config: Config) -> bool:
     alternating = (2 if config.ahead else 1) * config.k_groups
-    if config.unrolled and (config.stages % alternating or shape.units % (config.stages * config.split)):
+    ragged = config.split > 1 and config.parts == 1  # slices leave an unrolled loop at any unit
+    if config.unrolled and (
+        config.stages % alternating or (not ragged and shape.units % (config.stages * config.split))
+    ):
         return False
     with contextlib.suppress(ValueError):
         return config.shared_bytes(shape) <= decode_config.MAX_SHARED

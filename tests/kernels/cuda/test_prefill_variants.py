@@ -78,6 +78,12 @@ CASES = [
     ("lut4_g64", Config(256, 2, 4, rounds=True, stream=True, fetch_sums=True, unrolled=True)),
     ("lut4_g64", Config(192, 3, 4, rounds=True, wide=True, parts=2, stream=True, fetch_sums=True)),
     ("int8_g64", Config(128, 2, 5, rounds=True, stream=True, fetch_sums=True)),
+    ("int4_g64", Config(160, 3, 4, rounds=True, wide=True, stream=True, fetch_sums=True)),
+    ("lut4_g64", Config(128, 2, 4, rounds=True, wide=True, stream=True, fetch_sums=True, unrolled=True)),
+    ("lut4_g64", Config(128, 3, 6, split=4, rounds=True, unrolled=True)),
+    ("lut4_g64", Config(192, 3, 4, split=4, rounds=True, parts=2)),
+    ("lut4_g64", Config(64, 2, 8, split=5, k_groups=2, rounds=True, unrolled=True)),
+    ("lut2_g64", Config(32, 3, 8, split=4, unrolled=True)),
 ]
 
 

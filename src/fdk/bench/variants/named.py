@@ -60,70 +60,61 @@ _EIGHT_WARPS = {**_BESIDE, "k_warps": 4}
 _SINGLE, _TWO_SINGLE = {"stage_units": 1}, {"stage_units": 1, "stages": 2}
 
 SETS: dict[str, Named] = {
-    "thirds": Named(
-        "Prefill: k in three slices where tiles fill 80 of 132 multiprocessors, longer rings, sums through the ring?",
-        70,
+    "fourths": Named(
+        "Prefill: k in four slices of three blocks, of which 27 clusters are resident where 40 of three CTAs are not?",
+        45,
         (
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "64"),
-                (tile(64, 2, 8, 3, k_groups=2), tile(64, 2, 10, 3, k_groups=2, unrolled=False)),
+                problems("prefill", "lut4_g64", "5120x5120", "32"), (tile(32, 3, 8, 4), tile(32, 3, 8, 4, wide=True))
             ),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "96"), (tile(96, 2, 8, 3), tile(96, 2, 6, 3, wide=True))
+                problems("prefill", "lut4_g64", "5120x5120", "64"), (tile(64, 3, 8, 4), tile(64, 3, 8, 4, wide=True))
             ),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "128"),
+                problems("prefill", "lut4_g64", "5120x5120", "96"), (tile(96, 3, 8, 4), tile(96, 3, 6, 4, wide=True))
+            ),
+            Trial(
+                problems("prefill", "lut4_g64 int4_g64", "5120x5120", "128"),
                 (
-                    tile(128, 2, 6, 3, wide=True),
-                    tile(128, 2, 4, 3, wide=True),
-                    tile(128, 2, 6, 3, wide=True, unrolled=False),
-                    tile(128, 2, 7, 3, unrolled=False),
+                    tile(128, 3, 6, 4),
+                    tile(128, 3, 4, 4, wide=True),
+                    tile(128, 3, 5, 4, wide=True, unrolled=False),
+                    tile(128, 3, 7, 4, unrolled=False),
                 ),
             ),
-            Trial(problems("prefill", "lut4_g64", "5120x5120", "160"), (tile(160, 2, 4, 3, wide=True),)),
+            Trial(
+                problems("prefill", "lut4_g64", "5120x5120", "160"),
+                (tile(160, 3, 6, 4), tile(160, 3, 6, 4, unrolled=False)),
+            ),
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "192"),
-                (
-                    tile(192, 2, 4, 3, wide=True),
-                    tile(192, 2, 4, 3, wide=True, unrolled=False),
-                    tile(192, 2, 5, 3, unrolled=False),
-                ),
+                (tile(192, 3, 5, 4, parts=2, unrolled=False), tile(192, 3, 4, 4, parts=2)),
             ),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "256"),
-                (tile(256, 2, 4, 3), tile(256, 2, 4, 3, unrolled=False)),
+                problems("prefill", "lut4_g64", "5120x5120", "224"),
+                (tile(112, 3, 4, 2, wide=True), tile(112, 3, 5, 2, wide=True, unrolled=False)),
             ),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "32"),
-                (tile(32, 2, 12, 3, k_groups=2, wide=True), tile(32, 2, 8, 3, k_groups=2, wide=True)),
+                problems("prefill", "lut4_g64", "5120x5120", "256"), (tile(128, 3, 4, 2, wide=True), tile(128, 3, 6, 2))
             ),
-            Trial(problems("prefill", "lut4_g64", "2560x9728", "64"), (tile(64, 1, 8, 3, k_groups=2),)),
+            Trial(problems("prefill", "lut4_g64", "5120x5120", "512"), (tile(176, 2, 4, wide=True),)),
             Trial(
-                problems("prefill", "lut4_g64", "2560x9728", "128"), (tile(128, 1, 8, 3, k_groups=2), tile(64, 2, 8, 3))
-            ),
-            Trial(problems("prefill", "lut4_g64", "2560x9728", "256"), (tile(128, 2, 6, 3, wide=True),)),
-            Trial(problems("prefill", "lut4_g64", "10240x5120", "64"), (tile(64, 4, 8, 3),)),
-            Trial(problems("prefill", "lut4_g64", "5120x17408", "128"), (tile(128, 2, 6, 3, wide=True),)),
-            Trial(problems("prefill", "lut4_g64", "5120x17408", "256"), (tile(256, 2, 4, 3),)),
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192", "128"),
-                (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
+                problems("prefill", "lut4_g64", "5120x17408", "128"),
+                (tile(128, 3, 4, 4, wide=True), tile(128, 3, 6, 4)),
             ),
             Trial(
-                problems("prefill", "lut4_g64", "4096x14336", "256"),
-                (tile(128, 2, 6, 2, wide=True), tile(128, 2, 7, 2, unrolled=False)),
+                problems("prefill", "lut4_g64", "3584x18944", "64"),
+                (tile(64, 2, 8, 4, k_groups=2), tile(64, 2, 8, 4, k_groups=2, wide=True)),
             ),
-            # The sums that shares of tiles leave each other, through the ring.
+            Trial(problems("prefill", "lut4_g64", "3584x18944", "128"), (tile(128, 2, 6, 4, wide=True),)),
+            Trial(problems("prefill", "lut4_g64", "2560x9728", "64"), (tile(64, 2, 8, 5, k_groups=2),)),
+            Trial(problems("prefill", "lut4_g64", "2560x9728", "128"), (tile(128, 2, 6, 5, wide=True),)),
             Trial(
-                problems("prefill", "lut4_g64", "14336x4096", "384 512 1024")
-                + problems("prefill", "lut4_g64", "5120x5120", "1024 2048")
-                + problems("prefill", "lut4_g64", "8192x8192", "2048"),
-                ({"fetch_sums": True},),
+                problems("prefill", "lut4_g64", "4096x14336", "192"),
+                (tile(192, 3, 5, 5, parts=2, unrolled=False),),
             ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "512"),
-                (tile(176, 2, 4, wide=True), tile(256, 2, 4, stream=True, fetch_sums=True)),
-            ),
+            Trial(problems("prefill", "lut2_g64 lut8_g64", "5120x5120", "128"), (tile(128, 3, 4, 4),)),
+            Trial(problems("prefill", "lut2_g64 int8_g64", "14336x4096", "512"), ({"fetch_sums": True},)),
         ),
     ),
     "few-tokens": Named(

@@ -324,6 +324,14 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     return config
 
 
+def _fetches_sums(shape: Shape, config: Config) -> bool:
+    """Whether sums come through the ring: measured with 4 bits, where no loop spills for it."""
+    if not config.stream or config.pair > 1 or shape.bits != 4 or shape.kind not in (TABLE, INT):
+        return False
+    per_stage = config.tokens // (16 * config.blocks)  # token tiles, as in csrc/prefill.cuh
+    return not config.unrolled or -(-config.tokens // 8 // per_stage) % config.stages == 0
+
+
 def _unrolled_few(shape: Shape, config: Config, most: tuple[int, ...]) -> Config:
     """The same for few tokens, where more stages gain most and a wide table comes next; `most`: stages measured."""
     # Twelve stages beside a wide table won over twelve beside another by 9 % (22528 x 3072), sixteen over eight by 8 %.
@@ -379,6 +387,7 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         if config is None:
             continue
         config = _unrolled(shape, config)
+        config = replace(config, fetch_sums=_fetches_sums(shape, config))
         us = _us(shape, m, blocks, sms, config)
         if found is None or us < found[0]:
             found = (us, config)

@@ -288,12 +288,6 @@ struct Schedule {
         ++done;
         return w.index < p.row_tiles * p.token_tiles;
     }
-    // add(share) for each share that leaves sums of a tile whose first units are this one's, in the order of k.
-    template <class Add>
-    __device__ __forceinline__ void for_others(const Work& w, Add add) const {
-        for (int other = share() + 1; w.end < UNITS && cut(other) < (w.index + 1) * UNITS; ++other)
-            if (cut(other) < cut(other + 1)) add(other);
-    }
     // Sums that a share leaves of a block, and the flag that says so.
     __device__ __forceinline__ static f32x4* partial(const Params& p, int share, int rank, int row_block) {
         return p.partial + (i64(share * PAIR + rank) * BLOCKS + row_block) * TOKEN_TILES * 128;
@@ -359,17 +353,22 @@ struct Producer {
                 asm volatile("" : "+r"(tile.token));  // before the wait
                 wait_for_previous_kernel();
             }
-            const auto in_turn = [&](auto fetch_stage) {
+            for (int unit = work.first; unit < work.end; ++unit) {
                 if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                fetch_stage();
+                fetch(tile, unit, turn);
                 turn.next();
                 if (turn.stage == 0) round = 1;
-            };
-            for (int unit = work.first; unit < work.end; ++unit) in_turn([&] { fetch(tile, unit, turn); });
+            }
             if (FETCH_SUMS && work.first == 0) {
-                schedule.for_others(work, [&](int share) {
-                    for (int i = 0; i < SUM_STAGES; ++i) in_turn([&] { fetch_sums(share, i, turn); });
-                });
+                for (int other = Schedule::share() + 1; work.end < UNITS && schedule.cut(other) < (work.index + 1) * UNITS; ++other) {
+                    if (schedule.cut(other) == schedule.cut(other + 1)) continue;
+                    for (int i = 0; i < SUM_STAGES; ++i) {
+                        if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);
+                        fetch_sums(other, i, turn);
+                        turn.next();
+                        if (turn.stage == 0) round = 1;
+                    }
+                }
             }
         }
     }
@@ -951,8 +950,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     owes = true;
                     continue;
                 }
-                if constexpr (FETCH_SUMS) {
-                    schedule.for_others(work, [&](int) {
+                for (int other = share + 1; end_unit < UNITS && schedule.cut(other) < (work.index + 1) * UNITS; ++other) {
+                    if (schedule.cut(other) == schedule.cut(other + 1)) continue;
+                    if constexpr (FETCH_SUMS) {
 #pragma unroll
                         for (int i = 0; i < SUM_STAGES; ++i) {
                             if constexpr (UNROLLED) turn = Turn(i % STAGES, turn.parity);
@@ -971,10 +971,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                             else if (i % STAGES == STAGES - 1)
                                 turn = Turn(0, turn.parity ^ 1);
                         }
-                    });
-                }
-                for (int other = share + 1; !FETCH_SUMS && end_unit < UNITS && schedule.cut(other) < (work.index + 1) * UNITS; ++other) {
-                    if (schedule.cut(other) == schedule.cut(other + 1)) continue;
+                        continue;
+                    }
                     if (thread == 0) {
                         wait_for_previous_kernel();
                         while (read_flag(flag(other)) == 0) {
