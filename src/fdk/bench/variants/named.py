@@ -206,149 +206,61 @@ SETS: dict[str, Named] = {
         ),
     ),
     "close": Named(
-        "One token near its bar: more warps of a CTA, blocks in turn, rings, two CTAs, operands ahead of activations?",
-        55,
+        "One token near its bar: operands ahead of activations, blocks in turn or in one step, uniform copies?",
+        60,
         (
-            Trial(
-                problems("decode", "lut3_g64 lut4_g64", "8192x8192", "1"),
-                each(
-                    {"k_warps": 24, "scales_once": False},
-                    {"k_warps": 20, "scales_once": False},
-                    uniform=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut3_g64", "8192x8192", "1"),
-                ({"k_warps": 32}, {"min_ctas": 2, "hold": 8000}, {"min_ctas": 2, "hold": 8000, "uniform": True}),
-            ),
-            Trial(problems("decode", "lut8_g64", "8192x8192", "1"), ({"k_warps": 32, "uniform": True},)),
-            Trial(
-                problems("decode", "lut3_g64 lut4_g64 lut8_g64", "14336x4096", "1"),
-                each(
-                    {"k_warps": 8},
-                    {"k_warps": 8, "uniform": True},
-                    row_warps=2,
-                    batch=1,
-                    scales_once=True,
-                ),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "14336x4096", "1"),
-                ({"k_warps": 16, "row_warps": 2, "batch": 1, "scales_once": True, "uniform": True},),
-            ),
-            Trial(problems("decode", "lut3_g64", "14336x4096", "1"), ({"k_warps": 32, "uniform": True},)),
-            Trial(
-                problems("decode", "lut3_g64 lut4_g64 lut8_g64", "4096x14336", "1"),
-                ({"k_warps": 14}, {"k_warps": 14, "uniform": True}),
-            ),
-            Trial(
-                problems("decode", "lut3_g64 lut4_g64", "4096x14336", "1"),
-                ({"k_warps": 24, "uniform": True, "scales_once": False},),
-            ),
-            Trial(
-                problems("decode", "lut3_g64", "4096x14336", "1"),
-                (
-                    {"k_warps": 28, "uniform": True},
-                    {"k_warps": 14, "stage_units": 2},
-                    {"min_ctas": 2, "hold": 6000, "uniform": True},
-                ),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "4096x14336", "1"), ({"k_warps": 28}, {"k_warps": 14, "stage_units": 2})
-            ),
-            Trial(
-                problems("decode", "int4_g64 int8_g64", "14336x4096", "1"),
-                (
-                    {"late": False},
-                    {"scales_once": True},
-                    {"k_warps": 4, "min_ctas": 2, "alone": False, "hold": 6000},
-                ),
-            ),
-            Trial(
-                problems("decode", "int4_g64", "14336x4096", "1"),
-                (
-                    {"k_warps": 16, "row_warps": 1, "batch": 2},
-                    {"k_warps": 16, "row_warps": 1, "batch": 2, "stages": 1},
-                    {"k_warps": 16, "stage_units": 1},
-                ),
-            ),
-            Trial(
-                problems("decode", "int8_g64", "14336x4096", "1"),
-                (
-                    {"k_warps": 16, "row_warps": 1, "batch": 2},
-                    {"k_warps": 16, "row_warps": 1, "batch": 2, "stages": 1, "stage_units": 2},
-                    {"k_warps": 16, "stages": 1},
-                ),
-            ),
-            Trial(
-                problems("decode", "int4_g64", "8192x8192", "1"),
-                ({"k_warps": 8, "min_ctas": 2, "alone": False, "hold": 8000}, {"late": False}),
-            ),
-            Trial(
-                problems("decode", "lut2_g64", "8192x8192", "1"),
-                (
-                    {"stages": 4, "stage_units": 2},
-                    {"stages": 5, "stage_units": 2},
-                    {"stages": 6, "stage_units": 1},
-                    {"late": True},
-                ),
-            ),
-            Trial(
-                problems("decode", "lut2_g64", "14336x4096", "1"),
-                (
-                    {"k_warps": 16, "row_warps": 1, "batch": 2},
-                    {"k_warps": 16, "row_warps": 1, "batch": 2, "stages": 2},
-                    {"k_warps": 16, "row_warps": 1, "batch": 2, "stages": 2, "stage_units": 2},
-                    {"stages": 2, "stage_units": 2},
-                    {"late": True},
-                ),
-            ),
-            Trial(
-                problems("decode", "lut2_g64", "4096x14336", "1"),
-                (
-                    {"stages": 3},
-                    {"stages": 3, "min_ctas": 2, "alone": False, "hold": 6000},
-                    {"k_warps": 7, "stage_units": 4, "min_ctas": 2, "alone": False, "hold": 6000},
-                    {"k_warps": 14, "stage_units": 4, "stages": 1},
-                ),
-            ),
-            Trial(
-                problems("decode", "lut1_g64", "4096x14336", "1"),
-                (
-                    {"hold": 4000},
-                    {"stages": 1, "stage_units": 4},
-                    {"k_warps": 7, "stage_units": 4, "min_ctas": 2, "hold": 4000},
-                    {"k_warps": 7, "stage_units": 4, "stages": 3, "min_ctas": 2, "hold": 4000},
-                ),
-            ),
-            Trial(
-                problems("decode", "trunc8s2_g128", "8192x8192", "1"),
-                each(
-                    {},
-                    {"late": True},
-                    {"stage_units": 4},
-                    {"k_warps": 8, "stage_units": 4, "stages": 2, "min_ctas": 2, "alone": False, "hold": 8000},
-                    {"k_warps": 8, "stages": 3, "min_ctas": 2, "alone": False, "hold": 8000},
-                    uniform=True,
-                ),
-            ),
-            Trial(problems("decode", "nest8s4_g128", "8192x8192", "1"), ({"uniform": True},)),
-            Trial(problems("decode", "int4_g64_sp16of32", "8192x8192", "1"), ({"bulk": True, "uniform": True},)),
             Trial(
                 problems("decode", "lut3_g64 lut4_g64 lut8_g64", "8192x8192 14336x4096 4096x14336", "1"),
                 ({"ahead": 1}, *each({"ahead": 1}, {"ahead": 2}, {"ahead": 3}, uniform=True)),
             ),
-            Trial(problems("decode", "lut4_g64", "4096x4096 28672x8192", "1"), ({"ahead": 1},)),
             Trial(
-                problems("decode", "int4_g64_sp16of32", "20480x5120", "1"),
-                (
-                    {"row_warps": 5, "batch": 1, "stage_units": 1, "scales_once": True},
-                    {"row_warps": 5, "batch": 1},
-                    {"row_warps": 5, "batch": 1, "stage_units": 1, "bulk": True, "uniform": True},
-                    {"row_warps": 5, "k_warps": 2, "batch": 1, "stage_units": 1, "stages": 2, "scales_once": True},
-                    {"row_warps": 1, "k_warps": 20, "batch": 5, "stage_units": 1},
-                    {"row_warps": 1, "k_warps": 10, "batch": 5, "stage_units": 1},
+                problems("decode", "lut3_g64", "4096x14336", "1"),
+                ({"min_ctas": 2, "hold": 6000, "uniform": True},),
+            ),
+            Trial(problems("decode", "lut4_g64", "4096x4096", "1"), ({"ahead": 1},)),
+            Trial(
+                problems("decode", "int4_g64_sp16of32", "8192x8192 20480x5120", "1"),
+                ({"ahead": 1}, {"ahead": 3}, {"ahead": 1, "bulk": True, "uniform": True, "scales_once": False}),
+            ),
+            Trial(problems("decode", "trunc8s2_g128 nest8s4_g128", "8192x8192", "1"), ({"ahead": 1}, {"ahead": 2})),
+            Trial(problems("decode", "int4_g64 int8_g64", "14336x4096", "1"), ({"ahead": 1},)),
+            Trial(problems("decode", "int4_g64", "8192x8192", "1"), ({"ahead": 1},)),
+            Trial(
+                problems("decode", "trunc8s2_g128", "14336x4096 4096x14336 16384x16384", "1")
+                + problems("decode", "nest8s4_g128", "16384x16384", "1"),
+                ({"uniform": True},),
+            ),
+            Trial(
+                problems("decode", "lut1_g64 int2_g64 uint4_g64 uint8_g64", "14336x4096", "1"),
+                ({"k_warps": 16, "row_warps": 1, "batch": 2},),
+            ),
+            Trial(
+                problems("decode", "lut4_g64 int4_g64", "20480x5120", "1"),
+                each(
+                    {"scales_once": True, "uniform": True},
+                    {"scales_once": True, "uniform": True, "ahead": 1},
+                    row_warps=5,
+                    batch=1,
+                    stages=1,
                 ),
+            ),
+            Trial(
+                problems("decode", "int4_g64", "20480x5120", "1"),
+                each(
+                    {"k_warps": 4, "stages": 1, "stage_units": 2},
+                    {"k_warps": 2, "stages": 2, "stage_units": 2},
+                    row_warps=5,
+                    batch=1,
+                    digits=True,
+                    paired=True,
+                    uniform=True,
+                    late=True,
+                    alone=True,
+                ),
+            ),
+            Trial(
+                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "1"),
+                ({"ahead": 1}, {"row_warps": 7, "k_warps": 2, "batch": 1, "uniform": True}),
             ),
         ),
     ),

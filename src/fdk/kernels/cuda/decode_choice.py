@@ -53,13 +53,16 @@ def _zeros_fill_16_warps(shape: Shape, config: Config, cta_units: int) -> bool:
     return fits and 112 <= cta_units * config.blocks <= 256
 
 
-def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
+def _warps(shape: Shape, config: Config, cta_units: int, hopper: bool) -> tuple[int, int]:
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
     tokens, blocks = config.tokens, config.blocks
     if tokens <= 4:
         row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
         warps = 8
-        if shape.nested and config.digits:
+        if hopper and shape.sparse and config.digits and blocks == 5:
+            # Two steps would leave a quarter of the warps with the second one.
+            warps, row_warps = 20, 5
+        elif shape.nested and config.digits:
             warps, row_warps = 16, 1
         elif shape.nested:
             # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
@@ -67,8 +70,11 @@ def _warps(shape: Shape, config: Config, cta_units: int) -> tuple[int, int]:
         elif (
             tokens == shape.subs == 1 and cta_units * blocks > 32 and (shape.bits >= 3 or (shape.zeros and blocks == 1))
         ):
-            # Look-ups of one code each hide their latency better behind more warps than behind more units per warp.
-            warps, row_warps = 16, 1 if blocks == 2 and not shape.zeros else row_warps
+            # Look-ups of one code each hide their latency better behind more warps than behind more units per warp. Two
+            # blocks go at once where scales come in one piece.
+            at_once = replace(config, k_warps=8, row_warps=2).allows_scales_once(shape) and not shape.sparse
+            in_turn = blocks == 2 and not shape.zeros and not (hopper and at_once and cta_units <= 64)
+            warps, row_warps = 16, 1 if in_turn else row_warps
         elif _zeros_fill_16_warps(shape, config, cta_units):
             warps = 16
         return min(max(4, warps // row_warps), cta_units), row_warps
@@ -112,13 +118,15 @@ def _two_digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int) -> 
     return one_bit and cta_units * blocks >= 128 and (cluster == 1 or blocks >= 4) and blocks <= 8
 
 
-def _digit_warps(shape: Shape, blocks: int, cta_units: int) -> tuple[int, int]:
+def _digit_warps(shape: Shape, blocks: int, cta_units: int, hopper: bool) -> tuple[int, int]:
     """(k_warps, row_warps) of integer products, outside of chains; 16 warps where they have work."""
     one_bit = shape.bits == 1 and shape.kind in (TABLE, INT)
     if blocks == 1:
         few = 128 if shape.bits <= 2 else 64
         even = 112 <= cta_units < 128 and (one_bit or shape.bits > 1)
         return (14 if even else 16 if cta_units >= few else min(8, cta_units)), 1
+    if hopper and (blocks, shape.kind, cta_units) == (2, INT, 64) and shape.bits >= 4:
+        return 16, 1  # one block after the other
     row_warps = blocks if blocks <= (8 if one_bit else 4) else 4
     return min(16 // row_warps, cta_units), row_warps
 
@@ -201,10 +209,10 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             return [(4, 1), (2, 1), (1, 2), (1, 1)]
         if single and (config.k_warps <= 14 or shape.bits == 4):
             return [(1 if shape.bits == 8 else 2, 2), (1, 2), (1, 1)]
-        if config.row_warps == config.blocks == 2 and shape.bits >= 4:
+        if config.blocks == 2 and shape.bits >= 4 and config.warps == 16:
             return [*([(2, 2)] if shape.bits == 4 else []), (1, 2), (1, 1)]
         return [(2, 1) if single else (1, 3) if shape.bits == 4 else (2, 2), (1, 3), (1, 2), (1, 1)]
-    if config.warps > 8 and config.row_warps <= 2 and (config.tokens == 1 or config.alone):
+    if config.warps > 8 and (config.row_warps <= 2 or config.warps > 16) and (config.tokens == 1 or config.alone):
         return [(1, 1)]
     if config.warps > 12 and config.alone:
         # 128 registers are not enough for two units.
@@ -389,6 +397,8 @@ def _beside(shape: Shape, config: Config, idle: int) -> Config:
         two = replace(config, k_warps=8, stages=stages, stage_units=4, alone=False, min_ctas=2)
         # With 1500 to 5000 clocks some launches took 1.25 to 1.5 times as long.
         return replace(two, hold=_MOST_HOLD)
+    if selected and config.digits and (config.cluster, config.blocks, shape.units) == (2, 1, 224):
+        return replace(config, k_warps=7, stages=3, stage_units=4, min_ctas=2, hold=4000)
     if config.min_ctas == 1 and (config.alone or not config.paired or shape.kind != TABLE):
         return config
     late = config.late or (shape.kind == TABLE and shape.bits > 4)
@@ -478,7 +488,8 @@ def choose_config(
         if hopper and tokens == 16 and shape.bits == 1 and shape.kind in (TABLE, INT):
             start = replace(start, octets=True)
         if hopper and not chained and _bytes_pay(shape, tokens, per_cluster, cta_units):
-            start = replace(start, digits=True, paired=True)
+            uniform_pays = shape.nested and cluster == per_cluster == 1 and cta_units <= 128
+            start = replace(start, digits=True, paired=True, uniform=uniform_pays)
         elif tokens == 1 and shape.allows_digits and not coded:
             large = shape.n * shape.k >= 1 << 25
             if chained:
@@ -495,9 +506,9 @@ def choose_config(
         if chained:
             most, row_warps = _chain_warps(start, shape, cta_units)
         elif start.digits and not coded:
-            most, row_warps = _digit_warps(shape, per_cluster, cta_units)
+            most, row_warps = _digit_warps(shape, per_cluster, cta_units, hopper)
         else:
-            most, row_warps = _warps(shape, start, cta_units)
+            most, row_warps = _warps(shape, start, cta_units, hopper)
         warps = sorted({most, *(w for w in (8, 7, 4, 2, 1) if w < most)}, reverse=True)
         tried = [replace(start, k_warps=k_warps, row_warps=row_warps) for k_warps in warps]
         if not chained and _allows_indices(shape, tokens, capability, equal_indices):

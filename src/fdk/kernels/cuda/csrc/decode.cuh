@@ -133,27 +133,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, norms, phase, cta_unit + phase * units, units, warp, lane, lookup);
     };
 #if FDK_AHEAD
-    MadeUnit made;
+    MadeUnit made[STAGE_UNITS];
     const bool some = first_unit < end_unit;
     const auto make_first = [&] {
         w.wait(0, 0);
-        load_unit(made.u, w.ring, w.groups(0, first_unit), 0, 0, lane, w.half, WholeBlock{});
+#pragma unroll
+        for (int i = 0; i < STAGE_UNITS; ++i)
+            load_unit(made[i].u, w.ring, w.groups(0, first_unit), i, (cta_unit + first_unit + i) * 64, lane, w.half, WholeBlock{});
         if constexpr (AHEAD != 2) w.refill(ahead, 0, WholeBlock{});
-        made.make(lookup);
+#pragma unroll
+        for (int i = 0; i < STAGE_UNITS; ++i) made[i].make(lookup);
     };
     if constexpr (AHEAD > 1) {
         if (some) make_first();
         wait_for_previous_kernel();
     }
+    const auto meanwhile = [&] {
+        if (!some) return;
+        if constexpr (AHEAD == 1) make_first();
+        if constexpr (AHEAD == 2) w.refill(ahead, 0, WholeBlock{});
+    };
+#if FDK_DIGITS
+    static_assert(IN_PAIRS, "see digit_pairs.cuh");
+    make_digits(p, smem, activations, norms, warp, lane, meanwhile);
+#else
     const Share share = Share::of(units, warp, lane);
     Arriving x;
     x.load(p, share, cta_unit);
-    if (some) {
-        if constexpr (AHEAD == 1) make_first();
-        if constexpr (AHEAD == 2) w.refill(ahead, 0, WholeBlock{});
-    }
+    meanwhile();
     x.store(smem, share, warp);
     if constexpr (FDK_LATE) let_next_kernel_start();
+#endif
 #else
     // Whatever takes longer to come is asked for first.
     if constexpr (!X_MEANWHILE) outputs.prepare(first_block, end_block);
@@ -214,9 +224,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     u32 parity = 0;
 #if FDK_AHEAD
     Accumulator begun = {};
-    if (some) made.multiply(begun, smem, first_unit, lane);
+    if (some) {
+#pragma unroll
+        for (int i = 0; i < STAGE_UNITS; ++i) made[i].multiply(begun, smem, first_unit + i, i, lane);
+    }
     stage = STAGES == 1 ? 0 : 1, parity = STAGES == 1;
-    int from = first_unit + 1;
+    int from = first_unit + STAGE_UNITS;
 #endif
     for (int step = 0; step < (STEPS_PER_CTA == 1 ? 1 : steps); ++step) {
         Accumulator acc = {};

@@ -75,11 +75,14 @@ __device__ __forceinline__ float sum_lanes(float (&v)[COUNT], int lane) {
     return v[0];
 }
 
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Pairs& x, Norms& norms, int, int, int, int warp, int lane, const Lookup&) {
+// meanwhile(): what is done while activations are on their way.
+template <class Meanwhile>
+__device__ __forceinline__ void make_digits(const Params& p, char* smem, const Pairs& x, Norms& norms, int warp, int lane, Meanwhile meanwhile) {
     const Share& share = x.share;
     u32 pairs[Pairs::MOST], largest[M] = {};
 #pragma unroll
     for (int n = 0; n < Pairs::MOST; ++n) pairs[n] = x.load(n);
+    meanwhile();
     norms.read(p, smem, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     const int k_warp = OWN_X ? warp % K_WARPS : 0;
@@ -128,6 +131,10 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
         if (lane % (32 / TOGETHER) == 0 && n < Pairs::MOST && x.has(n)) reinterpret_cast<float*>(smem + Smem::SUM)[x.unit(n)] = sum;
     }
     share.sync(warp);
+}
+
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Pairs& x, Norms& norms, int, int, int, int warp, int lane, const Lookup&) {
+    make_digits(p, smem, x, norms, warp, lane, [] {});
 }
 
 }  // namespace fdk

@@ -64,9 +64,9 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
     if constexpr (ZEROS) u.zeros = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, g, share);
 }
 
-// Unit `unit` of the CTA, which is unit `index` of its stage.
-__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
-    const Unit& u = *units;
+// Unit `unit` of the CTA, which is unit `index` of its stage; `operand(a, tile)` gives the A operands of a row tile.
+template <class Operand>
+__device__ __forceinline__ void multiply_operands(Accumulator& acc, const Unit& u, const char* smem, int unit, int index, int lane, Operand operand) {
     // Sums start at 1.5 * 2^23, so that their bits read as a float are that number plus the sum, which is below 2^22;
     // a start of 256 times as much makes them count 256 each.
     constexpr u32 MAGIC = 0x4b400000u, NEXT = PAIRED ? MAGIC + (8u << 23) : MAGIC;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
         u32 a[2][4], d[4] = {start[0], start[1], start[2], start[3]};
 #pragma unroll
         for (int i = 0; i < TILES_SHARING; ++i) {
-            code_bytes(a, u.words, tile + i * LANE_TILES, lookup);
+            operand(a, tile + i * LANE_TILES);
             mma_bytes(d, a[0], b[i].x, b[i].y, d);
             mma_bytes(d, a[1], b[i].z, b[i].w, d);
         }
@@ -104,6 +104,27 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
         }
     }
 }
+
+__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int index, int lane, const Lookup& lookup, WholeBlock) {
+    multiply_operands(acc, *units, smem, unit, index, lane, [&](u32 (&a)[2][4], int tile) { code_bytes(a, units->words, tile, lookup); });
+}
+
+// A unit of a warp's first stage with its operands, which need no activations: 32 registers.
+struct MadeUnit {
+    Unit u;
+    u32 a[4][2][4];
+
+    __device__ __forceinline__ void make(const Lookup& lookup) {
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile) code_bytes(a[tile], u.words, tile, lookup);
+    }
+    __device__ __forceinline__ void multiply(Accumulator& acc, const char* smem, int unit, int index, int lane) const {
+        multiply_operands(acc, u, smem, unit, index, lane, [&](u32 (&to)[2][4], int tile) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) to[i / 4][i % 4] = a[tile][i / 4][i % 4];
+        });
+    }
+};
 
 // A warp's sums of a block to its slot [64 rows][M tokens]; `low` and `high` are the two table values of one bit.
 __device__ __forceinline__ void store_partial(float* slot, const Accumulator& acc, char* smem, int lane, float low, float high, WholeBlock) {

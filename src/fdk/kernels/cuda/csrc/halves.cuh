@@ -219,7 +219,7 @@ struct MadeUnit {
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) make_operand(a[tile], u, tile, lookup);
     }
-    __device__ __forceinline__ void multiply(Accumulator& acc, const char* smem, int unit, int lane) const {
+    __device__ __forceinline__ void multiply(Accumulator& acc, const char* smem, int unit, int, int lane) const {
         multiply_operands(acc, u, smem, unit, lane, WholeBlock{}, [&](u32 (&to)[4][4], int tile) {
 #pragma unroll
             for (int i = 0; i < 16; ++i) to[i / 4][i % 4] = a[tile][i / 4][i % 4];
