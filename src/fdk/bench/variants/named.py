@@ -62,7 +62,7 @@ _SINGLE, _TWO_SINGLE = {"stage_units": 1}, {"stage_units": 1, "stages": 2}
 SETS: dict[str, Named] = {
     "fourths": Named(
         "Prefill: k in four slices of three blocks, of which 27 clusters are resident where 40 of three CTAs are not?",
-        45,
+        50,
         (
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "32"), (tile(32, 3, 8, 4), tile(32, 3, 8, 4, wide=True))
@@ -115,6 +115,10 @@ SETS: dict[str, Named] = {
             ),
             Trial(problems("prefill", "lut2_g64 lut8_g64", "5120x5120", "128"), (tile(128, 3, 4, 4),)),
             Trial(problems("prefill", "lut2_g64 int8_g64", "14336x4096", "512"), ({"fetch_sums": True},)),
+            # 36 clusters of three, which are resident.
+            Trial(problems("prefill", "lut4_g64", "4608x4096", "64"), (tile(64, 2, 8, 3, k_groups=2),)),
+            Trial(problems("prefill", "lut4_g64", "4608x4096", "128"), (tile(128, 2, 6, 3, wide=True),)),
+            Trial(problems("prefill", "lut4_g64", "4608x4096", "256"), (tile(256, 2, 4, 3),)),
         ),
     ),
     "few-tokens": Named(
