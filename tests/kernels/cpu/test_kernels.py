@@ -174,6 +174,25 @@ def test_subnormal_table_entries_are_not_flushed(isa) -> None:
     assert torch.equal(multiply(isa, torch.eye(64).bfloat16(), weight.to_layout(KERNEL.layout)), dense.T)
 
 
+def test_sparse_zeros_may_be_larger_than_codes(isa) -> None:
+    """A zero is any byte; few bits of it are taken off where codes are looked up."""
+    generator = torch.Generator().manual_seed(5)
+    weight = testing.random_weight(parse("uint4_g64_sp16of32"), 70, 256, seed=5)
+    zeros = weight.parts["zeros"]
+    some = torch.rand(zeros.shape, generator=generator) < 0.2
+    zeros[some] = torch.randint(0, 256, zeros.shape, generator=generator, dtype=torch.uint8)[some]
+    zeros[:, 1] = 16
+    dense = reference.dequantise(weight)
+    weight = weight.to_layout(KERNEL.layout)
+    assert torch.equal(isa.dequantise(weight), dense)
+    for m in (1, 2, 5, 8, 9, 20):
+        unit = torch.eye(256).bfloat16()[60 : 60 + m].contiguous()
+        assert torch.equal(multiply(isa, unit, weight), dense[:, 60 : 60 + m].T), m
+        x = torch.randn(m, 256, generator=generator).bfloat16()
+        wrong = testing.check_product(isa.linear, x, weight, None, False)
+        assert wrong is None, f"{isa} m={m}: {wrong}"
+
+
 def test_probes_read_and_multiply(isa) -> None:
     if isa.emulated:
         pytest.skip("a probe under emulation says nothing")

@@ -42,7 +42,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         Panels<Path>::expand<5>, Panels<Path>::expand<6>, Panels<Path>::expand<7>, Panels<Path>::expand<8>};
     const fdk_weight& w = *job->w;
     if (w.storage == FDK_SPARSE) return sparse_linear<UpperPath>(*job, block0, block1, workspace, tiles);
-    if (w.storage == FDK_NESTED_PLANES) return nested_linear<UpperPath>(*job, block0, block1, workspace, tiles);
+    if (w.storage == FDK_NESTED_PLANES) return nested_linear<UpperPath, 1>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS)
         return run_panels<UpperPath>(*job, block0, block1, workspace, tiles, upper(w) ? nullptr : expand);
     if (job->plan->algorithm == FDK_NIBBLES)

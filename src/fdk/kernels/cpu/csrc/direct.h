@@ -26,7 +26,7 @@ struct Block {
                 constexpr int at = decltype(t)::value;
                 unroll<first, end>([&](auto p) FDK_LAMBDA {
                     constexpr int P = decltype(p)::value;
-                    Path::template step<B, M, P, Values::template plain_place<P>()>(
+                    Path::template step<M, P, Values::template plain_place<P>()>(
                         values, Values::template plain<P>(unit + 4 * W * at), x, acc + (P % SETS * T + at) * M);
                 });
             });

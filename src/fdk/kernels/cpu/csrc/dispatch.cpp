@@ -288,7 +288,7 @@ FDK_EXPORT int32_t fdk_linear(const fdk_weight* w, const void* x, const void* bi
         const bool as_is = r.plan.bf16_pairs || w->dtype == FDK_FP32;
         const bool packed = !(rows == 1 && r.plan.width == 1 && as_is && w->k == w->k_padded) &&
                             r.plan.algorithm != FDK_NIBBLES && r.plan.algorithm != FDK_SPARSE_ROWS;
-        const bool summed = w->zero_bytes && r.plan.algorithm != FDK_SCALED_PANELS;
+        const bool summed = w->zero_bytes && w->storage != FDK_SPARSE && r.plan.algorithm != FDK_SCALED_PANELS;
         const int64_t sums_size = summed ? w->supers * (w->split ? 2 : 1) * (int64_t)sizeof(float) : 0;
         int64_t size = 0;
         r.job.tiles_count = 0;

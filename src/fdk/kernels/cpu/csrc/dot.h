@@ -20,8 +20,8 @@ struct ArmDotPath : PlainPath {
     template <int B, int M>
     static constexpr int together() { return B <= 5 && M <= 4 ? 4 : 2; }
 
-    template <int B, int M, int P, int PLACE>
-    static FDK_INLINE void step(const Values<B>& values, vi word, const uint32_t* x, vf* acc) {
+    template <int M, int P, int PLACE, class Values>
+    static FDK_INLINE void step(const Values& values, vi word, const uint32_t* x, vf* acc) {
         const vi value = values.template at<PLACE>(word);
         unroll<0, M>([&](auto i) FDK_LAMBDA {
             constexpr int c = decltype(i)::value;
@@ -29,8 +29,8 @@ struct ArmDotPath : PlainPath {
         });
     }
 
-    template <int B, int PLACE>
-    static FDK_INLINE void expand(const Values<B>& values, vi word, uint32_t* panel) {
+    template <int PLACE, class Values>
+    static FDK_INLINE void expand(const Values& values, vi word, uint32_t* panel) {
         I::keep_words(panel, values.template at<PLACE>(word));
     }
 
@@ -101,7 +101,7 @@ struct ArmDot {
         static const WriteFn write[9] = {nullptr, write_totals<I, 1>, write_totals<I, 2>, nullptr, write_totals<I, 4>,
                                          nullptr, nullptr,            nullptr,            write_totals<I, 8>};
         if (w.storage == FDK_SPARSE) return sparse_linear<Path>(*job, block0, block1, workspace, tiles);
-        if (w.storage == FDK_NESTED_PLANES) return nested_linear<Path>(*job, block0, block1, workspace, tiles);
+        if (w.storage == FDK_NESTED_PLANES) return nested_linear<Path, 1>(*job, block0, block1, workspace, tiles);
         if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
         DirectFn direct[9];
         for (int i = 0; i < 9; i++) direct[i] = DirectFn{by_width[i][w.split][w.bits], write[i]};

@@ -102,7 +102,7 @@ enum fdk_algorithm {
     FDK_DIRECT = 0,   // every tile decodes
     FDK_PANELS = 1,   // decoded once into a panel in the workspace
     FDK_NIBBLES = 2,  // 1 or 2 bits, one row: sums for each nibble in the workspace; x is read as it lies
-    FDK_SPARSE_ROWS = 3,  // 16:32 sparse, bf16: the vector is a row of W; x is read as it lies
+    FDK_SPARSE_ROWS = 3,  // 16:32 sparse, bf16, one row: the vector is a row of W; x is read as it lies
     FDK_SCALED_PANELS = 4,  // as FDK_PANELS, scales multiplied into the values, which are rounded to bf16
 };
 

@@ -13,8 +13,8 @@ struct FloatPath : PlainPath {
     using Values = typename I::template Values<B>;
 
     // Pair P of a unit; x that of the unit.
-    template <int B, int M, int P, int PLACE>
-    static FDK_INLINE void step(const Values<B>& values, typename I::vi codes, const uint32_t* x, typename I::vf* acc) {
+    template <int M, int P, int PLACE, class Values>
+    static FDK_INLINE void step(const Values& values, typename I::vi codes, const uint32_t* x, typename I::vf* acc) {
         typename I::vf even, odd;
         values.template pair<PLACE>(codes, even, odd);
         unroll<0, M>([&](auto i) FDK_LAMBDA {
@@ -27,8 +27,8 @@ struct FloatPath : PlainPath {
         });
     }
 
-    template <int B, int PLACE>
-    static FDK_INLINE void expand(const Values<B>& values, typename I::vi codes, uint32_t* panel) {
+    template <int PLACE, class Values>
+    static FDK_INLINE void expand(const Values& values, typename I::vi codes, uint32_t* panel) {
         typename I::vf even, odd;
         values.template pair<PLACE>(codes, even, odd);
         I::keep((float*)panel, even);

@@ -80,7 +80,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const BlockFn one_row[2][9] = {FDK_BY_BITS(Path, 1, false), FDK_BY_BITS(Path, 1, true)};
     static const Panels<Path>::Tile tiles[5] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), {}, FDK_PANEL_TILE(Path, 4)};
     if (job->w->storage == FDK_SPARSE) return sparse_linear<Path>(*job, block0, block1, workspace, tiles);
-    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path, 1>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     const DirectFn direct[2] = {{}, {one_row[job->w->split][job->w->bits], tiles[1].write}};
     run_direct(*job, block0, block1, workspace, direct);

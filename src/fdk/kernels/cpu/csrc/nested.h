@@ -5,8 +5,7 @@
 // nested weight are in that order.
 #pragma once
 #include "dequantise.h"
-#include "direct.h"
-#include "panels.h"
+#include "units.h"
 
 namespace {
 
@@ -18,21 +17,6 @@ struct Lines {
 
 FDK_INLINE Lines lines_of(const fdk_weight& w, const uint8_t* block, int64_t unit) {
     return {block + w.planes_at + 64 * unit, w.plane_bytes};
-}
-
-// As fetch_ahead of codes.h, in each of the B leading planes; what lies ahead may be in the next block.
-template <class I, int B>
-FDK_INLINE void fetch_ahead(const fdk_weight& w, const uint8_t* block, int64_t unit) {
-    const int64_t here = 64 * unit;
-    const auto ahead = [&](int64_t distance) FDK_LAMBDA {
-        const int64_t at = here + (distance < w.plane_bytes ? distance : w.plane_bytes), over = at - w.plane_bytes;
-        return block + w.planes_at + (over < 0 ? at : w.block_bytes + over);
-    };
-    const uint8_t *near = ahead(512), *far = ahead(4 << 10);
-    unroll<0, B>([&](auto t) FDK_LAMBDA {
-        I::prefetch_far(far + decltype(t)::value * w.plane_bytes);
-        I::prefetch(near + decltype(t)::value * w.plane_bytes);
-    });
 }
 
 template <class I, int FROM, int TO>
@@ -93,82 +77,87 @@ struct Fields {
     }
 };
 
-// Like Block of direct.h, for one row of x.
-template <class Path, int B, bool SPLIT>
-struct NestedBlock {
-    typedef typename Path::I I;
-    typedef typename I::vf vf;
-    static constexpr int W = I::W, H = (int)FDK_ROWS / W, SETS = 4, PAIR = Path::words_per_pair;
-    typedef typename Path::template Values<B> Values;
+// The same, each word put together where it is used, which hides behind the products of the words before. For up to 5 planes and
+// 32 registers: with more of either, all words first is faster (Zen 4).
+template <class I, int B>
+struct LateFields {
+    typedef typename I::vi vi;
+    static constexpr int WIDTH = Fields<I, B>::WIDTH;
+    vi line[B];
 
-    template <int P0, int P1>
-    static FDK_INLINE void pairs(const Values& values, const Fields<I, B>& fields, const uint32_t* x, vf (&acc)[SETS]) {
-        unroll<P0, P1>([&](auto p) FDK_LAMBDA {
-            constexpr int P = decltype(p)::value;
-            Path::template step<B, 1, P, Values::template nested_place<P>()>(values, Values::template nested<P>(fields), x,
-                                                                             acc + P % SETS);
+    FDK_INLINE LateFields(const Lines& lines, int offset) {
+        unroll<0, B>([&](auto t) FDK_LAMBDA {
+            line[decltype(t)::value] = I::load(lines.first + decltype(t)::value * lines.stride + offset);
         });
     }
 
-    static FDK_INLINE void flush(const fdk_weight& w, const uint8_t* scales, int h, vf (&acc)[SETS], vf& total) {
-        acc[0] = I::add(I::add(acc[0], acc[1]), I::add(acc[2], acc[3]));
-        apply_scale<I, 1>(w, scales, nullptr, nullptr, h, acc, &total);
-        for (int i = 0; i < SETS; i++) acc[i] = I::zero();
+    template <int J>
+    FDK_INLINE vi word() const {
+        if constexpr (WIDTH == 2) return line[J];
+        else if constexpr (WIDTH == 4) return nibbles<J>();
+        else return I::pick(I::template shr<4 * (J % 2)>(nibbles<J / 2>()), moved<I, J, 4>(line[4]), 0x10101010u);
+    }
+    template <int J>
+    FDK_INLINE vi nibbles() const {
+        vi v = I::pick(I::template shr<2 * (J % 2)>(line[J / 2]), moved<I, J, 2>(line[2]), 0x44444444u);
+        if constexpr (B > 3) v = I::pick(v, moved<I, J, 3>(line[3]), 0x88888888u);
+        return v;
     }
 
-    static void run(const Call& call, int64_t begin, int64_t end, float* totals) {
-        const fdk_weight& w = *call.w;
-        constexpr int S = SPLIT ? 2 : 1;
-        const Values values(*call.range);
-        vf total[H];
-        for (int h = 0; h < H; h++) total[h] = I::kept(totals + h * W);
-        const uint8_t* scales = call.block + begin * w.super_bytes;
-        const uint32_t* x = (const uint32_t*)call.tile->x + begin * w.units * 16 * PAIR;
-        const int64_t scales_size = FDK_ROWS * w.scale_bytes;
-        int64_t unit = begin * w.units;
-        for (int64_t s = begin; s < end; s++, scales += w.super_bytes) {
-            I::prefetch(scales + w.block_bytes);
-            for (int h = 0; h < H; h++) {
-                vf acc[SETS];
-                for (int i = 0; i < SETS; i++) acc[i] = I::zero();
-                for (int64_t u = 0; u < w.units; u++) {
-                    fetch_ahead<I, B>(w, call.block, unit + u);
-                    const Fields<I, B> fields(lines_of(w, call.block, unit + u), 4 * W * h);
-                    const uint32_t* xu = x + u * 16 * PAIR;
-                    pairs<0, 8>(values, fields, xu, acc);
-                    if (SPLIT && u == w.units / 2) flush(w, scales, h, acc, total[h]);
-                    pairs<8, 16>(values, fields, xu, acc);
-                }
-                flush(w, scales + (S - 1) * scales_size, h, acc, total[h]);
-            }
-            unit += w.units, x += w.units * 16 * PAIR;
-        }
-        for (int h = 0; h < H; h++) I::keep(totals + h * W, total[h]);
+    template <int P, bool = false>
+    FDK_INLINE vi codes() const {
+        constexpr int half = P / 8, f = P % 8;
+        if constexpr (WIDTH == 2) return I::template shr<2 * f>(word<half>());
+        else if constexpr (WIDTH == 4) return I::template shr<4 * (f / 2)>(word<2 * half + f % 2>());
+        else return I::template shr<8 * (f / 4)>(word<4 * half + 2 * (f % 2) + f / 2 % 2>());
     }
+    // Pairs of one word after those of the other.
+    static constexpr int pair_at(int i) { return i / 8 * 8 + i % 8 / 4 + i % 4 / 2 * 2 + i % 2 * 4; }
 };
 
-// As Panels::expand; `super` are the scales of the first superblock.
+template <class I, int B, bool LATE = (I::W == 16 && B <= 5)>
+struct FieldsOf {
+    typedef Fields<I, B> type;
+    static constexpr int pair_at(int i) { return i; }
+};
+template <class I, int B>
+struct FieldsOf<I, B, true> : LateFields<I, B> {
+    typedef LateFields<I, B> type;
+};
+
+// One vector of rows of a unit, as units.h wants it.
 template <class Path, int B>
-void expand_nested(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* __restrict panel) {
+struct NestedUnit {
     typedef typename Path::I I;
-    constexpr int W = I::W, H = (int)FDK_ROWS / W, WORDS = Path::words_per_pair;
     typedef typename Path::template Values<B> Values;
-    const Values values(range);
-    const uint8_t* block = w.data + (super - w.data) / w.block_bytes * w.block_bytes;
-    const int64_t first = (super - block) / w.super_bytes * w.units;
-    for (int64_t u = first; u < first + supers * w.units; u++, panel += 16 * WORDS * FDK_ROWS) {
-        fetch_ahead<I, B>(w, block, u);
-        for (int h = 0; h < H; h++) {
-            const Fields<I, B> fields(lines_of(w, block, u), 4 * W * h);
-            unroll<0, 16>([&](auto p) FDK_LAMBDA {
-                constexpr int P = decltype(p)::value;
-                Path::template expand<B, Values::template nested_place<P>()>(values, Values::template nested<P>(fields),
-                                                                             panel + P * WORDS * FDK_ROWS + h * W);
-            });
-        }
-        Path::arrange(panel);
+    static constexpr bool ZEROS = false;
+    struct Super {
+        FDK_INLINE Super(const fdk_weight&, const uint8_t*) {}
+    };
+    typename FieldsOf<I, B>::type fields;
+
+    FDK_INLINE NestedUnit(const fdk_weight& w, const uint8_t* block, const Super&, int64_t s, int64_t u, int h)
+        : fields(lines_of(w, block, s * w.units + u), 4 * I::W * h) {}
+    template <int P>
+    FDK_INLINE typename I::vi word() const { return Values::template nested<P>(fields); }
+    template <int P>
+    static constexpr int place() { return Values::template nested_place<P>(); }
+    static constexpr int pair_at(int i) { return FieldsOf<I, B>::pair_at(i); }
+
+    // As fetch_ahead of codes.h, in each of the B leading planes; what lies ahead may be in the next block.
+    static FDK_INLINE void fetch_ahead(const fdk_weight& w, const uint8_t* block, int64_t s, int64_t u) {
+        const int64_t here = 64 * (s * w.units + u);
+        const auto ahead = [&](int64_t distance) FDK_LAMBDA {
+            const int64_t at = here + (distance < w.plane_bytes ? distance : w.plane_bytes), over = at - w.plane_bytes;
+            return block + w.planes_at + (over < 0 ? at : w.block_bytes + over);
+        };
+        const uint8_t *near = ahead(512), *far = ahead(4 << 10);
+        unroll<0, B>([&](auto t) FDK_LAMBDA {
+            I::prefetch_far(far + decltype(t)::value * w.plane_bytes);
+            I::prefetch(near + decltype(t)::value * w.plane_bytes);
+        });
     }
-}
+};
 
 // As Dequantise of dequantise.h.
 template <class I, int B>
@@ -220,14 +209,14 @@ struct DequantiseNested {
     {nullptr, nullptr, T<__VA_ARGS__, 2>, T<__VA_ARGS__, 3>, T<__VA_ARGS__, 4>, T<__VA_ARGS__, 5>,            \
      T<__VA_ARGS__, 6>, T<__VA_ARGS__, 7>, T<__VA_ARGS__, 8>}
 
-template <class Path, int B>
-void nested_whole(const Call& call, int64_t begin, int64_t end, float* totals) {
-    NestedBlock<Path, B, false>::run(call, begin, end, totals);
+template <class Path, int M, bool SPLIT, int B>
+void nested_tile(const Call& call, int64_t begin, int64_t end, float* totals) {
+    UnitBlock<Path, NestedUnit<Path, B>, M, SPLIT>::run(call, begin, end, totals);
 }
 
 template <class Path, int B>
-void nested_split(const Call& call, int64_t begin, int64_t end, float* totals) {
-    NestedBlock<Path, B, true>::run(call, begin, end, totals);
+void nested_expand(const fdk_weight& w, const fdk_range& range, const uint8_t* super, int64_t supers, uint32_t* panel) {
+    expand_units<Path, NestedUnit<Path, B>>(w, range, super, supers, panel);
 }
 
 template <class I, int B>
@@ -235,14 +224,18 @@ void nested_rows(const fdk_weight& w, uint8_t* out, int64_t block0, int64_t bloc
     DequantiseNested<I, B>::run(w, out, block0, block1);
 }
 
-// One row decodes for itself, more go through panels; `tiles` are those of plain weights.
-template <class Path>
+// Tiles of the widths WIDTHS decode for themselves, others go through panels; `tiles` are those of plain weights.
+template <class Path, int... WIDTHS>
 void nested_linear(const fdk_job& job, int64_t block0, int64_t block1, void* workspace,
                    const typename Panels<Path>::Tile* tiles) {
-    static const BlockFn one_row[2][9] = {FDK_NESTED(nested_whole, Path), FDK_NESTED(nested_split, Path)};
-    static const typename Panels<Path>::ExpandFn expand[9] = FDK_NESTED(expand_nested, Path);
+    static const typename Panels<Path>::ExpandFn expand[9] = FDK_NESTED(nested_expand, Path);
     if (job.plan->algorithm == FDK_PANELS) return run_panels<Path>(job, block0, block1, workspace, tiles, expand);
-    const DirectFn direct[2] = {{}, {one_row[job.w->split][job.w->bits], write_totals<typename Path::I, 1>}};
+    static const BlockFn split[9] = FDK_NESTED(nested_tile, Path, 1, true);
+    static const BlockFn whole[][9] = {FDK_NESTED(nested_tile, Path, WIDTHS, false)...};
+    DirectFn direct[FDK_PANEL_WIDTH + 1] = {};
+    int at = 0;
+    ((direct[WIDTHS] = {whole[at++][job.w->bits], write_totals<typename Path::I, WIDTHS>}), ...);
+    if (job.w->split) direct[1].run = split[job.w->bits];
     run_direct(job, block0, block1, workspace, direct);
 }
 

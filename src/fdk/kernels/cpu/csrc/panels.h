@@ -59,7 +59,7 @@ struct Panels {
                 for (int h = 0; h < H; h++)
                     unroll<0, 16>([&](auto p) FDK_LAMBDA {
                         constexpr int P = decltype(p)::value;
-                        Path::template expand<B, Values::template plain_place<P>()>(
+                        Path::template expand<Values::template plain_place<P>()>(
                             values, Values::template plain<P>(unit + 4 * W * h), panel + P * WORDS * FDK_ROWS + h * W);
                     });
                 Path::arrange(panel);

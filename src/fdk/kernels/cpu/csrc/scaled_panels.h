@@ -29,7 +29,7 @@ struct ScaledPanels {
                     const vf zero = zeros_size ? zeros_of<I>(w, zeros + g * zeros_size, 0) : I::zero();
                     unroll<P0, P0 + 8>([&](auto p) FDK_LAMBDA {
                         constexpr int P = decltype(p)::value, SHARE = Path::template Values<B>::SHARE;
-                        Path::template expand_scaled<B, place<B, P, SHARE>()>(values, pair_codes<I, B, P, SHARE>(unit), scale,
+                        Path::template expand_scaled<place<B, P, SHARE>()>(values, pair_codes<I, B, P, SHARE>(unit), scale,
                                                                               zero, panel + P * FDK_ROWS);
                     });
                 });

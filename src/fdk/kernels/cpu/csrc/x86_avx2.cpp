@@ -151,7 +151,7 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     static const Panels<Path>::Tile tiles[7] = {{}, FDK_PANEL_TILE(Path, 1), FDK_PANEL_TILE(Path, 2), FDK_PANEL_TILE(Path, 3),
                                                 FDK_PANEL_TILE(Path, 4), {}, FDK_PANEL_TILE(Path, 6)};
     if (job->w->storage == FDK_SPARSE) return sparse_linear<Path>(*job, block0, block1, workspace, tiles);
-    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Path, 1>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Path>(*job, block0, block1, workspace, tiles);
     DirectFn direct[5];
     static const BlockFn bytes[5][2] = {

@@ -17,7 +17,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
     };
     static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
     if (job->w->storage == FDK_SPARSE) return sparse_linear<Avx512Path>(*job, block0, block1, workspace, tiles);
-    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<Avx512Path>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES)
+        return nested_linear<Avx512Path, 1, 2, 4, 6, 8>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_PANELS) return run_panels<Avx512Path>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_NIBBLES) return Nibbles<Avx512, 1>::run(*job, block0, block1, (float*)workspace);
     DirectFn direct[9];
@@ -28,8 +29,8 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     // As for bf16, except that up to 4 bits one register holds the table.
     const bool never = w->storage == FDK_SPARSE || Panels<Avx512Path>::subtracts(*w);
-    const bool one = w->split || w->storage == FDK_NESTED_PLANES;
-    const int64_t direct = never ? 0 : one ? 1 : w->bits <= 4 ? m : 4;
+    const int64_t of_plain = w->bits <= 4 ? m : 4, of_planes = w->bits <= 5 ? 16 : w->bits <= 7 ? 8 : 2;
+    const int64_t direct = never ? 0 : w->split ? 1 : w->storage == FDK_NESTED_PLANES ? of_planes : of_plain;
     *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 0};
     if (m == 1 && direct && Nibbles<Avx512, 1>::plan(*w, plan)) return;
     if (m > direct) return plan_panels<Avx512Path>(*w, m, 12, plan);

@@ -1,7 +1,7 @@
 // AVX-512 with BF16: bf16 activations are multiplied as they are, in pairs, by vdpbf16ps.
 #include "avx512.h"
 #include "scaled_panels.h"
-#include "sparse_rows.h"
+#include "sparse_units.h"
 
 namespace {
 
@@ -64,8 +64,8 @@ struct DotPath : PlainPath {
         }
     };
 
-    template <int B, int M, int P, int PLACE>
-    static FDK_INLINE void step(const Values<B>& values, __m512i codes, const uint32_t* x, __m512* acc) {
+    template <int M, int P, int PLACE, class Values>
+    static FDK_INLINE void step(const Values& values, __m512i codes, const uint32_t* x, __m512* acc) {
         __m512i looked_up = values.template at<PLACE>(codes);
         // Keeps GCC 12 from mixing the chains of neighbouring pairs, which costs it register copies.
         __asm__("" : "+v"(looked_up));
@@ -76,14 +76,14 @@ struct DotPath : PlainPath {
         });
     }
 
-    template <int B, int PLACE>
-    static FDK_INLINE void expand(const Values<B>& values, __m512i codes, uint32_t* panel) {
+    template <int PLACE, class Values>
+    static FDK_INLINE void expand(const Values& values, __m512i codes, uint32_t* panel) {
         _mm512_storeu_si512(panel, values.template at<PLACE>(codes));
     }
 
     // Pairs of (value - zero) * scale, rounded to nearest.
-    template <int B, int PLACE>
-    static FDK_INLINE void expand_scaled(const Values<B>& values, __m512i codes, __m512 scale, __m512 zero, uint32_t* panel) {
+    template <int PLACE, class Values>
+    static FDK_INLINE void expand_scaled(const Values& values, __m512i codes, __m512 scale, __m512 zero, uint32_t* panel) {
         const __m512i pair = values.template at<PLACE>(codes);
         __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
         __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
@@ -131,8 +131,10 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
         {DOT(12, false), {nullptr}},
     };
     static const Panels<DotPath>::Tile tiles[13] = FDK_PANEL_TILES(DotPath);
-    if (job->w->storage == FDK_SPARSE) return SparseRows::linear<DotPath>(*job, block0, block1, workspace, tiles);
-    if (job->w->storage == FDK_NESTED_PLANES) return nested_linear<DotPath>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_SPARSE)
+        return sparse_units_linear<DotPath, 2, 3, 4, 5, 6, 7, 8>(*job, block0, block1, workspace, tiles);
+    if (job->w->storage == FDK_NESTED_PLANES)
+        return nested_linear<DotPath, 1, 2, 3, 4, 5, 6, 7, 8>(*job, block0, block1, workspace, tiles);
     if (job->plan->algorithm == FDK_SCALED_PANELS) {
         static const ScaledPanels<DotPath>::Tile scaled[13] = {
             {}, FDK_SCALED_TILE(DotPath, 1), FDK_SCALED_TILE(DotPath, 2), FDK_SCALED_TILE(DotPath, 3),
@@ -150,19 +152,22 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
     if (!w->bf16_exact) return fdk_ops_avx512()->plan(w, m, plan);
     // Up to 6 bits (two table registers) decoding hides behind the multiplications of a tile; above that it pays to
-    // decode once into a panel. Measured on Zen 4 with m = 16, 32, 64, 256.
-    if (w->storage == FDK_SPARSE && m <= SparseRows::FEW) return SparseRows::plan(m, plan);
-    const int64_t direct = w->split || w->storage != FDK_PLAIN ? 1 : w->bits <= 6 ? m : 32;
-    *plan = fdk_plan{1, 0, 1, 1, 1, FDK_DIRECT, 1};
+    // decode once into a panel. Measured on Zen 4 with m = 16, 32, 64, 256. Planes and sparse codes take more to decode:
+    // measured there with m = 8, 9, 12, 16, 24.
+    const bool plain = w->storage == FDK_PLAIN;
+    const int64_t of_plain = w->bits <= 6 ? m : 32, of_others = w->storage == FDK_NESTED_PLANES && w->bits <= 5 ? 16 : 8;
+    const int64_t direct = w->split ? 1 : plain ? of_plain : of_others;
+    *plan = fdk_plan{1, 0, 1, 1, 1, m == 1 && w->storage == FDK_SPARSE ? FDK_SPARSE_ROWS : FDK_DIRECT, 1};
     if (m == 1 && Nibbles<Avx512, 1>::plan(*w, plan)) return;
-    if (w->storage == FDK_PLAIN && m > FDK_EXACT_ROWS) {
+    if (plain && m > FDK_EXACT_ROWS) {
         plan_panels<DotPath>(*w, m, 12, plan);
         if (plan->rows > FDK_EXACT_ROWS) plan->algorithm = FDK_SCALED_PANELS;
         if (plan->algorithm == FDK_SCALED_PANELS || m > direct) return;
     }
     if (m > direct) return plan_panels<DotPath>(*w, m, 12, plan);
     plan->rows = rows_of_chunk(m, 32 * 12);
-    cut_unevenly(12, plan);
+    if (plain) cut_unevenly(12, plan);
+    else cut_evenly(8, plan);
     plan_direct(plan);
 }
 
