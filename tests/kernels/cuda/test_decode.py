@@ -47,7 +47,7 @@ def test_integer_products_are_exact_on_one_hot_inputs(where: str, name: str, m: 
     if not shape.allows_digits_of(m):
         pytest.skip("four tokens and more: codes alone, not tables or masks")
     config = replace(decode_choice.choose_config(shape, m, 4, 132), digits=True, stage_units=1, stages=2, phases=1)
-    config = replace(config, paired=shape.nested or shape.sparse or m > 2, x_chunks=1, x_sums=False)
+    config = replace(config, paired=shape.nested or shape.sparse or m > 1, x_chunks=1, x_sums=False)
     plan = decode.Plan(weight, config)
     x = inputs(where, m, k, dtype)
     assert testing.check_product(lambda x, w, b, out: plan(x, b, out), x, weight, None, False) is None

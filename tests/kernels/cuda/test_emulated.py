@@ -107,7 +107,7 @@ CONFIGS = [
     ("int8_g128", config(64, 4, 1, 2, 2)),
     ("lut1_g64", config(1, 1, 4, 1, 1, digits=True)),
     ("int2_g64", config(1, 2, 4, 1, 2, digits=True, stages=2)),
-    ("uint4_g64", config(2, 1, 8, 1, 1, digits=True, stages=2)),
+    ("uint4_g64", config(2, 1, 8, 1, 1, digits=True, paired=True, stages=2)),
     ("int8_g64", config(1, 2, 4, 2, 2, digits=True)),
 ]
 
@@ -155,11 +155,11 @@ OPTIONS = [
     ("lut8_g64", config(1, 1, 4, 1, 1, wide=True, bulk=False, scales_once=True)),
     ("nest8s2_g64", config(1, 1, 4, 1, 1, digits=True, stage_units=2)),
     ("nest8s3_g128", config(1, 1, 8, 2, 2, digits=True, stages=2, scales_once=True)),
-    ("nest8s5_g64", config(2, 2, 4, 1, 1, digits=True, stages=2)),
+    ("nest8s5_g64", config(2, 2, 4, 1, 1, digits=True, paired=True, stages=2)),
     ("nest8_chan", config(1, 1, 4, 1, 2, digits=True, stages=3)),
     ("trunc8s2_g128", config(1, 1, 4, 2, 2, digits=True, stage_units=4)),
     ("trunc8s4_g64", config(1, 2, 4, 1, 1, digits=True, bulk=False, stages=2)),
-    ("trunc8s7_g64", config(2, 1, 4, 1, 1, digits=True)),
+    ("trunc8s7_g64", config(2, 1, 4, 1, 1, digits=True, paired=True)),
     ("lut1_g64", config(1, 1, 4, 1, 1, digits=True, paired=True, uniform=True, stage_units=4)),
     ("lut1_g64", config(1, 2, 2, 2, 2, digits=True, paired=True, scales_once=True, late=True, stage_units=2)),
     ("lut1_g64", config(1, 2, 8, 1, 3, digits=True, paired=True, uniform=True, late=True, stages=2, batch=3)),
@@ -200,6 +200,9 @@ OPTIONS = [
     ("uint4_g128", config(4, 1, 4, 2, 2, digits=True, paired=True, stage_units=4)),
     ("uint2_g64", config(8, 2, 4, 1, 1, digits=True, paired=True, scales_once=True, stages=2)),
     ("uint1_g64", config(4, 1, 16, 1, 1, digits=True, paired=True)),
+    ("nest8s2_g128", config(2, 2, 2, 2, 2, digits=True, paired=True, stage_units=2)),
+    ("int2_g64", config(2, 1, 3, 1, 2, digits=True, paired=True, uniform=True, stages=2)),
+    ("int4_g128", config(2, 1, 1, 1, 1, digits=True, paired=True, stage_units=4)),
 ]
 
 
@@ -316,11 +319,11 @@ def test_tables_of_any_range_are_what_indices_select(bits: int, m: int, stage_un
 
 
 @pytest.mark.parametrize("largest", [1e-32, math.nan, math.inf])
-@pytest.mark.parametrize("name,m", [("lut1_g64", 1), ("int2_g64", 4), ("nest8s4_g64", 8)])
+@pytest.mark.parametrize("name,m", [("lut1_g64", 1), ("int4_g64", 2), ("int2_g64", 4), ("nest8s4_g64", 8)])
 def test_integer_products_at_the_ends_of_the_range(name: str, m: int, largest: float) -> None:
     with emulated():
         weight = testing.random_weight(parse(name), 64, 512).to_layout(KERNEL.layout)
-        call = decode.Plan(weight, config(m, 1, 2, 1, 1, digits=True, paired=m > 2))
+        call = decode.Plan(weight, config(m, 1, 2, 1, 1, digits=True, paired=m > 1))
         x = inputs(m, 512)
         if math.isfinite(largest):
             run = lambda x, _, bias, out: call(x, bias, out)  # noqa: E731

@@ -148,8 +148,8 @@ def instructions(cubin: bytes) -> dict[str, int] | None:
 def units_in_loop(problem: Problem, variant: Variant, counts: dict[str, int]) -> float:
     """Units of 64 x 64 weights that a warp multiplies in one round of its main loop, by its matrix instructions.
 
-    Decode: 16 of a unit for every 8 tokens, 8 where integer products take twice the columns at once, 5 a token of four
-    and more with those that their sums start from, 16 a token where codes are indices. Prefill, of spread codes too: 4
+    Decode: 16 of a unit for every 8 tokens, 8 where integer products take twice the columns at once, 5 a token of
+    several with those that their sums start from, 16 a token where codes are indices. Prefill, of spread codes too: 4
     of a warpgroup's unit, of which a warp has 16 rows.
     """
     products = sum(count for name, count in counts.items() if "MMA" in name)
@@ -160,5 +160,5 @@ def units_in_loop(problem: Problem, variant: Variant, counts: dict[str, int]) ->
         return products / (16 * config.tokens)
     own_sums = 4 * (config.x_sums and (problem.shape.bits == 1 or problem.geometry.format.has_zeros))
     if config.digits:
-        return products / (8 if config.tokens <= 2 else 5 * config.tokens)
+        return products / (5 * config.tokens if config.many_digits(problem.shape) else 8)
     return products / ((16 + own_sums) * -(-config.tokens // 8))

@@ -121,9 +121,13 @@ class Shape:
         return bytes_of_codes and self.subs == 1
 
     def allows_digits_of(self, tokens: int) -> bool:
-        """The same for so many tokens: from four on, of codes alone and an even k."""
-        codes_alone = self.kind != TABLE and not self.sparse and self.k % 2 == 0
-        return self.allows_digits and (tokens <= 2 or (tokens <= 8 and codes_alone))
+        """The same for so many tokens."""
+        return self.allows_digits and (tokens <= 2 or (tokens <= 8 and self.allows_many_digits))
+
+    @property
+    def allows_many_digits(self) -> bool:
+        """Whether csrc/digits_many.cuh can: neither tables nor masks, and k is even."""
+        return self.kind != TABLE and not self.sparse and self.k % 2 == 0
 
     @property
     def allows_indices(self) -> bool:
@@ -259,6 +263,11 @@ class Config:
         single = self.steps == 1 and self.phases == 1 and shape.units % slices == 0
         return single and aligned and shape.subs == 1
 
+    def many_digits(self, shape: Shape) -> bool:
+        """Whether integer products are those of csrc/digits_many.cuh, not of csrc/digits.cuh."""
+        two = self.tokens == 2 and shape.bits > 1 and shape.allows_many_digits
+        return self.digits and (self.tokens > 2 or two)
+
     def shared_bytes(self, shape: Shape, hopper: bool = True) -> int:
         """Shared memory of a CTA; the host twin of `Smem` in csrc/decode.cuh, which asserts that they agree."""
         cta_units = -(-shape.units // (self.cluster * self.phases))
@@ -279,7 +288,7 @@ class Config:
         sums += 0 if self.cluster == 1 else buffers * self.batch * self.row_warps * slot
         one_bit_sums = shape.bits == 1 and self.tokens < 16 and not self.octets
         if self.digits:
-            summed = self.tokens <= 2
+            summed = not self.many_digits(shape)
         else:
             summed = not (self.x_sums or self.indices) and (shape.zeros or one_bit_sums)
         x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
@@ -323,6 +332,7 @@ class Config:
             "FDK_MIN_CTAS": self.min_ctas,
             "FDK_LATE": int(self.late),
             "FDK_DIGITS": int(self.digits),
+            "FDK_MANY_DIGITS": int(self.many_digits(shape)),
             "FDK_PHASES": self.phases,
             "FDK_SQUARES": self.epilogue.squares,
             "FDK_GATED": int(self.epilogue.gated),

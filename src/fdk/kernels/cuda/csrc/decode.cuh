@@ -8,7 +8,7 @@
 // the cluster through distributed shared memory. All in a fixed order, so the result does not depend on timing.
 #pragma once
 #include "epilogue.cuh"
-#if FDK_DIGITS && FDK_M > 2
+#if FDK_MANY_DIGITS
 #include "digits_many.cuh"
 #elif FDK_DIGITS
 #include "digits.cuh"

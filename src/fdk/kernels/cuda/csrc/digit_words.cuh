@@ -1,6 +1,6 @@
-// Digits of four and of eight tokens by lanes that have whole words of them: two pairs of columns, whose four bytes a word is
-// made of, or four pairs and two words, one of the first columns of each pair and one of the second. Lanes exchange nothing; a
-// warp has a unit of as many tokens at a time as a lane has pairs, and a load touches as many lines.
+// Digits of two tokens and more by lanes that have whole words of them: two pairs of columns, whose four bytes a word is made
+// of, or four pairs and two words, one of the first columns of each pair and one of the second. Lanes exchange nothing; a warp
+// has a unit of as many tokens at a time as a lane has pairs, of fewer tokens two units, and a load touches as many lines.
 #pragma once
 #include "fixed_point.cuh"
 
@@ -9,19 +9,20 @@ namespace fdk {
 struct Words {
     static constexpr bool TWO = !NESTED && (BITS == 2 || BITS == 4);  // words of a lane
     static constexpr int PAIRS = TWO ? 4 : 2, APART = NESTED ? 32 : 8, LANES = 32 / PAIRS;  // APART: columns from a pair to the next
-    static constexpr int AT_ONCE = PAIRS, TRIPS = M / AT_ONCE;                              // tokens
-    static constexpr int BUSY_WARPS = EVEN_SHARES && SHARE_UNITS < SHARE_WARPS ? SHARE_UNITS : SHARE_WARPS;
-    static constexpr int MOST = SHARE_MOST_UNITS;  // units of a warp
+    static constexpr int AT_ONCE = PAIRS < M ? PAIRS : M, TRIPS = M / AT_ONCE, SIDE = PAIRS / AT_ONCE;  // tokens, and units beside each other
+    static constexpr int BUSY = (SHARE_UNITS + SIDE - 1) / SIDE;
+    static constexpr int BUSY_WARPS = EVEN_SHARES && BUSY < SHARE_WARPS ? BUSY : SHARE_WARPS;
+    static constexpr int MOST = (SHARE_UNITS + SHARE_WARPS * SIDE - 1) / (SHARE_WARPS * SIDE);  // units of a lane
     static constexpr bool KEPT = MOST * TRIPS * PAIRS <= 64;  // in registers, or loaded twice
 
     Share share;
-    int warp, column;        // of the share; first column of the lane in the warp's first unit
+    int first, column;       // of the lane's units, counted from the share's first; and its first column there
     const u16* from[TRIPS];  // of each of the lane's tokens, at that column
 
     __device__ static __forceinline__ Words of(const Params& p, int first_unit, int units, int warp, int lane) {
-        Words a = {Share::of(units, warp, lane), OWN_X ? warp / K_WARPS : warp, 0, {}};
+        Words a = {Share::of(units, warp, lane), own(warp) * SIDE + (SIDE == 1 ? 0 : lane / LANES / AT_ONCE), 0, {}};
         const int i = lane % LANES;
-        a.column = (first_unit + a.share.first + a.warp) * 64 + i / 4 * (NESTED ? 8 : TWO ? 32 : 16) + i % 4 * 2;
+        a.column = (first_unit + a.share.first + a.first) * 64 + i / 4 * (NESTED ? 8 : TWO ? 32 : 16) + i % 4 * 2;
 #pragma unroll
         for (int trip = 0; trip < TRIPS; ++trip) {
             a.from[trip] = p.x + i64(min(token(trip, lane), p.m - 1)) * K + a.column;
@@ -29,7 +30,10 @@ struct Words {
         }
         return a;
     }
-    __device__ static __forceinline__ int token(int trip, int lane) { return trip * AT_ONCE + lane / LANES; }
+    __device__ static __forceinline__ int own(int warp) { return OWN_X ? warp / K_WARPS : warp; }  // of the share
+    // Of the tokens of a trip, that of the lane.
+    __device__ static __forceinline__ int group(int lane) { return SIDE == 1 ? lane / LANES : lane / LANES % AT_ONCE; }
+    __device__ static __forceinline__ int token(int trip, int lane) { return trip * AT_ONCE + group(lane); }
     // Which of the lane's values byte `byte` of its word `word` is, see `element`.
     __device__ static constexpr int value(int word, int byte) {
         if (TWO) return 2 * byte + word;
@@ -37,11 +41,11 @@ struct Words {
         return BITS == 1 ? 2 * (1 - byte % 2) + byte / 2 : byte;
     }
     __device__ __forceinline__ bool has(int n) const {
-        return (EVEN_SHARES && (n + 1) * SHARE_WARPS <= SHARE_UNITS) || warp + n * SHARE_WARPS < share.units;
+        return (EVEN_SHARES && (n + 1) * SHARE_WARPS * SIDE <= SHARE_UNITS) || first + n * SHARE_WARPS * SIDE < share.units;
     }
-    __device__ __forceinline__ int unit(int n) const { return share.first + warp + n * SHARE_WARPS; }  // from the CTA's first
+    __device__ __forceinline__ int unit(int n) const { return share.first + first + n * SHARE_WARPS * SIDE; }  // from the CTA's first
     __device__ __forceinline__ u32 load(int n, int trip, int pair) const {
-        const int to = n * SHARE_WARPS * 64 + pair * APART;
+        const int to = n * SHARE_WARPS * SIDE * 64 + pair * APART;
         return has(n) && (K % 64 == 0 || column + to < K) ? load_4(from[trip] + to) : 0;
     }
 };
@@ -73,9 +77,9 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     }
     u32 largest[M];
 #pragma unroll
-    for (int k = 0; k < M; ++k) largest[k] = lane / W::LANES == k % W::AT_ONCE ? most[k / W::AT_ONCE] : 0;
+    for (int k = 0; k < M; ++k) largest[k] = W::group(lane) == k % W::AT_ONCE ? most[k / W::AT_ONCE] : 0;
     const int k_warp = OWN_X ? warp % K_WARPS : 0;
-    find_largest<W::BUSY_WARPS>(largest, smem, share, x.warp, k_warp, warp, lane);
+    find_largest<W::BUSY_WARPS>(largest, smem, share, W::own(warp), k_warp, warp, lane);
     if constexpr (Norms::LATER && W::BUSY_WARPS < SHARE_WARPS) norms.finish(p, smem, warp, lane);
 
     const int i = lane % W::LANES;
@@ -85,15 +89,15 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     for (int trip = 0; trip < W::TRIPS; ++trip) {
         u32 own = largest[trip * W::AT_ONCE];
 #pragma unroll
-        for (int k = 1; k < W::AT_ONCE; ++k) own = lane / W::LANES == k ? largest[trip * W::AT_ONCE + k] : own;
+        for (int k = 1; k < W::AT_ONCE; ++k) own = W::group(lane) == k ? largest[trip * W::AT_ONCE + k] : own;
         const Fixed fixed = Fixed::of(own);
         power[trip] = fixed.scale * float(1 << shift);
-        if (share.thread < 32 && i == 0) back_of(smem, W::token(trip, lane), k_warp) = fixed.back;
+        if (share.thread < W::LANES * W::AT_ONCE && i == 0) back_of(smem, W::token(trip, lane), k_warp) = fixed.back;
     }
     // Every other token's lanes write the second digit of two first, to the banks that the others leave.
     const bool odd = lane / W::LANES % 2;
     const u32 first = odd ? 0x7632 : 0x5410, second = odd ? 0x5410 : 0x7632;
-    char* const to = smem + Smem::X + lane / W::LANES * 256 + i % 4 * 16 + i / 4 * (W::TWO ? 8 : 4) + (odd ? 64 : 0);
+    char* const to = smem + Smem::X + W::group(lane) * 256 + i % 4 * 16 + i / 4 * (W::TWO ? 8 : 4) + (odd ? 64 : 0);
     const int other = odd ? -64 : 64;
 #pragma unroll(UNROLL)
     for (int n = 0; n < W::MOST; ++n) {

@@ -1,4 +1,4 @@
-// The product in integers (digits.cuh) for four or eight tokens: a product for every two, whose digits fill its columns.
+// The product in integers (digits.cuh) for two, four or eight tokens: a product for every two, whose digits fill its columns.
 //
 // A code becomes a byte once for all tokens, so that what grows with them is products and sums. Those are kept few: pairs of
 // digits are added up before they are scaled; two units of a group share an accumulator; and the middle code is not taken off

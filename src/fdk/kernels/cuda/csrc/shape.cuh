@@ -4,7 +4,7 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros,
 //   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
-//   FDK_M FDK_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
+//   FDK_M FDK_DIGITS FDK_MANY_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
 //   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS FDK_AHEAD, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
@@ -53,12 +53,12 @@ constexpr int SLICE = UNITS / (CLUSTER * K_WARPS), SLICE_GROUPS = GROUPS == 1 ||
 static_assert(!SCALES_ONCE || (SUBS == 1 && STEPS_PER_CTA == 1 && PHASES == 1 && UNITS % (CLUSTER * K_WARPS) == 0 &&
                                (GROUPS == 1 || (SLICE * 64) % GROUP == 0 || GROUP % (SLICE * 64) == 0)),
               "a warp has one slice of k, of whole groups or inside one");
-constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh and digits_many.cuh
+constexpr bool DIGITS = FDK_DIGITS;     // integer products, see digits.cuh and, with FDK_MANY_DIGITS, digits_many.cuh
 constexpr bool PAIRED = FDK_PAIRED;     // their sums are made and scaled two for one
 constexpr int TILES_SHARING = PAIRED && M == 1 ? 2 : 1;  // row tiles that share an accumulator
 static_assert(!PAIRED || DIGITS, "see digits.cuh");
 // Units of a stage that are multiplied together: two with the same scales where integer sums have room for both.
-constexpr int UNITS_AT_ONCE = DIGITS && M > 2 && STAGE_UNITS / STAGE_GROUPS % 2 == 0 ? 2 : 1;
+constexpr int UNITS_AT_ONCE = FDK_MANY_DIGITS && STAGE_UNITS / STAGE_GROUPS % 2 == 0 ? 2 : 1;
 constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse products, see indices.cuh
 // Two clusters share a block of rows: each has ROW_WARPS - 1 of its own, and half of one behind or in front of them.
 constexpr bool HALF_BLOCKS = FDK_HALF_BLOCKS;
@@ -82,7 +82,7 @@ constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS && !INDICES;
 // A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
 constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS && !INDICES;
-constexpr bool SUMS = (DIGITS ? M <= 2 : ZEROS || SPLIT_BIT) && !X_SUMS && !INDICES;
+constexpr bool SUMS = (DIGITS ? !FDK_MANY_DIGITS : ZEROS || SPLIT_BIT) && !X_SUMS && !INDICES;
 // Phases whose activations are in shared memory at once: those of the next arrive under the products of this one.
 constexpr int X_BUFFERS = PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
@@ -151,7 +151,7 @@ struct Smem {
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
 static_assert(!DIGITS || (SUBS == 1 && M <= 8 && (NESTED || SPARSE || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE_TABLE),
               "see digits.cuh");
-static_assert(!DIGITS || M <= 2 || (PAIRED && !TABLE && !SPARSE && K % 2 == 0), "see digits_many.cuh");
+static_assert(!FDK_MANY_DIGITS || (PAIRED && !TABLE && !SPARSE && K % 2 == 0), "see digits_many.cuh");
 static_assert(!INDICES || (BITS <= 2 && KIND <= 3 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 
