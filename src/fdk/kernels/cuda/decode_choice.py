@@ -7,7 +7,9 @@ from functools import lru_cache
 
 from fdk.kernels.cuda.decode_config import (
     INT,
+    MAX_SHARED,
     PLAIN,
+    ROUNDED,
     SHARED_PER_CTA_EXTRA,
     TABLE,
     UINT_FLOAT,
@@ -222,6 +224,10 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         if shape.bits == 1:
             return [(2, 2), (1, 4), (1, 2), (1, 1)]
         return [(1, {2: 4, 3: 4, 4: 3}.get(shape.bits, 1 if shape.nested else 2)), (1, 1)]
+    two_blocks = config.cluster == config.row_warps == config.blocks == 2 and config.epilogue == PLAIN
+    if shape.nested and config.tokens == 16 and two_blocks and shape.bits > 2 and shape.subs == 1:
+        # Codes of so many tokens are computed for long, in which one stage of eight warps leaves memory idle.
+        return [(2, 2), (2, 1), (1, 1)] if shape.bits <= 4 else [(1, 2), (1, 1)]
     if shape.nested and shape.bits > 4 and config.tokens == 1:
         return [(1, 3), (1, 2), (1, 1)] if config.alone else [(1, 1)]
     if shape.bits == 1:
@@ -450,6 +456,42 @@ def _halves_pay(shape: Shape, config: Config, blocks: int, at_once: int) -> bool
     return planes and measured and one_step and replace(config, half_blocks=True).clusters(blocks) <= at_once
 
 
+def _many_digits_pay(shape: Shape, per_pair: int, cta_units: int) -> bool:
+    """Whether integer products serve four tokens faster, outside of chains, with pairs of CTAs that split k.
+
+    Measured on an H200, 2026-11-22, at 4096^2, 8192^2 and 16384^2, slices with groups of 128: docs/findings.md.
+    """
+    small, middle = (per_pair, cta_units) == (1, 32), (per_pair, cta_units) == (2, 64)
+    if shape.kind == INT:
+        return shape.bits == 8 and shape.subs == 1 and (small or middle)
+    if not shape.nested or shape.group % 128:
+        return False
+    if small:
+        return shape.bits <= 5
+    # Four planes take as long either way.
+    return shape.bits != 4 and (middle or (2 < per_pair <= 4 and 64 < cta_units <= 128))
+
+
+def _with_many_digits(shape: Shape, config: Config, blocks: int, sms: int) -> Config:
+    """`config` of four tokens by integer products where they pay: 16 warps on k, blocks of a pair in turn."""
+    per_pair, cta_units = -(-blocks // clusters_at_once(sms, 2)), -(-shape.units // 2)
+    if config.tokens != 4 or not shape.allows_digits_of(4) or not _many_digits_pay(shape, per_pair, cta_units):
+        return config
+    digits = Config(4, 2, 8 if per_pair == 1 else 16, 1, 1, 2, per_pair, 1, 1, digits=True, paired=True, uniform=True)
+    digits = replace(digits, alone=True, batch=per_pair if per_pair <= 2 else 1)
+    # What memory has no room for, and two planes of four blocks, go side by side.
+    beside = replace(digits, k_warps=4, row_warps=per_pair, batch=1)
+    # Two units of other slices are more than 128 registers hold.
+    two = shape.kind == INT or (shape.group == 128 and (shape.kind == ROUNDED or shape.bits < 5))
+    for tried in [beside] if (shape.bits, per_pair) == (2, 4) else [digits, beside] if per_pair == 4 else [digits]:
+        for stage_units in (2, 1) if two else (1,):
+            found = replace(tried, stage_units=stage_units)
+            slices = found.cluster * found.k_warps
+            if shape.allows_stage_units(stage_units, slices) and found.shared_bytes(shape) <= MAX_SHARED:
+                return found
+    return config
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     shape: Shape,
@@ -555,6 +597,8 @@ def choose_config(
     if tokens == 8 and shape.kind in (TABLE, INT) and shape.subs == 1:
         # Fewer instructions again, but for 14 warps and more of two units of wider codes, which spill.
         config = replace(config, uniform=shape.bits <= 2 or config.warps <= 12 or config.stage_units == 1)
+    if capability == (9, 0):
+        config = _with_many_digits(shape, config, blocks, sms)
     config = _with_wide_table(shape, config, capability)
     if capability == (9, 0) and _halves_pay(shape, config, blocks, clusters_at_once(sms, config.cluster)):
         return replace(config, half_blocks=True)
