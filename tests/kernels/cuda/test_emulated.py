@@ -200,6 +200,8 @@ OPTIONS = [
     ("uint4_g128", config(4, 1, 4, 2, 2, digits=True, paired=True, stage_units=4)),
     ("uint2_g64", config(8, 2, 4, 1, 1, digits=True, paired=True, scales_once=True, stages=2)),
     ("uint1_g64", config(4, 1, 16, 1, 1, digits=True, paired=True)),
+    ("nest8s5_g128", config(8, 2, 2, 2, 2, digits=True, paired=True, x_sums=True, stage_units=2)),
+    ("uint4_g64", config(4, 1, 4, 1, 2, digits=True, paired=True, x_sums=True, uniform=True)),
     ("nest8s2_g128", config(2, 2, 2, 2, 2, digits=True, paired=True, stage_units=2)),
     ("int2_g64", config(2, 1, 3, 1, 2, digits=True, paired=True, uniform=True, stages=2)),
     ("int4_g128", config(2, 1, 1, 1, 1, digits=True, paired=True, stage_units=4)),

@@ -50,14 +50,21 @@ def tile(tokens: int, blocks: int, stages: int, split: int = 1, **other: int | b
     return {**plain, "unrolled": True, **fields, **other}
 
 
-# Integer products of four and eight tokens: a block of one CTA, or two of a pair, in turn by 16 warps or side by side.
-_DIGITS = {"digits": True, "paired": True, "uniform": True, "alone": True, "phases": 1, "x_chunks": 1, "x_sums": False}
-_DIGITS |= {"scales_once": False, "wide": False, "batch": 1, "stages": 1, "stage_units": 2}
-_ONE_BLOCK = {**_DIGITS, "cluster": 1, "k_warps": 16, "row_warps": 1}
-_IN_TURN = {**_DIGITS, "cluster": 2, "k_warps": 16, "row_warps": 1, "batch": 2}
-_BESIDE = {**_DIGITS, "cluster": 2, "k_warps": 8, "row_warps": 2}
-_EIGHT_WARPS = {**_BESIDE, "k_warps": 4}
-_SINGLE, _TWO_SINGLE = {"stage_units": 1}, {"stage_units": 1, "stages": 2}
+# Integer products of several tokens by 16 warps: a block of one CTA, or those of a pair one after the other.
+_DIGITS = {"digits": True, "paired": True, "uniform": True, "alone": True, "phases": 1, "x_chunks": 1, "x_sums": True}
+_DIGITS |= {
+    "scales_once": False,
+    "wide": False,
+    "batch": 1,
+    "stages": 1,
+    "stage_units": 2,
+    "k_warps": 16,
+    "row_warps": 1,
+}
+_ONE_BLOCK = {**_DIGITS, "cluster": 1}
+_IN_TURN = {**_DIGITS, "cluster": 2}
+_TWO_IN_TURN = {**_IN_TURN, "batch": 2}
+_KEPT, _SINGLE = {"x_sums": False}, {"stage_units": 1}
 
 SETS: dict[str, Named] = {
     "fourths": Named(
@@ -122,71 +129,45 @@ SETS: dict[str, Named] = {
         ),
     ),
     "few-tokens": Named(
-        "Two to eight tokens: do integer products, digits of which are made from words of columns, win?",
+        "Two and four tokens by integer products: starts of sums kept in shared memory, longer rings, other sizes?",
         60,
         (
-            Trial(problems("decode", "nest8s2_g128 nest8s4_g128", "8192x8192", "4"), (_ONE_BLOCK, _IN_TURN, _BESIDE)),
-            Trial(problems("decode", "nest8s6_g128", "8192x8192", "4"), (_IN_TURN, _BESIDE)),
+            Trial(problems("decode", "nest8s4_g128 nest8s6_g128 nest8_g128 int8_g64", "8192x8192", "4"), (_KEPT,)),
+            Trial(problems("decode", "nest8s4_g128", "8192x8192", "4"), ({**_SINGLE, "stages": 3},)),
             Trial(
-                problems("decode", "nest8_g128", "8192x8192", "4"),
-                ({**_ONE_BLOCK, **_SINGLE}, {**_IN_TURN, **_SINGLE}, {**_BESIDE, **_TWO_SINGLE}),
+                problems("decode", "nest8s2_g128 trunc8s2_g128", "8192x8192", "4"),
+                (_KEPT, {"stages": 2}, {**_KEPT, "stages": 2}),
             ),
-            Trial(problems("decode", "nest8s3_g128 trunc8s2_g128", "8192x8192", "4"), (_ONE_BLOCK, _IN_TURN)),
+            Trial(
+                problems("decode", "nest8s3_g128", "8192x8192", "4"),
+                ({**_TWO_IN_TURN, **_KEPT}, {"k_warps": 16, **_SINGLE, "uniform": True}),
+            ),
             Trial(
                 problems("decode", "trunc8s4_g128", "8192x8192", "4"),
-                ({**_IN_TURN, **_SINGLE}, {**_BESIDE, **_TWO_SINGLE}),
+                ({**_TWO_IN_TURN, **_KEPT, **_SINGLE}, {"k_warps": 16, **_SINGLE, "uniform": True}),
             ),
-            Trial(problems("decode", "nest8s4_g128", "8192x8192", "2"), each(_ONE_BLOCK, _IN_TURN, tokens=4)),
+            Trial(problems("decode", "nest8s4_g128", "16384x16384", "4"), (_KEPT,)),
+            Trial(problems("decode", "nest8s3_g128", "16384x16384", "4"), ({**_IN_TURN, **_SINGLE},)),
+            Trial(problems("decode", "nest8s4_g128 int8_g64", "4096x4096", "4"), (_KEPT,)),
+            Trial(problems("decode", "nest8_g128", "4096x4096", "4"), ({**_DIGITS, "k_warps": 8},)),
             Trial(
-                problems("decode", "nest8s2_g128 trunc8s2_g128", "16384x16384", "4"),
-                ({**_IN_TURN, "batch": 1}, {**_BESIDE, "k_warps": 4, "row_warps": 4}),
-            ),
-            Trial(
-                problems("decode", "nest8s4_g128", "16384x16384", "4"),
-                ({**_IN_TURN, **_SINGLE, "batch": 1}, {**_BESIDE, "k_warps": 4, "row_warps": 4}),
-            ),
-            Trial(
-                problems("decode", "nest8_g128", "16384x16384", "4"),
-                ({**_BESIDE, **_SINGLE, "k_warps": 4, "row_warps": 4},),
+                problems("decode", "nest8s4_g128 int8_g64", "14336x4096 28672x8192", "4"),
+                ({**_IN_TURN, **_SINGLE},),
             ),
             Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128 int8_g64 int4_g64", "4096x4096", "4"),
-                ({**_DIGITS, "k_warps": 8},),
+                problems("decode", "nest8s4_g128 int8_g64", "4096x14336", "4"),
+                ({**_IN_TURN, **_SINGLE, "k_warps": 14},),
             ),
             Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128", "8192x8192", "8"),
-                ({**_BESIDE, **_SINGLE}, {**_EIGHT_WARPS, "stages": 2}),
-            ),
-            Trial(problems("decode", "nest8_g128 int8_g64", "8192x8192", "8"), ({**_BESIDE, **_SINGLE}, _EIGHT_WARPS)),
-            Trial(problems("decode", "int4_g64", "8192x8192", "4"), (_ONE_BLOCK, _IN_TURN)),
-            Trial(problems("decode", "int2_g64", "8192x8192", "4"), (_ONE_BLOCK, _BESIDE)),
-            Trial(problems("decode", "int8_g64", "8192x8192", "4"), ({**_IN_TURN, **_SINGLE}, _BESIDE)),
-            Trial(problems("decode", "uint4_g64", "8192x8192", "4"), (_ONE_BLOCK, _BESIDE)),
-            Trial(problems("decode", "int4_g64", "8192x8192", "8"), ({**_EIGHT_WARPS, "stages": 2},)),
-        ),
-    ),
-    "nested-warps": Named(
-        "Slices at eight and sixteen tokens: twice as many planes on their way, by 16 warps or two stages?",
-        30,
-        (
-            Trial(
-                problems("decode", "nest8s2_g128 trunc8s2_g128", "8192x8192", "16"),
-                ({"k_warps": 8, **_SINGLE}, {"stages": 2}),
+                problems("decode", "nest8s2_g128 nest8s4_g128 int4_g64 int2_g64", "8192x8192", "2"),
+                (_ONE_BLOCK, _TWO_IN_TURN),
             ),
             Trial(
-                problems("decode", "nest8s4_g128", "8192x8192", "16"),
-                ({"k_warps": 8}, {"stages": 2}, {"k_warps": 8, "stages": 2}),
+                problems("decode", "nest8_g128 int8_g64", "8192x8192", "2"),
+                ({**_ONE_BLOCK, **_SINGLE}, {**_TWO_IN_TURN, **_SINGLE}),
             ),
-            Trial(problems("decode", "nest8s6_g128 nest8_g128", "8192x8192", "16"), ({"k_warps": 8}, {"stages": 2})),
-            Trial(
-                problems("decode", "nest8s4_g128", "8192x8192", "8"),
-                each({"k_warps": 8}, {"stages": 2}, uniform=True),
-            ),
-            Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128", "16384x16384", "16"),
-                ({"k_warps": 4, **_SINGLE},),
-            ),
-            Trial(problems("decode", "nest8s4_g128", "4096x4096", "16"), ({"stages": 2}, {"k_warps": 16})),
+            Trial(problems("decode", "nest8s4_g128 nest8_g128", "16384x16384", "16"), ({"stages": 2},)),
+            Trial(problems("decode", "nest8s3_g128", "8192x8192", "16"), ({"stages": 1},)),
         ),
     ),
     "eight": Named(

@@ -477,8 +477,8 @@ def _with_many_digits(shape: Shape, config: Config, blocks: int, sms: int) -> Co
     per_pair, cta_units = -(-blocks // clusters_at_once(sms, 2)), -(-shape.units // 2)
     if config.tokens != 4 or not shape.allows_digits_of(4) or not _many_digits_pay(shape, per_pair, cta_units):
         return config
-    digits = Config(4, 2, 8 if per_pair == 1 else 16, 1, 1, 2, per_pair, 1, 1, digits=True, paired=True, uniform=True)
-    digits = replace(digits, alone=True, batch=per_pair if per_pair <= 2 else 1)
+    digits = Config(4, 2, 8 if per_pair == 1 else 16, 1, 1, 2, per_pair, 1, 1, digits=True, paired=True, x_sums=True)
+    digits = replace(digits, uniform=True, alone=True, batch=per_pair if per_pair <= 2 else 1)
     # What memory has no room for, and two planes of four blocks, go side by side.
     beside = replace(digits, k_warps=4, row_warps=per_pair, batch=1)
     # Two units of other slices are more than 128 registers hold.

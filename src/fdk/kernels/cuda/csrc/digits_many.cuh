@@ -43,15 +43,47 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
     if constexpr (ZEROS) u.zeros = load_zeros(groups.zeros + group * Smem::GROUP_ZERO_BYTES, g);
 }
 
-// UNITS_AT_ONCE units of one group, the first of which is unit `unit` of the CTA.
-__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int, int lane, const Lookup& lookup, WholeBlock) {
-    // As in digits.cuh; sums of two units are below 2^22, too.
-    constexpr u32 MAGIC = 0x4b400000u, NEXT = MAGIC + (8u << 23);
-    const float both = __uint_as_float(MAGIC) + __uint_as_float(NEXT);
-    const auto sum_of = [&](u32 low, u32 high) { return (__uint_as_float(high) - both) + __uint_as_float(low); };
+// As in digits.cuh; sums of two units are below 2^22, too.
+constexpr u32 MAGIC = 0x4b400000u, NEXT = MAGIC + (8u << 23);
+
+// What the sums of a product and unit start from, less MAGIC and NEXT, on top of d: those of rows g and g + 8, the same for all.
+__device__ __forceinline__ void add_start(u32 (&d)[4], const u32x4& b) {
     u32 middle[2][4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) middle[i / 4][i % 4] = 0x01010101u * (u32(-MIDDLE << code_bit(i / 4, i % 4)) & 0xff);
+    mma_bytes<true>(d, middle[0], b.x, b.y, d);
+    mma_bytes<true>(d, middle[1], b.z, b.w, d);
+}
+
+// STARTS_KEPT: at SUM, [unit][product][t] four of them.
+__device__ __forceinline__ u32x4* starts_at(char* smem, int unit, int product, int t) {
+    return reinterpret_cast<u32x4*>(smem + Smem::SUM) + (unit * PRODUCTS + product) * 4 + t;
+}
+
+__device__ __forceinline__ u32x4 digits_at(const char* smem, int unit, int product, int lane) {
+    return *reinterpret_cast<const u32x4*>(smem + Smem::X + (unit * COLUMNS_USED + product * 8) * 64 + lane * 16);
+}
+
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Words& x, Norms& norms, int, int, int, int warp, int lane, const Lookup&) {
+    make_digits(p, smem, x, norms, warp, lane);
+    if constexpr (STARTS_KEPT) {
+        const Share& share = x.share;
+#pragma unroll 2
+        for (int unit = Words::own(warp); unit < share.units; unit += SHARE_WARPS)
+#pragma unroll
+            for (int product = 0; product < PRODUCTS; ++product) {
+                u32 d[4] = {};
+                add_start(d, digits_at(smem, share.first + unit, product, lane));
+                if (lane < 4) *starts_at(smem, share.first + unit, product, lane) = u32x4{d[0], d[1], d[2], d[3]};
+            }
+        share.sync(warp);
+    }
+}
+
+// UNITS_AT_ONCE units of one group, the first of which is unit `unit` of the CTA.
+__device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* units, const char* smem, int unit, int, int lane, const Lookup& lookup, WholeBlock) {
+    const float both = __uint_as_float(MAGIC) + __uint_as_float(NEXT);
+    const auto sum_of = [&](u32 low, u32 high) { return (__uint_as_float(high) - both) + __uint_as_float(low); };
 
     u32x4 b[UNITS_AT_ONCE][PRODUCTS];
     u32 start[PRODUCTS][4];
@@ -60,9 +92,13 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
         start[p][0] = start[p][2] = MAGIC, start[p][1] = start[p][3] = NEXT;
 #pragma unroll
         for (int j = 0; j < UNITS_AT_ONCE; ++j) {
-            b[j][p] = *reinterpret_cast<const u32x4*>(smem + Smem::X + ((unit + j) * COLUMNS_USED + p * 8) * 64 + lane * 16);
-            mma_bytes<true>(start[p], middle[0], b[j][p].x, b[j][p].y, start[p]);
-            mma_bytes<true>(start[p], middle[1], b[j][p].z, b[j][p].w, start[p]);
+            b[j][p] = digits_at(smem, unit + j, p, lane);
+            if constexpr (STARTS_KEPT) {
+                const u32x4 kept = *starts_at(const_cast<char*>(smem), unit + j, p, lane % 4);
+                start[p][0] += kept.x, start[p][1] += kept.y, start[p][2] += kept.z, start[p][3] += kept.w;
+            } else {
+                add_start(start[p], b[j][p]);
+            }
         }
     }
     float x[PRODUCTS];
