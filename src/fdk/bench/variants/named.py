@@ -252,28 +252,26 @@ SETS: dict[str, Named] = {
     ),
     "codes-ahead": Named(
         "Prefill: what do codes that leave the ring a unit earlier save where warps wait for them?",
-        50,
+        40,
         (
             Trial(
-                problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 4096x14336 28672x8192", "64")
-                + problems("prefill", "lut1_g64 lut2_g64 lut8_g64 int4_g64", "8192x8192", "64")
-                + problems("prefill", "lut1_g64 lut2_g64", "28672x8192", "64")
-                + problems("prefill", "lut4_g64 lut1_g64", "28672x8192", "32")
-                + problems("prefill", "lut4_g64", "8192x8192 28672x8192 4096x4096", "16")
-                + problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 5120x5120", "128")
-                + problems("prefill", "lut4_g64", "8192x8192", "96")
-                + problems("prefill", "lut4_g64", "4096x4096 5120x5120", "192")
+                problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 4096x14336", "64")
+                + problems("prefill", "lut2_g64", "8192x8192", "64")
+                + problems("prefill", "lut4_g64", "4096x4096 8192x8192", "128"),
+                ({"codes_ahead": 2},),
+            ),
+            Trial(
+                problems("prefill", "lut4_g64 lut2_g64 lut3_g64 int4_g64 lut4_g128", "28672x8192", "64")
+                + problems("prefill", "lut4_g64", "28672x8192", "48")
+                + problems("prefill", "lut4_g64 lut2_g64", "22528x8192", "64")
                 + problems("prefill", "lut4_g64", "8192x8192 4096x4096", "384")
-                + problems("prefill", "int8_g64", "8192x8192", "128 1024"),
-                ({"codes_ahead": True},),
+                + problems("prefill", "lut4_g64", "8192x8192 4096x4096", "768"),
+                ({"codes_ahead": 1}, {"codes_ahead": 2}),
             ),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "128"),
-                (tile(128, 2, 6, 3, wide=True, codes_ahead=True),),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "192"),
-                (tile(192, 2, 4, 3, wide=True, codes_ahead=True),),
+                problems("prefill", "lut1_g64", "28672x8192", "32 16")
+                + problems("prefill", "lut4_g64", "28672x8192", "16"),
+                ({"codes_ahead": 1},),
             ),
         ),
     ),

@@ -90,7 +90,7 @@ def _warps(shape: Shape, config: Config, cta_units: int, hopper: bool) -> tuple[
     zeros = shape.zeros and shape.subs == 1 and tokens == 8 and shape.bits <= 4
     zeros &= 1 < row_warps <= (7 if shape.kind == UINT_U8 and shape.bits == 4 else 4)
     warps = 16 if zeros or (few and (row_warps > 4 or narrow)) else 8
-    if few and (tokens, row_warps, shape.bits, config.cluster) == (8, 3, 4, 2):
+    if few and not shape.sparse and (tokens, row_warps, config.cluster) == (8, 3, 2) and shape.bits in (3, 4, 8):
         warps = 12  # six are too few
     return max(1, min(warps // row_warps, cta_units)), row_warps
 
@@ -244,7 +244,7 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
         wide = config.tokens == 16 or (shape.bits, config.tokens) in ((4, 1), (2, 8))
         wide |= (shape.bits, config.tokens, config.cluster) == (4, 8, 2) and config.warps > 12
         return [(1, 2), (1, 1)] if config.warps > 8 and wide and not config.alone else [(2, 1), (1, 2), (1, 1)]
-    if _eight_bits_fill_up(shape, config):
+    if _eight_bits_fill_up(shape, config) or (shape.bits == 8 and (config.tokens, config.row_warps) == (8, 3)):
         return [(1, 1)]  # and a wide table beside it
     return [(1, 2), (1, 1)] if config.tokens <= 4 or (config.tokens < 16 and config.warps > 8) else [(1, 1)]
 
@@ -267,7 +267,9 @@ def _x_chunks(shape: Shape, config: Config, hopper: bool) -> int:
     if config.tokens == 8:
         # One bit adds up activations in the loop where a warp has few units, else before it.
         least = config.stage_units if shape.bits == 1 else 4
-        few = shape.units < 64 * config.cluster or (shape.bits == 1 and mine > 16)
+        few = shape.units < 64 * config.cluster
+        if shape.bits == 1:
+            few = mine > 16 or (few and mine < 8)
         if few or config.epilogue != PLAIN or shape.nested or shape.sparse or shape.subs > 1 or not hopper:
             return 1
     return next((n for n in (4, 3, 2) if mine % (n * config.stage_units) == 0 and mine >= least * n), 1)
@@ -448,11 +450,13 @@ def _few_stages(shape: Shape, config: Config, blocks: int, at_once: int) -> Conf
 def _halves_pay(shape: Shape, config: Config, blocks: int, at_once: int) -> bool:
     """Whether clusters have half a block less each where every two share one.
 
-    Measured on an H200, 2026-11-22, at 14336 x 4096: 8 tokens of 2, 4 and 8 bits, 16 of 8.
+    Measured on an H200, 2026-11-22, at 14336 x 4096: 8 tokens of 2, 4 and 8 bits, 16 of 8; 8 of 4 bits with three
+    blocks (10240 x 4096) and five (18944 x 3584), too.
     """
     planes = shape.bits in (2, 4, 8) and shape.kind in (TABLE, INT) and shape.subs == 1
     measured = config.tokens == 8 or (config.tokens, shape.bits) == (16, 8)
-    one_step = config.cluster == 2 and config.row_warps == config.blocks == 4 and config.phases == 1
+    counts = (3, 4, 5) if (config.tokens, shape.bits) == (8, 4) else (4,)
+    one_step = config.cluster == 2 and config.row_warps == config.blocks in counts and config.phases == 1
     return planes and measured and one_step and replace(config, half_blocks=True).clusters(blocks) <= at_once
 
 

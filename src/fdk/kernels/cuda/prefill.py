@@ -93,7 +93,8 @@ class Config:
     stages      units of 64 columns in the ring
     pair        CTAs of a cluster that share x;  split: CTAs of a cluster that split k; one of them is 1
     ahead       dequantise the next unit while this one is multiplied
-    codes_ahead  and load the codes of the one behind it from the ring; unrolled loops in whole units
+    codes_ahead and load the codes of the one behind it from the ring: 1 waits for them, 2 only if they are there;
+                unrolled loops in whole units
     k_groups    warpgroups of a block of rows, which take its units in turn
     turns       warpgroups multiply one after the other
     rounds      multiply scales of groups into the weights, rounded to 16 bits, instead of scaling float32 sums
@@ -121,7 +122,7 @@ class Config:
     stream: bool = False
     fetch_sums: bool = False
     unrolled: bool = False
-    codes_ahead: bool = False
+    codes_ahead: int = 0
     fresh: bool = False
     epilogue: decode_config.Epilogue = decode_config.PLAIN
 
@@ -181,7 +182,7 @@ class Config:
             "FDK_PAIR": self.pair,
             "FDK_SPLIT": self.split,
             "FDK_AHEAD": int(self.ahead),
-            "FDK_CODES_AHEAD": int(self.codes_ahead),
+            "FDK_CODES_AHEAD": self.codes_ahead,
             "FDK_TURNS": int(self.turns),
             "FDK_ROUND": int(self.rounds),
             "FDK_PARTS": self.parts,

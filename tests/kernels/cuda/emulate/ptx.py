@@ -372,7 +372,7 @@ class _Translator:
         )
         if plain in ("mbarrier.try_wait.parity", "mbarrier.test_wait.parity"):
             at = self.operand(operands[0], 1)
-            self.emit("mbarrier.try_wait.parity", at, *self.address(operands[1]), self.operand(operands[2], 32))
+            self.emit(plain, at, *self.address(operands[1]), self.operand(operands[2], 32))
             return
         if plain.startswith("mbarrier.arrive") and operands.pop(0) != "_":
             raise TranslationError(f"states of barriers are not emulated: {self.statement}")

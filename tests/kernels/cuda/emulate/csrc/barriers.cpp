@@ -67,8 +67,10 @@ Outcome arrive(Warp& w, const Instruction& I, u32 lanes) {
     return Outcome::NEXT;
 }
 
-// at: predicate, barrier, its offset, parity. Lanes whose phase is not over go round their loop again.
-Outcome try_wait(Warp& w, const Instruction& I, u32 lanes) {
+// at: predicate, barrier, its offset, parity. Lanes whose phase is not over go round their loop again; where it is only
+// asked (WAITS is false), they go on.
+template <bool WAITS>
+Outcome phase_over(Warp& w, const Instruction& I, u32 lanes) {
     u32 done = 0;
     for (u32 open = lanes, same = 0; open; open &= ~same) {
         const int first = __builtin_ctz(open);
@@ -82,7 +84,7 @@ Outcome try_wait(Warp& w, const Instruction& I, u32 lanes) {
         learn(w, same, barrier.told);
         done |= same;
     }
-    if (!done) return Outcome::WAIT;
+    if (WAITS && !done) return Outcome::WAIT;
     w.r[I.at[0]] = (w.r[I.at[0]] & ~lanes) | done;
     return Outcome::NEXT;
 }
@@ -240,7 +242,8 @@ void add_barriers(Table& table) {
     table["mbarrier.inval"] = {invalidate};
     table["mbarrier.arrive"] = {arrive};
     table["mbarrier.arrive.expect_tx"] = {expect};
-    table["mbarrier.try_wait.parity"] = {try_wait};
+    table["mbarrier.try_wait.parity"] = {phase_over<true>};
+    table["mbarrier.test_wait.parity"] = {phase_over<false>};
     table["bar.sync"] = {sync_named, Kind::TOGETHER};
     table["bar.arrive"] = {arrive_at_named, Kind::TOGETHER};
     table["barrier.cluster.arrive"] = {cluster_arrive, Kind::TOGETHER};
