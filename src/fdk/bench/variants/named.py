@@ -171,26 +171,6 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "nest8s3_g128", "8192x8192", "16"), ({"stages": 1},)),
         ),
     ),
-    "eight": Named(
-        "Eight tokens: activations in pieces, 12 warps and half blocks at sizes between those measured?",
-        60,
-        (
-            Trial(problems("decode", "lut1_g64", "4096x4096", "8"), ({"x_chunks": 2},)),
-            Trial(problems("decode", "lut1_g64", "4096x14336", "8"), ({"x_chunks": 7},)),
-            Trial(problems("decode", "lut1_g64", "14336x4096", "8"), ({"x_chunks": 2}, {"x_chunks": 4})),
-            Trial(problems("decode", "lut1_g64", "28672x8192", "8"), ({"x_sums": True, "x_chunks": 4},)),
-            Trial(problems("decode", "lut2_g64 lut3_g64 lut8_g64", "8192x8192", "8"), ({"x_chunks": 1},)),
-            Trial(
-                problems("decode", "lut3_g64", "28672x8192", "8"),
-                ({"x_chunks": 1}, {"uniform": True, "stage_units": 1, "stages": 2}),
-            ),
-            Trial(problems("decode", "lut2_g64", "28672x8192", "8"), ({"x_chunks": 1},)),
-            Trial(problems("decode", "lut2_g64 lut3_g64 lut8_g64", "12288x4096", "8"), ({"k_warps": 4},)),
-            Trial(problems("decode", "lut4_g64", "10240x4096 18944x3584 22528x3072", "8"), ({"half_blocks": True},)),
-            Trial(problems("decode", "lut8_g64", "14336x4096", "8"), ({"wide": True},)),
-            Trial(problems("decode", "lut3_g64", "14336x4096", "8"), ({"min_ctas": 2, "hold": 2700},)),
-        ),
-    ),
     "close": Named(
         "One token near its bar: operands ahead of activations, blocks in turn or in one step, uniform copies?",
         60,
