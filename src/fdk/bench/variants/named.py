@@ -76,7 +76,8 @@ SETS: dict[str, Named] = {
                 problems("prefill", "lut4_g64", "5120x5120", "32"), (tile(32, 3, 8, 4), tile(32, 3, 8, 4, wide=True))
             ),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "64"), (tile(64, 3, 8, 4), tile(64, 3, 8, 4, wide=True))
+                problems("prefill", "lut4_g64", "5120x5120", "64"),
+                (tile(64, 3, 8, 4), tile(64, 3, 8, 4, wide=True), tile(64, 4, 8, 5)),
             ),
             Trial(
                 problems("prefill", "lut4_g64", "5120x5120", "96"), (tile(96, 3, 8, 4), tile(96, 3, 6, 4, wide=True))
