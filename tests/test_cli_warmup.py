@@ -77,9 +77,9 @@ def test_merged_projections_are_those_of_decoding(folder) -> None:
         assert (weight.geometry, None) in kinds
 
 
-@pytest.mark.parametrize("batch", [1, 2, 16])
-@pytest.mark.parametrize("target", [Target((9, 0), 132), Target((8, 9), 58)], ids=str)
-def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, batch: int) -> None:
+def decoder_layers(folder) -> list[chain.Products]:
+    """The merged products of every layer of a folder, as `models.step.Step` hands them to `chain.fuse`."""
+
     def layers():
         for layer in fdk.load(folder).model.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -92,6 +92,12 @@ def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, ba
             weights = [merged_weight([one.weight.to_layout("fragments") for one in group])[0] for group in groups]
             yield chain.Products(*(SimpleNamespace(weight=weight) for weight in weights))
 
+    return list(layers())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+@pytest.mark.parametrize("target", [Target((9, 0), 132), Target((8, 9), 58)], ids=str)
+def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, batch: int) -> None:
     class Plan:
         def __init__(self, weight, config) -> None:
             loaded.append(decode.source(decode_config.shape_of(weight.geometry, None), config, target.capability))
@@ -102,7 +108,7 @@ def test_epilogues_are_those_of_decoding(monkeypatch, folder, target: Target, ba
     monkeypatch.setattr(chain, "reason_against", lambda layer, rows: None)
     monkeypatch.setattr(cuda, "_device_facts", lambda index: target)
     monkeypatch.setattr(jit, "compile_ahead", ahead_of_time.extend)
-    fused = chain.fuse(list(layers()), batch, 1e-5)
+    fused = chain.fuse(decoder_layers(folder), batch, 1e-5)
     assert all(fused) and fused[0].qkv.eps == 0 and fused[1].qkv.eps == fused[1].gate_up.eps == 1e-5
     assert fused[0].adds and not fused[1].adds and fused[0].o.eps == 0
     assert fused[1].qkv.plan.config.epilogue.squares == fused[0].down.plan.squares

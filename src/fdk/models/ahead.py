@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fdk.kernels.cuda import attend, decode_config, jit
-from fdk.kernels.cuda.prebuild import Product, Target, chain_config, chain_source, chain_us
-from fdk.models.chain import epilogues, tables_of, worth
+from fdk.kernels.cuda import attend, jit
+from fdk.kernels.cuda.prebuild import Product, Target
+from fdk.models.chain import Products, arranged, sources, tables_of
 from fdk.models.checkpoint import joined, layer_specs, quantisation_of
 from fdk.models.llama import RELATIVES, LlamaConfig
 from fdk.models.skeleton import read_config
@@ -74,26 +74,16 @@ def step_sources(folder: Path, batch: int, target: Target) -> list[jit.Source]:
     config, files = LlamaConfig.from_hf(stored), TensorFiles(folder)
     kinds = _kinds(folder, files)
     layers = [_layer(kinds, f"model.layers.{i}", batch) for i in range(config.num_hidden_layers)]
-    times = [layer and [chain_us(one, target, gated=i == 2) for i, one in enumerate(layer)] for layer in layers]
-    bf16 = [layer and all(one.geometry.dtype == torch.bfloat16 for one in layer) for layer in layers]
-    wanted = [bool(fits and worth(each)) for fits, each in zip(bf16, times, strict=True)]
-
-    def squares(i: int, name: str) -> int:
-        product = layers[i][_NAMES.index(name)]
-        return decode_config.squares_left(
-            product.geometry.n, chain_config(product, decode_config.Epilogue(residual=True), target)
-        )
+    # As `chain.reason_against` has it.
+    layers = [
+        one if one and all(product.geometry.dtype == torch.bfloat16 for product in one) else None for one in layers
+    ]
 
     def tables(i: int) -> int:
         gate, up = (f"model.layers.{i}.mlp.{name}.table" for name in _MERGED[1])
         return tables_of(torch.stack([files.get(gate)[0], files.get(up)[0]]) if gate in files else None)
 
-    found = {
-        repr(source): source
-        for layer, chosen in zip(layers, epilogues(wanted, squares, tables), strict=True)
-        for product, epilogue in zip(layer or (), chosen or (), strict=bool(chosen))
-        for source in (chain_source(product, epilogue, target),)
-    }
+    found = {repr(source): source for source in sources(layers, arranged(layers, tables, target), target)}
     heads = batch * config.num_key_value_heads
     if target.capability >= (9, 0) and heads <= target.sms:
         queries = config.num_attention_heads // config.num_key_value_heads
@@ -109,17 +99,16 @@ def step_sources(folder: Path, batch: int, target: Target) -> list[jit.Source]:
     return list(found.values())
 
 
-_NAMES = ("qkv", "o", "gate_up", "down")
 _LENGTHS = 1 << 15
 """Positions of a cache from which on the attention's configuration does not change."""
 
 
-def _layer(kinds: dict[str, Kind], prefix: str, batch: int) -> list[Product] | None:
-    """Products of a decoder layer in the order of `chain.Products`, None if one of them is not low-bit or merged."""
+def _layer(kinds: dict[str, Kind], prefix: str, batch: int) -> Products | None:
+    """The products of a decoder layer, None if one of them is not low-bit or merged."""
     found = [
         _group(kinds, f"{prefix}.self_attn", _MERGED[0]),
         kinds.get(f"{prefix}.self_attn.o_proj"),
         _group(kinds, f"{prefix}.mlp", _MERGED[1]),
         kinds.get(f"{prefix}.mlp.down_proj"),
     ]
-    return [Product(*kind, batch) for kind in found] if all(found) else None
+    return Products(*(Product(*kind, batch) for kind in found)) if all(found) else None

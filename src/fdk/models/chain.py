@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fdk import ops
 from fdk.kernels import Problem
-from fdk.kernels.cuda import KERNEL, decode, decode_config, prefill
+from fdk.kernels.cuda import KERNEL, decode, decode_config, jit, prebuild, prefill, product_of, target_of
 from fdk.nn import Linear
 
 # Microseconds that a norm or gate takes between two products of a chain on an H200 (docs/findings.md).
@@ -28,12 +28,12 @@ _TILED_GATES = False
 
 
 class Products(NamedTuple):
-    """The matrix products of a layer, query/key/value and gate/up merged."""
+    """Of the matrix products of a layer, query/key/value and gate/up merged: modules, descriptions, configurations."""
 
-    qkv: nn.Module
-    o: nn.Module
-    gate_up: nn.Module
-    down: nn.Module
+    qkv: Any
+    o: Any
+    gate_up: Any
+    down: Any
 
 
 class Normed(NamedTuple):
@@ -52,11 +52,10 @@ class Fused:
     eps: float = 0.0
 
     @classmethod
-    def of(
-        cls, layer: Linear, rows: int, epilogue: decode_config.Epilogue, eps: float = 0.0, tiles: bool = False
-    ) -> Fused:
-        """`layer` with `epilogue`, for a layer that `pays` accepts, or with `tiles` `in_tiles`."""
-        return cls(layer, (KERNEL.tiled if tiles else KERNEL.chained)(layer.weight, rows, epilogue), eps)
+    def of(cls, layer: Linear, config: decode_config.Config | prefill.Config, eps: float) -> Fused:
+        """`layer` with a configuration of `arranged`; eps: of the norm in front of it, if there is one."""
+        kernel = prefill if isinstance(config, prefill.Config) else decode
+        return cls(layer, kernel.Plan(layer.weight, config), eps if config.epilogue.squares else 0.0)
 
     def __call__(self, x: Normed) -> Tensor:
         """[b, n], or [b, n / 2] of a gated product."""
@@ -108,21 +107,12 @@ def worth(times: Iterable[tuple[float, float]]) -> bool:
     return sum(with_epilogues) <= sum(without) + 3 * _BETWEEN_US
 
 
-class Epilogues(NamedTuple):
-    """What becomes of the sums of a layer's products."""
-
-    qkv: decode_config.Epilogue
-    o: decode_config.Epilogue
-    gate_up: decode_config.Epilogue
-    down: decode_config.Epilogue
-
-
 def epilogues(
     wanted: Sequence[bool],
     squares: Callable[[int, str], int],
     tables: Callable[[int], int],
     gated: bool = True,
-) -> list[Epilogues | None]:
+) -> list[Products | None]:
     """Those of every layer in a row, None for layers that are not wanted.
 
     squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up; gated:
@@ -137,61 +127,86 @@ def epilogues(
             continue
         qkv = decode_config.Epilogue(squares=before) if before else plain
         gate_up = decode_config.Epilogue(squares=squares(i, "o"), gated=gated, tables=tables(i) if gated else 1)
-        found.append(Epilogues(qkv, residual, gate_up, residual if leads else plain))
+        found.append(Products(qkv, residual, gate_up, residual if leads else plain))
         before = squares(i, "down") if leads else 0
     return found
 
 
-def pays(products: Products, rows: int) -> bool:
-    """Whether a layer can have epilogues, and is predicted to be faster with them; only the decode kernel has any."""
-    if any(reason_against(layer, rows) for layer in products):
-        return False
-    times = [KERNEL.chain_us(layer.weight, rows, gated=layer is products.gate_up) for layer in products]
-    return worth(times)
+def pays(products: Products, target: prebuild.Target) -> bool:
+    """Whether a layer, `prebuild.Product`s, is predicted to be faster with epilogues of the decode kernel."""
+    named = zip(products._fields, products, strict=True)
+    return worth(prebuild.chain_us(one, target, gated=name == "gate_up") for name, one in named)
 
 
-def in_tiles(products: Products, rows: int) -> bool:
+def in_tiles(products: Products, target: prebuild.Target) -> bool:
     """Whether the prefill kernel serves a layer, so that its products take norms, though not the gate."""
-    if any(reason_against(layer, rows) for layer in products):
-        return False
     norm, residual = decode_config.Epilogue(squares=1), decode_config.Epilogue(residual=True)
     both = zip(products, (norm, residual, norm, residual), strict=True)
-    return all(KERNEL.tiled_config(layer.weight, rows, epilogue) for layer, epilogue in both)
+    return all(prebuild.tiled_config(product, epilogue, target) for product, epilogue in both)
+
+
+def arranged(
+    layers: Sequence[Products | None], tables: Callable[[int], int], target: prebuild.Target
+) -> list[Products | None]:
+    """Configurations, with epilogues, of the products of every layer in a row; None for layers that keep their kernels.
+
+    layers: `prebuild.Product`s, None for those that can have no epilogues;  tables: different tables of gate and up.
+    """
+    residual = decode_config.Epilogue(residual=True)
+    wanted = [layer is not None and pays(layer, target) for layer in layers]
+    tiles = _TILES and not any(wanted)
+    if tiles:
+        wanted = [layer is not None and in_tiles(layer, target) for layer in layers]
+
+    def squares(i: int, name: str) -> int:
+        product = getattr(layers[i], name)
+        if tiles:
+            return product.geometry.n // 64
+        return decode_config.squares_left(product.geometry.n, prebuild.chain_config(product, residual, target))
+
+    def config(product: prebuild.Product, epilogue: decode_config.Epilogue) -> decode_config.Config | prefill.Config:
+        if tiles:
+            return prebuild.tiled_config(product, epilogue, target)
+        if _TILED_GATES and epilogue.gated:
+            tiled = prebuild.tiled_config(product, decode_config.Epilogue(squares=epilogue.squares), target)
+            if tiled:
+                return tiled
+        return prebuild.chain_config(product, epilogue, target)
+
+    return [
+        chosen and Products(*map(config, layer, chosen))
+        for layer, chosen in zip(layers, epilogues(wanted, squares, tables, gated=not tiles), strict=True)
+    ]
+
+
+def sources(
+    layers: Sequence[Products | None], configs: Sequence[Products | None], target: prebuild.Target
+) -> list[jit.Source]:
+    """What the products of `arranged` are compiled from."""
+    return [
+        prebuild.source_of(product, config, target)
+        for layer, chosen in zip(layers, configs, strict=True)
+        for product, config in zip(layer or (), chosen or (), strict=bool(chosen))
+    ]
 
 
 def fuse(layers: Sequence[Products], rows: int, eps: float) -> list[FusedLayer | None]:
     """The layers of a model for batches of `rows`; None for those that keep kernels of their own between products."""
-    residual = decode_config.Epilogue(residual=True)
-    wanted = [pays(products, rows) for products in layers]
-    tiles = _TILES and not any(wanted)
-    if tiles:
-        wanted = [in_tiles(products, rows) for products in layers]
-
-    def squares(i: int, name: str) -> int:
-        weight = getattr(layers[i], name).weight
-        if tiles:
-            return weight.shape[0] // 64
-        return decode_config.squares_left(weight.shape[0], KERNEL.chain_config(weight, rows, residual))
-
-    plan = epilogues(wanted, squares, lambda i: _tables(layers[i].gate_up), gated=not tiles)
-    if not tiles:
-        KERNEL.compile_chained(
-            (layer.weight, rows, epilogue)
-            for products, chosen in zip(layers, plan, strict=True)
-            for layer, epilogue in zip(products, chosen or (), strict=bool(chosen))
-        )
-
-    def fused(layer: Linear, epilogue: decode_config.Epilogue) -> Fused:
-        without = decode_config.Epilogue(squares=epilogue.squares)
-        if _TILED_GATES and epilogue.gated and KERNEL.tiled_config(layer.weight, rows, without):
-            return Fused.of(layer, rows, without, eps, tiles=True)
-        return Fused.of(layer, rows, epilogue, eps if epilogue.squares else 0.0, tiles)
-
-    found: list[FusedLayer | None] = []
-    for products, chosen in zip(layers, plan, strict=True):
-        made = [fused(layer, one) for layer, one in zip(products, chosen or (), strict=bool(chosen))]
-        found.append(FusedLayer(*made) if made else None)
-    return found
+    described = [
+        None
+        if any(reason_against(one, rows) for one in layer)
+        else Products(*(product_of(one.weight, rows) for one in layer))
+        for layer in layers
+    ]
+    if not any(described):
+        return [None] * len(layers)
+    target = target_of(next(layer for layer, known in zip(layers, described, strict=True) if known).o.weight.device)
+    configs = arranged(described, lambda i: _tables(layers[i].gate_up), target)
+    jit.compile_ahead(sources(described, configs, target))
+    return [
+        chosen and FusedLayer(*(Fused.of(one, config, eps) for one, config in zip(layer, chosen, strict=True)))
+        for layer, chosen in zip(layers, configs, strict=True)
+    ]
 
 
 def _tables(layer: Linear) -> int:

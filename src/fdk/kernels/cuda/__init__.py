@@ -28,12 +28,13 @@ from fdk.packing import fragments
 from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
 
-__all__ = ["KERNEL", "compile_ahead", "stream_floor", "warmup"]
+__all__ = ["KERNEL", "compile_ahead", "product_of", "stream_floor", "target_of", "warmup"]
 
 Call = Callable[[Tensor, Tensor | None, Tensor], None]
 
 
-def _product(weight: QuantisedWeight, m: int) -> prebuild.Product:
+def product_of(weight: QuantisedWeight, m: int) -> prebuild.Product:
+    """What is known ahead of a product of m rows of x with `weight`."""
     zeros = weight.parts.get("zeros")
     return prebuild.Product(weight.geometry, None if zeros is None else zeros.dtype, m)
 
@@ -43,6 +44,11 @@ def _device_facts(index: int) -> tuple[tuple[int, int], int]:
     """Compute capability and multiprocessors of a CUDA device."""
     facts = torch.cuda.get_device_properties(index)
     return (facts.major, facts.minor), facts.multi_processor_count
+
+
+def target_of(device: torch.device) -> prebuild.Target:
+    """What configurations depend on of the CUDA device of a tensor."""
+    return prebuild.Target(*_device_facts(device.index))
 
 
 def _routes(geometry: Geometry, zeros: torch.dtype | None, m: int, device: torch.device) -> tuple[routes.Route, ...]:
@@ -136,34 +142,9 @@ class CudaKernel:
             found = weight.cache[key] = module.Plan(weight, route.config)
         return found
 
-    def chain_us(self, weight: QuantisedWeight, m: int, gated: bool = False) -> tuple[float, float]:
-        """Predicted microseconds of m rows of x by one launch of `decode.Plan`, inf if it cannot, and at best."""
-        return prebuild.chain_us(_product(weight, m), prebuild.Target(*_device_facts(weight.device.index)), gated)
-
-    def chain_config(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> decode_config.Config:
-        """The configuration of a product of m rows of x with an epilogue, where `chain_us` is finite."""
-        target = prebuild.Target(*_device_facts(weight.device.index))
-        return prebuild.chain_config(_product(weight, m), epilogue, target)
-
-    def tiled_config(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> prefill.Config | None:
-        """The configuration of a product of m rows of x with an epilogue by the prefill kernel, None if it has none."""
-        target = prebuild.Target(*_device_facts(weight.device.index))
-        return prebuild.tiled_config(_product(weight, m), epilogue, target)
-
-    def tiled(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> prefill.Plan:
-        """The product of m rows of x with an epilogue, where `tiled_config` has one."""
-        return prefill.Plan(weight, self.tiled_config(weight, m, epilogue))
-
-    def compile_chained(self, products: Iterable[tuple[QuantisedWeight, int, decode_config.Epilogue]]) -> int:
-        """Compile on all cores what `chained` will load for each; how many kernels that were."""
-        return jit.compile_ahead(
-            prebuild.chain_source(_product(weight, m), epilogue, prebuild.Target(*_device_facts(weight.device.index)))
-            for weight, m, epilogue in products
-        )
-
     def chained(self, weight: QuantisedWeight, m: int, epilogue: decode_config.Epilogue) -> decode.Plan:
-        """The product of m rows of x with an epilogue, where `chain_us` is finite."""
-        return decode.Plan(weight, self.chain_config(weight, m, epilogue))
+        """The product of m rows of x with an epilogue, where `prebuild.chain_us` is finite."""
+        return decode.Plan(weight, prebuild.chain_config(product_of(weight, m), epilogue, target_of(weight.device)))
 
     def dense_plan(self, weight: QuantisedWeight) -> dense.Plan:
         """What dequantises `weight`, which lies in the kernel's layout; remembered in its cache."""
@@ -236,17 +217,15 @@ def compile_ahead(
     """
     if jit.unavailable():
         return 0
-    found: dict[int, list[prebuild.Product]] = {}
+    found: dict[prebuild.Target, list[prebuild.Product]] = {}
     for weight in weights:
         if weight.device.type == "cuda":
-            index = torch.cuda.current_device() if weight.device.index is None else weight.device.index
-            found.setdefault(index, []).extend(_product(weight, m) for m in rows)
-    targets = {index: prebuild.Target(*_device_facts(index)) for index in found}
+            found.setdefault(target_of(weight.device), []).extend(product_of(weight, m) for m in rows)
     wanted = [
         source
-        for index, products in found.items()
-        if targets[index].capability >= (8, 0) and not jit.unavailable(targets[index].capability)
-        for source in prebuild.sources(dict.fromkeys(products), targets[index])
+        for target, products in found.items()
+        if target.capability >= (8, 0) and not jit.unavailable(target.capability)
+        for source in prebuild.sources(dict.fromkeys(products), target)
     ]
     return jit.compile_ahead(wanted, progress)
 

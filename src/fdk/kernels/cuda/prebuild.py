@@ -84,10 +84,10 @@ def chain_config(product: Product, epilogue: decode_config.Epilogue, target: Tar
     return decode_choice.choose_config(shape, product.m, blocks, target.sms, target.capability, epilogue)
 
 
-def chain_source(product: Product, epilogue: decode_config.Epilogue, target: Target) -> jit.Source:
-    """What a product with an epilogue is compiled from, where `chain_us` is finite."""
-    shape = decode_config.shape_of(product.geometry, product.zeros)
-    return decode.source(shape, chain_config(product, epilogue, target), target.capability)
+def source_of(product: Product, config: decode_config.Config | prefill.Config, target: Target) -> jit.Source:
+    """What a product with a configuration of `chain_config` or `tiled_config` is compiled from."""
+    kernel = prefill if isinstance(config, prefill.Config) else decode
+    return kernel.source(decode_config.shape_of(product.geometry, product.zeros), config, target.capability)
 
 
 def tiled_config(product: Product, epilogue: decode_config.Epilogue, target: Target) -> prefill.Config | None:
