@@ -1,4 +1,4 @@
-// 16:32 sparse weights, bf16, more than one row of x: with AVX-512 VBMI2 the codes of two rows at a time, a byte each, are
+// 16:32 sparse weights, in bf16 more than one row of x: with AVX-512 VBMI2 the codes of two rows at a time, a byte each, are
 // spread to their places among 2 x 32 by the rows' masks, and the bytes of 16 rows are transposed, so that lanes are rows as in
 // plain weights. Included after avx512.h.
 #pragma once
@@ -8,6 +8,40 @@
 namespace {
 
 // A byte is 16 + code, or 0 where a weight was dropped; with zeros it is code - zero, of which the look-up takes five bits.
+// The value of byte i, i from 0 to 31.
+template <bool ZEROS>
+float sparse_value(const fdk_range& r, int i) {
+    if (ZEROS) return (float)(i < 16 ? i : i - 32);
+    return i < 16 ? 0 : r.value[i - 16];
+}
+
+// Pairs of bf16, or float32 one by one.
+template <bool ZEROS, int WORDS>
+struct SparseValues {
+    __m512i table;
+    FDK_INLINE explicit SparseValues(const fdk_range& r) {
+        uint16_t t[32];
+        for (int i = 0; i < 32; i++) t[i] = to_bf16(sparse_value<ZEROS>(r, i));
+        table = _mm512_loadu_si512(t);
+    }
+    template <int>
+    FDK_INLINE __m512i at(__m512i codes) const { return _mm512_permutexvar_epi16(codes, table); }
+};
+template <bool ZEROS>
+struct SparseValues<ZEROS, 2> {
+    __m512 low, high;
+    FDK_INLINE explicit SparseValues(const fdk_range& r) {
+        float t[32];
+        for (int i = 0; i < 32; i++) t[i] = sparse_value<ZEROS>(r, i);
+        low = _mm512_loadu_ps(t), high = _mm512_loadu_ps(t + 16);
+    }
+    template <int>
+    FDK_INLINE void pair(__m512i codes, __m512& even, __m512& odd) const {
+        even = _mm512_permutex2var_ps(low, codes, high);
+        odd = _mm512_permutex2var_ps(low, _mm512_srli_epi32(codes, 16), high);
+    }
+};
+
 template <class Path, bool HAS_ZEROS>
 struct SparseUnit {
     static constexpr bool ZEROS = HAS_ZEROS;
@@ -36,19 +70,7 @@ struct SparseUnit {
         }
     };
 
-    struct Values {
-        __m512i table;
-        FDK_INLINE explicit Values(const fdk_range& r) {
-            uint16_t kept[16];
-            for (int i = 0; i < 16; i++) kept[i] = ZEROS ? to_bf16((float)(i - 16)) : r.value_bf16[i];
-            uint16_t others[16];
-            for (int i = 0; i < 16; i++) others[i] = ZEROS ? to_bf16((float)i) : 0;
-            table = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)others)),
-                                       _mm256_loadu_si256((const __m256i*)kept), 1);
-        }
-        template <int>
-        FDK_INLINE __m512i at(__m512i codes) const { return _mm512_permutexvar_epi16(codes, table); }
-    };
+    typedef SparseValues<ZEROS, Path::words_per_pair> Values;
 
     __m512i two[8];  // bytes of 32 columns of rows 2i and 2i + 1
 
@@ -144,7 +166,7 @@ void sparse_tiles(const fdk_job& job, int64_t block0, int64_t block1, void* work
     run_direct(job, block0, block1, workspace, direct);
 }
 
-// One row goes its own way; tiles of the widths WIDTHS decode for themselves, others go through panels.
+// One row in bf16 goes its own way; tiles of the widths WIDTHS decode for themselves, others go through panels.
 template <class Path, int... WIDTHS>
 void sparse_units_linear(const fdk_job& job, int64_t block0, int64_t block1, void* workspace,
                         const typename Panels<Path>::Tile* tiles) {

@@ -121,7 +121,16 @@ struct DotPath : PlainPath {
 
 #define DOT(M, SPLIT) FDK_BY_BITS(DotPath, M, SPLIT)
 
+// Other sparse weights take this unit's instructions too, unless a zero may be any float.
+bool sparse_floats(const fdk_weight& w) {
+    return w.storage == FDK_SPARSE && !w.bf16_exact && w.family != FDK_UINT_FLOAT;
+}
+
 void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace) {
+    if (sparse_floats(*job->w)) {
+        static const Panels<Avx512Path>::Tile tiles[13] = FDK_PANEL_TILES(Avx512Path);
+        return sparse_units_linear<Avx512Path, 1, 2, 4, 6, 8>(*job, block0, block1, workspace, tiles);
+    }
     if (!job->w->bf16_exact) return fdk_ops_avx512()->linear(job, block0, block1, workspace);
     static const BlockFn by_width[13][2][9] = {
         {{nullptr}, {nullptr}},     {DOT(1, false), DOT(1, true)}, {DOT(2, false), {nullptr}},
@@ -150,6 +159,11 @@ void linear(const fdk_job* job, int64_t block0, int64_t block1, void* workspace)
 }
 
 void plan(const fdk_weight* w, int64_t m, fdk_plan* plan) {
+    if (sparse_floats(*w) && m <= 8) {
+        const int32_t width = (int32_t)(m <= 2 ? m : m + m % 2);
+        *plan = fdk_plan{m, 0, 1, width, width, FDK_DIRECT, 0};
+        return;
+    }
     if (!w->bf16_exact) return fdk_ops_avx512()->plan(w, m, plan);
     // Up to 6 bits (two table registers) decoding hides behind the multiplications of a tile; above that it pays to
     // decode once into a panel. Measured on Zen 4 with m = 16, 32, 64, 256. Planes and sparse codes take more to decode:
