@@ -46,7 +46,7 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 def tile(tokens: int, blocks: int, stages: int, split: int = 1, **other: int | bool) -> Change:
     """Every field of the prefill kernel's configuration that says how work is cut, so that nothing chosen is left."""
     fields = {"tokens": tokens, "blocks": blocks, "stages": stages, "split": split}
-    plain = {"k_groups": 1, "pair": 1, "parts": 1, "ahead": True, "codes_ahead": False, "turns": False, "wide": False}
+    plain = {"k_groups": 1, "pair": 1, "parts": 1, "ahead": True, "codes_ahead": 0, "turns": False, "wide": False}
     plain |= {"stream": False, "fetch_sums": False}
     return {**plain, "unrolled": True, **fields, **other}
 
