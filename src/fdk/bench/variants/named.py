@@ -232,27 +232,24 @@ SETS: dict[str, Named] = {
         ),
     ),
     "codes-ahead": Named(
-        "Prefill: what do codes that leave the ring a unit earlier save where warps wait for them?",
-        40,
+        "Prefill: codes that leave the ring a unit earlier where tiles are cut, of other formats, not where chosen?",
+        25,
         (
             Trial(
-                problems("prefill", "lut4_g64", "4096x4096 8192x8192 14336x4096 4096x14336", "64")
-                + problems("prefill", "lut2_g64", "8192x8192", "64")
-                + problems("prefill", "lut4_g64", "4096x4096 8192x8192", "128"),
-                ({"codes_ahead": 2},),
+                problems("prefill", "lut4_g64", "14336x4096", "512 768 1024")
+                + problems("prefill", "lut4_g64", "5120x5120", "1024 2048")
+                + problems("prefill", "int8_g64", "8192x8192", "1024")
+                + problems("prefill", "uint4_g64", "8192x8192", "768")
+                + problems("prefill", "lut1_g64", "28672x8192 12288x4096", "64"),
+                ({"codes_ahead": True},),
             ),
             Trial(
-                problems("prefill", "lut4_g64 lut2_g64 lut3_g64 int4_g64 lut4_g128", "28672x8192", "64")
-                + problems("prefill", "lut4_g64", "28672x8192", "48")
-                + problems("prefill", "lut4_g64 lut2_g64", "22528x8192", "64")
-                + problems("prefill", "lut4_g64", "8192x8192 4096x4096", "384")
-                + problems("prefill", "lut4_g64", "8192x8192 4096x4096", "768"),
-                ({"codes_ahead": 1}, {"codes_ahead": 2}),
-            ),
-            Trial(
-                problems("prefill", "lut1_g64", "28672x8192", "32 16")
-                + problems("prefill", "lut4_g64", "28672x8192", "16"),
-                ({"codes_ahead": 1},),
+                problems("prefill", "lut4_chan", "8192x8192", "768")
+                + problems("prefill", "lut4_g64", "5120x5120", "384 512")
+                + problems("prefill", "lut4_g64", "4096x14336", "192 768")
+                + problems("prefill", "lut4_g64", "12288x4096", "64")
+                + problems("prefill", "lut4_g64", "8192x8192", "192"),
+                ({"codes_ahead": False},),
             ),
         ),
     ),

@@ -93,8 +93,7 @@ class Config:
     stages      units of 64 columns in the ring
     pair        CTAs of a cluster that share x;  split: CTAs of a cluster that split k; one of them is 1
     ahead       dequantise the next unit while this one is multiplied
-    codes_ahead and load the codes of the one behind it from the ring: 1 waits for them, 2 only if they are there;
-                unrolled loops in whole units
+    codes_ahead and load the codes of the one behind it from the ring if they are there; unrolled loops in whole units
     k_groups    warpgroups of a block of rows, which take its units in turn
     turns       warpgroups multiply one after the other
     rounds      multiply scales of groups into the weights, rounded to 16 bits, instead of scaling float32 sums
@@ -122,7 +121,7 @@ class Config:
     stream: bool = False
     fetch_sums: bool = False
     unrolled: bool = False
-    codes_ahead: int = 0
+    codes_ahead: bool = False
     fresh: bool = False
     epilogue: decode_config.Epilogue = decode_config.PLAIN
 
@@ -182,7 +181,7 @@ class Config:
             "FDK_PAIR": self.pair,
             "FDK_SPLIT": self.split,
             "FDK_AHEAD": int(self.ahead),
-            "FDK_CODES_AHEAD": self.codes_ahead,
+            "FDK_CODES_AHEAD": int(self.codes_ahead),
             "FDK_TURNS": int(self.turns),
             "FDK_ROUND": int(self.rounds),
             "FDK_PARTS": self.parts,
@@ -321,8 +320,14 @@ def _unrolled(shape: Shape, config: Config) -> Config:
         whole = stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0
         measured = (stages == 8 and not wide) if few else stages >= 4 * config.k_groups and wide <= config.wide
         if whole and measured and unrolled.shared_bytes(shape) <= MAX_SHARED:
-            return unrolled
+            return replace(unrolled, codes_ahead=_codes_ahead(shape, unrolled))
     return config
+
+
+def _codes_ahead(shape: Shape, config: Config) -> bool:
+    """Whether codes leave the ring a unit earlier: measured with 2 and 4 bits, where one warpgroup has a block."""
+    measured = shape.bits in (2, 4) and shape.kind in (TABLE, INT) and shape.subs == 1
+    return measured and config.k_groups == config.parts == 1 and not config.stream
 
 
 def _fetches_sums(shape: Shape, config: Config) -> bool:

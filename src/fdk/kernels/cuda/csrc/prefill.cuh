@@ -35,8 +35,7 @@ constexpr bool WIDE = FDK_WIDE;
 constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
-constexpr int CODES_AHEAD = FDK_CODES_AHEAD;  // 1: codes are waited for a unit ahead; 2: loaded then if they are there
-constexpr bool AHEAD = FDK_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
+constexpr bool AHEAD = FDK_AHEAD, CODES_AHEAD = FDK_CODES_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
 constexpr bool FETCH_SUMS = FDK_FETCH_SUMS;  // the sums that other shares leave of a tile come through the ring, behind its units
 constexpr int PARTS = FDK_PARTS;  // parts of a unit that are dequantised and multiplied one after the other
 constexpr int WARPGROUPS = BLOCKS * K_GROUPS, CLUSTER = PAIR * SPLIT, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
@@ -820,8 +819,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     return at;
                 };
                 if constexpr (AHEAD) load(units[0], place(0), begin);
-                bool fetched = CODES_AHEAD == 1;  // whether `codes` are those of the next unit already
-                if (CODES_AHEAD == 1 && (!RAGGED || begin + K_GROUPS < end_unit)) fetch(place(1), begin + K_GROUPS);
+                bool fetched = false;  // whether `codes` are those of the next unit already
                 for (int unit = begin; unit < end_unit; unit += STAGES) {
 #pragma unroll
                     for (int i = 0; i < PLACES; ++i) {
@@ -846,18 +844,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                                 const auto more = [&](int by) {
                                     return RAGGED ? current + by * K_GROUPS < end_unit : i + by < PLACES || unit + STAGES < end_unit;
                                 };
-                                if constexpr (CODES_AHEAD > 0) {
-                                    if (CODES_AHEAD == 2 && more(1) && !fetched) fetch(place(next), current + K_GROUPS);
+                                if constexpr (CODES_AHEAD) {
+                                    if (more(1) && !fetched) fetch(place(next), current + K_GROUPS);
                                     Turn later = place((i + 2) % PLACES);
                                     if (i == PLACES - 2) later.parity ^= 1;
                                     // Asked before the look-ups and known behind them; what is not there yet is waited for in its turn.
-                                    fetched = more(2) && (CODES_AHEAD == 1 || barrier_over(full + later.stage * 8, later.parity));
+                                    fetched = more(2) && barrier_over(full + later.stage * 8, later.parity);
                                     if (more(1)) expand(other, codes, 0, lookup);
-                                    if constexpr (CODES_AHEAD == 1) {
-                                        if (fetched) fetch(later, current + 2 * K_GROUPS);
-                                    } else if (fetched) {
-                                        load_codes(codes, block_at(later), offsets, current + 2 * K_GROUPS, r, g);
-                                    }
+                                    if (fetched) load_codes(codes, block_at(later), offsets, current + 2 * K_GROUPS, r, g);
                                 } else if (more(1)) {
                                     load(PARTS == 1 ? other : now, place(next), current + K_GROUPS);
                                 }
