@@ -331,8 +331,8 @@ def _codes_ahead(shape: Shape, config: Config) -> bool:
 
 
 def _fetches_sums(shape: Shape, config: Config) -> bool:
-    """Whether sums come through the ring: measured with 4 bits, where no loop spills for it."""
-    if not config.stream or config.pair > 1 or shape.bits != 4 or shape.kind not in (TABLE, INT):
+    """Whether sums come through the ring: measured with 2 and 4 bits of tables and integers of 8."""
+    if not config.stream or config.pair > 1 or shape.bits not in (2, 4, 8) or shape.kind not in (TABLE, INT):
         return False
     per_stage = config.tokens // (16 * config.blocks)  # token tiles, as in csrc/prefill.cuh
     return not config.unrolled or -(-config.tokens // 8 // per_stage) % config.stages == 0
