@@ -108,12 +108,14 @@ def test_large_weights(compiled, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_several_tokens_of_slices(compiled, arch: str) -> None:
-    """By integer products of four tokens, and in two stages of sixteen, as they are chosen by size."""
-    sizes = [(4096, 4), (8192, 4), (8192, 16), (12288, 4), (16384, 4)]
+    """By integer products of two and four tokens, and in two stages of sixteen, as they are chosen by size."""
+    sizes = [(4096, 4), (8192, 2), (8192, 4), (8192, 16), (12288, 4), (16384, 2), (16384, 4)]
     problems = [
         (Shape(n, n, bits, 128, bits % 2 > 0, kind, served), m) for bits, kind, served in NESTED for n, m in sizes
     ]
+    problems += [(Shape(28672, 8192, bits, 128, True, kind, served), 4) for bits, kind, served in NESTED]
     problems += [(Shape(n, n, 8, 64, True, decode_config.INT), 4) for n in (4096, 8192)]
+    problems += [(Shape(8192, 8192, bits, 64, True, decode_config.INT), 2) for bits in (2, 4, 8)]
     check(compiled, problems, arch)
 
 

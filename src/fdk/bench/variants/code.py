@@ -160,5 +160,5 @@ def units_in_loop(problem: Problem, variant: Variant, counts: dict[str, int]) ->
         return products / (16 * config.tokens)
     own_sums = 4 * (config.x_sums and (problem.shape.bits == 1 or problem.geometry.format.has_zeros))
     if config.digits:
-        return products / ((4 + config.x_sums) * config.tokens if config.many_digits(problem.shape) else 8)
+        return products / (5 * config.tokens if config.many_digits(problem.shape) else 8)
     return products / ((16 + own_sums) * -(-config.tokens // 8))

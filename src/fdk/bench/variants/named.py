@@ -51,22 +51,6 @@ def tile(tokens: int, blocks: int, stages: int, split: int = 1, **other: int | b
     return {**plain, "unrolled": True, **fields, **other}
 
 
-# Integer products of several tokens by 16 warps: a block of one CTA, or those of a pair one after the other.
-_DIGITS = {"digits": True, "paired": True, "uniform": True, "alone": True, "phases": 1, "x_chunks": 1, "x_sums": True}
-_DIGITS |= {
-    "scales_once": False,
-    "wide": False,
-    "batch": 1,
-    "stages": 1,
-    "stage_units": 2,
-    "k_warps": 16,
-    "row_warps": 1,
-}
-_ONE_BLOCK = {**_DIGITS, "cluster": 1}
-_IN_TURN = {**_DIGITS, "cluster": 2}
-_TWO_IN_TURN = {**_IN_TURN, "batch": 2}
-_KEPT, _SINGLE = {"x_sums": False}, {"stage_units": 1}
-
 SETS: dict[str, Named] = {
     "fourths": Named(
         "Prefill: k in four slices of three blocks, of which 27 clusters are resident where 40 of three CTAs are not?",
@@ -127,48 +111,6 @@ SETS: dict[str, Named] = {
             Trial(problems("prefill", "lut4_g64", "4608x4096", "64"), (tile(64, 2, 8, 3, k_groups=2),)),
             Trial(problems("prefill", "lut4_g64", "4608x4096", "128"), (tile(128, 2, 6, 3, wide=True),)),
             Trial(problems("prefill", "lut4_g64", "4608x4096", "256"), (tile(256, 2, 4, 3),)),
-        ),
-    ),
-    "few-tokens": Named(
-        "Two and four tokens by integer products: starts of sums kept in shared memory, longer rings, other sizes?",
-        60,
-        (
-            Trial(problems("decode", "nest8s4_g128 nest8s6_g128 nest8_g128 int8_g64", "8192x8192", "4"), (_KEPT,)),
-            Trial(problems("decode", "nest8s4_g128", "8192x8192", "4"), ({**_SINGLE, "stages": 3},)),
-            Trial(
-                problems("decode", "nest8s2_g128 trunc8s2_g128", "8192x8192", "4"),
-                (_KEPT, {"stages": 2}, {**_KEPT, "stages": 2}),
-            ),
-            Trial(
-                problems("decode", "nest8s3_g128", "8192x8192", "4"),
-                ({**_TWO_IN_TURN, **_KEPT}, {"k_warps": 16, **_SINGLE, "uniform": True}),
-            ),
-            Trial(
-                problems("decode", "trunc8s4_g128", "8192x8192", "4"),
-                ({**_TWO_IN_TURN, **_KEPT, **_SINGLE}, {"k_warps": 16, **_SINGLE, "uniform": True}),
-            ),
-            Trial(problems("decode", "nest8s4_g128", "16384x16384", "4"), (_KEPT,)),
-            Trial(problems("decode", "nest8s3_g128", "16384x16384", "4"), ({**_IN_TURN, **_SINGLE},)),
-            Trial(problems("decode", "nest8s4_g128 int8_g64", "4096x4096", "4"), (_KEPT,)),
-            Trial(problems("decode", "nest8_g128", "4096x4096", "4"), ({**_DIGITS, "k_warps": 8},)),
-            Trial(
-                problems("decode", "nest8s4_g128 int8_g64", "14336x4096 28672x8192", "4"),
-                ({**_IN_TURN, **_SINGLE},),
-            ),
-            Trial(
-                problems("decode", "nest8s4_g128 int8_g64", "4096x14336", "4"),
-                ({**_IN_TURN, **_SINGLE, "k_warps": 14},),
-            ),
-            Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128 int4_g64 int2_g64", "8192x8192", "2"),
-                (_ONE_BLOCK, _TWO_IN_TURN),
-            ),
-            Trial(
-                problems("decode", "nest8_g128 int8_g64", "8192x8192", "2"),
-                ({**_ONE_BLOCK, **_SINGLE}, {**_TWO_IN_TURN, **_SINGLE}),
-            ),
-            Trial(problems("decode", "nest8s4_g128 nest8_g128", "16384x16384", "16"), ({"stages": 2},)),
-            Trial(problems("decode", "nest8s3_g128", "8192x8192", "16"), ({"stages": 1},)),
         ),
     ),
     "close": Named(

@@ -460,33 +460,43 @@ def _halves_pay(shape: Shape, config: Config, blocks: int, at_once: int) -> bool
     return planes and measured and one_step and replace(config, half_blocks=True).clusters(blocks) <= at_once
 
 
-def _many_digits_pay(shape: Shape, per_pair: int, cta_units: int) -> bool:
-    """Whether integer products serve four tokens faster, outside of chains, with pairs of CTAs that split k.
+def _many_digits_pay(shape: Shape, tokens: int, per_pair: int, cta_units: int) -> bool:
+    """Whether integer products serve two or four tokens faster, outside of chains, with pairs of CTAs that split k.
 
-    Measured on an H200, 2026-11-22, at 4096^2, 8192^2 and 16384^2, slices with groups of 128: docs/findings.md.
+    Measured on an H200, 2026-11-22, at 4096^2, 8192^2, 16384^2 and 28672 x 8192, slices with groups of 128:
+    docs/findings.md.
     """
     small, middle = (per_pair, cta_units) == (1, 32), (per_pair, cta_units) == (2, 64)
+    if tokens == 2 and middle and shape.kind == INT:
+        return shape.bits in (2, 4, 8) and shape.subs == 1
     if shape.kind == INT:
-        return shape.bits == 8 and shape.subs == 1 and (small or middle)
+        tall = 2 <= per_pair <= 7 and cta_units == 64
+        return tokens == 4 and shape.bits == 8 and shape.subs == 1 and (small or tall)
     if not shape.nested or shape.group % 128:
         return False
     if small:
-        return shape.bits <= 5
-    # Four planes take as long either way.
-    return shape.bits != 4 and (middle or (2 < per_pair <= 4 and 64 < cta_units <= 128))
+        return tokens == 4
+    # Four planes of four tokens take as long either way.
+    few = middle or (2 < per_pair <= 4 and 64 < cta_units <= 128)
+    many = shape.bits >= 5 and 2 <= per_pair <= 7 and cta_units == 64
+    return (few and shape.bits != 4) or many or (middle and tokens == 2)
 
 
 def _with_many_digits(shape: Shape, config: Config, blocks: int, sms: int) -> Config:
-    """`config` of four tokens by integer products where they pay: 16 warps on k, blocks of a pair in turn."""
+    """`config` of two or four tokens by integer products where they pay: 16 warps on k, blocks of a pair in turn."""
+    tokens = config.tokens
     per_pair, cta_units = -(-blocks // clusters_at_once(sms, 2)), -(-shape.units // 2)
-    if config.tokens != 4 or not shape.allows_digits_of(4) or not _many_digits_pay(shape, per_pair, cta_units):
+    if tokens not in (2, 4) or not shape.allows_many_digits or not shape.allows_digits_of(tokens):
         return config
-    digits = Config(4, 2, 8 if per_pair == 1 else 16, 1, 1, 2, per_pair, 1, 1, digits=True, paired=True, x_sums=True)
+    if not _many_digits_pay(shape, tokens, per_pair, cta_units):
+        return config
+    digits = Config(tokens, 2, 8 if per_pair == 1 else 16, 1, 1, 2, per_pair, 1, 1, digits=True, paired=True)
     digits = replace(digits, uniform=True, alone=True, batch=per_pair if per_pair <= 2 else 1)
     # What memory has no room for, and two planes of four blocks, go side by side.
     beside = replace(digits, k_warps=4, row_warps=per_pair, batch=1)
-    # Two units of other slices are more than 128 registers hold.
-    two = shape.kind == INT or (shape.group == 128 and (shape.kind == ROUNDED or shape.bits < 5))
+    # Two units of other slices are more than the 128 registers of 16 warps hold.
+    light = tokens == 2 or shape.kind == INT or (shape.group == 128 and (shape.kind == ROUNDED or shape.bits < 5))
+    two = per_pair == 1 or (light and per_pair <= 4 and (tokens == 4 or shape.bits < 8))
     for tried in [beside] if (shape.bits, per_pair) == (2, 4) else [digits, beside] if per_pair == 4 else [digits]:
         for stage_units in (2, 1) if two else (1,):
             found = replace(tried, stage_units=stage_units)

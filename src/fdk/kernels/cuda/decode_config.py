@@ -197,8 +197,7 @@ class Config:
     epilogue   what becomes of the sums
     bulk         fill rings by bulk copies, else by cp.async as before Hopper
     scales_once  fetch scales and zeros of a warp's slice of k in one piece each, not with each stage
-    x_sums       have warps add up activations for zero points, one bit and integer products of several tokens, not find
-                 their sums in shared memory
+    x_sums       have warps add up activations for zero points and one bit, not find their sums in shared memory
     indices    codes as the indices of sparse products (csrc/indices.cuh)
     hold       clocks for which CTAs without work stay, so that each multiprocessor has a place for the next launch
     wide       rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
@@ -297,8 +296,6 @@ class Config:
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
         head += 256 * self.stage_units - 240 if self.digits and self.paired and self.tokens == 1 else 0
         head = max(head, sums) if self.steps == 1 and self.tokens >= 8 else head + sums
-        if self.many_digits(shape) and not self.x_sums:
-            head += cta_units * self.tokens * 32
         if self.digits:
             head += -(-self.tokens * (self.warps + self.k_warps) * 4 // 16) * 16
             head += -(-cta_units * self.tokens * 4 // 16) * 16 if summed else 0

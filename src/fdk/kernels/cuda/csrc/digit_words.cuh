@@ -50,7 +50,7 @@ struct Words {
     }
 };
 
-__device__ __forceinline__ void make_digits(const Params& p, char* smem, const Words& x, Norms& norms, int warp, int lane) {
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Words& x, Norms& norms, int, int, int, int warp, int lane, const Lookup&) {
     using W = Words;
     constexpr int UNROLL = W::KEPT ? W::MOST : 1;
     const Share& share = x.share;

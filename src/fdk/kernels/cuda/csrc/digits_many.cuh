@@ -55,29 +55,8 @@ __device__ __forceinline__ void add_start(u32 (&d)[4], const u32x4& b) {
     mma_bytes<true>(d, middle[1], b.z, b.w, d);
 }
 
-// STARTS_KEPT: at SUM, [unit][product][t] four of them.
-__device__ __forceinline__ u32x4* starts_at(char* smem, int unit, int product, int t) {
-    return reinterpret_cast<u32x4*>(smem + Smem::SUM) + (unit * PRODUCTS + product) * 4 + t;
-}
-
 __device__ __forceinline__ u32x4 digits_at(const char* smem, int unit, int product, int lane) {
     return *reinterpret_cast<const u32x4*>(smem + Smem::X + (unit * COLUMNS_USED + product * 8) * 64 + lane * 16);
-}
-
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Words& x, Norms& norms, int, int, int, int warp, int lane, const Lookup&) {
-    make_digits(p, smem, x, norms, warp, lane);
-    if constexpr (STARTS_KEPT) {
-        const Share& share = x.share;
-#pragma unroll 2
-        for (int unit = Words::own(warp); unit < share.units; unit += SHARE_WARPS)
-#pragma unroll
-            for (int product = 0; product < PRODUCTS; ++product) {
-                u32 d[4] = {};
-                add_start(d, digits_at(smem, share.first + unit, product, lane));
-                if (lane < 4) *starts_at(smem, share.first + unit, product, lane) = u32x4{d[0], d[1], d[2], d[3]};
-            }
-        share.sync(warp);
-    }
 }
 
 // UNITS_AT_ONCE units of one group, the first of which is unit `unit` of the CTA.
@@ -93,12 +72,7 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
 #pragma unroll
         for (int j = 0; j < UNITS_AT_ONCE; ++j) {
             b[j][p] = digits_at(smem, unit + j, p, lane);
-            if constexpr (STARTS_KEPT) {
-                const u32x4 kept = *starts_at(const_cast<char*>(smem), unit + j, p, lane % 4);
-                start[p][0] += kept.x, start[p][1] += kept.y, start[p][2] += kept.z, start[p][3] += kept.w;
-            } else {
-                add_start(start[p], b[j][p]);
-            }
+            add_start(start[p], b[j][p]);
         }
     }
     float x[PRODUCTS];

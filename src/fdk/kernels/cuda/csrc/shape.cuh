@@ -58,7 +58,6 @@ constexpr bool PAIRED = FDK_PAIRED;     // their sums are made and scaled two fo
 constexpr int TILES_SHARING = PAIRED && M == 1 ? 2 : 1;  // row tiles that share an accumulator
 static_assert(!PAIRED || DIGITS, "see digits.cuh");
 // Units of a stage that are multiplied together: two with the same scales where integer sums have room for both.
-constexpr bool STARTS_KEPT = FDK_MANY_DIGITS && !FDK_X_SUMS;  // what their sums start from is in shared memory, not made in the loop
 constexpr int UNITS_AT_ONCE = FDK_MANY_DIGITS && STAGE_UNITS / STAGE_GROUPS % 2 == 0 ? 2 : 1;
 constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse products, see indices.cuh
 // Two clusters share a block of rows: each has ROW_WARPS - 1 of its own, and half of one behind or in front of them.
@@ -102,7 +101,7 @@ struct Smem {
     static constexpr int TABLE_BYTES = TABLE_ALIGNED + (SPARSE_TABLE ? KEPT_VALUES_BYTES : 0);
     static constexpr int TABLE = WINDOW && TABLE_ALIGNED > WINDOW ? TABLE_ALIGNED - WINDOW : 0, TABLE_END = TABLE + TABLES * TABLE_BYTES;
 
-    static constexpr int SUM_BYTES = STARTS_KEPT ? CTA_UNITS * M * 32 : SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
+    static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
     static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + X_BUFFERS * K_WARPS * X_CHUNKS * 8 + 15) / 16 * 16;  // rings, sums, x
     static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = (NESTED ? 8 : BITS) * 512;  // read, and stored
     static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
