@@ -172,26 +172,4 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
-    "codes-ahead": Named(
-        "Prefill: codes that leave the ring a unit earlier where tiles are cut, of other formats, not where chosen?",
-        25,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "14336x4096", "512 768 1024")
-                + problems("prefill", "lut4_g64", "5120x5120", "1024 2048")
-                + problems("prefill", "int8_g64", "8192x8192", "1024")
-                + problems("prefill", "uint4_g64", "8192x8192", "768")
-                + problems("prefill", "lut1_g64", "28672x8192 12288x4096", "64"),
-                ({"codes_ahead": True},),
-            ),
-            Trial(
-                problems("prefill", "lut4_chan", "8192x8192", "768")
-                + problems("prefill", "lut4_g64", "5120x5120", "384 512")
-                + problems("prefill", "lut4_g64", "4096x14336", "192 768")
-                + problems("prefill", "lut4_g64", "12288x4096", "64")
-                + problems("prefill", "lut4_g64", "8192x8192", "192"),
-                ({"codes_ahead": False},),
-            ),
-        ),
-    ),
 }

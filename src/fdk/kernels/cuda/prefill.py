@@ -326,8 +326,8 @@ def _unrolled(shape: Shape, config: Config) -> Config:
 
 def _codes_ahead(shape: Shape, config: Config) -> bool:
     """Whether codes leave the ring a unit earlier: measured with 2 and 4 bits, where one warpgroup has a block."""
-    measured = shape.bits in (2, 4) and shape.kind in (TABLE, INT) and shape.subs == 1
-    return measured and config.k_groups == config.parts == 1 and not config.stream
+    measured = (shape.bits in (2, 4) and shape.kind in (TABLE, INT)) or (shape.bits == 4 and shape.kind == UINT_U8)
+    return measured and shape.subs == config.k_groups == config.parts == 1 and not config.stream
 
 
 def _fetches_sums(shape: Shape, config: Config) -> bool:
