@@ -61,7 +61,8 @@ def _warps(shape: Shape, config: Config, cta_units: int, hopper: bool) -> tuple[
     if tokens <= 4:
         row_warps = 1 if blocks == 1 else 2 if blocks < 4 else 4
         warps = 8
-        if hopper and shape.sparse and config.digits and blocks == 5:
+        four_bits = shape.bits == 4 and shape.kind in (TABLE, INT) and tokens == shape.subs == 1
+        if hopper and blocks == 5 and (four_bits or (shape.sparse and config.digits)):
             # Two steps would leave a quarter of the warps with the second one.
             warps, row_warps = 20, 5
         elif shape.nested and config.digits:
@@ -374,6 +375,26 @@ def _with_wide_table(shape: Shape, config: Config, capability: tuple[int, int]) 
     return wide if wide.phases == config.phases or config.row_warps > 4 else config
 
 
+def _with_operands_ahead(shape: Shape, config: Config) -> Config:
+    """`config` of one token whose warps make operands of their first units ahead of activations, where that pays.
+
+    Measured on an H200, 2026-11-22: tables of 3, 4 and 8 bits at 8192^2, 14336 x 4096 and 4096 x 14336, sparse integers
+    at 8192^2 and 20480 x 5120, slices of 2 and 4 bits at 8192^2; docs/findings.md.
+    """
+    one_stage = config.tokens == config.steps == config.stages == shape.subs == 1 and shape.k % 64 == 0
+    busy = -(-shape.units // config.cluster) * config.blocks >= 112
+    if not one_stage or not busy or config.indices or config.warps < 16:
+        return config
+    if shape.sparse:
+        return replace(config, ahead=1) if config.digits and config.scales_once else config
+    if shape.nested:
+        fits = config.digits and config.cluster == config.blocks == 1 and shape.units == 128 and shape.bits <= 5
+        return replace(config, ahead=2) if fits else config
+    if config.digits or shape.zeros or shape.bits < 3 or not config.scales_once:
+        return config
+    return replace(config, uniform=True, ahead=3 if config.warps == 16 else 1)
+
+
 _MOST_HOLD = 8000
 
 
@@ -544,8 +565,7 @@ def choose_config(
         if hopper and tokens == 16 and shape.bits == 1 and shape.kind in (TABLE, INT):
             start = replace(start, octets=True)
         if hopper and not chained and _bytes_pay(shape, tokens, per_cluster, cta_units):
-            uniform_pays = shape.nested and cluster == per_cluster == 1 and cta_units <= 128
-            start = replace(start, digits=True, paired=True, uniform=uniform_pays)
+            start = replace(start, digits=True, paired=True, uniform=shape.nested and per_cluster <= 2)
         elif tokens == 1 and shape.allows_digits and not coded:
             large = shape.n * shape.k >= 1 << 25
             if chained:
@@ -616,6 +636,6 @@ def choose_config(
     config = _with_wide_table(shape, config, capability)
     if capability == (9, 0) and _halves_pay(shape, config, blocks, clusters_at_once(sms, config.cluster)):
         return replace(config, half_blocks=True)
-    return (
-        _beside(shape, config, sms // config.cluster - -(-blocks // config.blocks)) if capability == (9, 0) else config
-    )
+    if capability != (9, 0):
+        return config
+    return _with_operands_ahead(shape, _beside(shape, config, sms // config.cluster - -(-blocks // config.blocks)))
