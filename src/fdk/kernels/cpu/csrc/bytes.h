@@ -21,6 +21,7 @@ struct ByteValues {
     // A nibble holds that many codes, each with tables of its own.
     static constexpr int CODES = B <= 2 ? 4 / B : 1, ENTRIES = B <= 4 ? 16 : 1 << B;
     static constexpr int NEAR = DENSE ? 16 / B : 2;  // pairs whose look-ups are shared
+    static constexpr bool LATE = false;  // words of nested units are put together before the first is used
     typedef typename I::template bytes_of<ENTRIES> Table;
     Table table[CODES][SIZE];
 

@@ -66,6 +66,7 @@ struct Halves {
     static constexpr int SHARE = SHARED;
     static constexpr int NEAR = 16;  // pairs that are decoded before those of the next vector of rows
     static constexpr bool BYTES = B > 6 && SHARE == 2;  // look-ups serve all bytes of a word at once
+    static constexpr bool LATE = I::W == 16 && B <= 5;  // words of nested units are put together where they are used
     template <int P>
     static constexpr int plain_place() { return place<B, P, SHARE>(); }
     template <int P>

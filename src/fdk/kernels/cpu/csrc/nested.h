@@ -115,7 +115,7 @@ struct LateFields {
     static constexpr int pair_at(int i) { return i / 8 * 8 + i % 8 / 4 + i % 4 / 2 * 2 + i % 2 * 4; }
 };
 
-template <class I, int B, bool LATE = (I::W == 16 && B <= 5)>
+template <class I, int B, bool LATE>
 struct FieldsOf {
     typedef Fields<I, B> type;
     static constexpr int pair_at(int i) { return i; }
@@ -134,7 +134,8 @@ struct NestedUnit {
     struct Super {
         FDK_INLINE Super(const fdk_weight&, const uint8_t*) {}
     };
-    typename FieldsOf<I, B>::type fields;
+    typedef FieldsOf<I, B, Values::LATE> Found;
+    typename Found::type fields;
 
     FDK_INLINE NestedUnit(const fdk_weight& w, const uint8_t* block, const Super&, int64_t s, int64_t u, int h)
         : fields(lines_of(w, block, s * w.units + u), 4 * I::W * h) {}
@@ -142,7 +143,7 @@ struct NestedUnit {
     FDK_INLINE typename I::vi word() const { return Values::template nested<P>(fields); }
     template <int P>
     static constexpr int place() { return Values::template nested_place<P>(); }
-    static constexpr int pair_at(int i) { return FieldsOf<I, B>::pair_at(i); }
+    static constexpr int pair_at(int i) { return Found::pair_at(i); }
 
     // As fetch_ahead of codes.h, in each of the B leading planes; what lies ahead may be in the next block.
     static FDK_INLINE void fetch_ahead(const fdk_weight& w, const uint8_t* block, int64_t s, int64_t u) {
