@@ -94,14 +94,17 @@ def test_sparse_codes(compiled, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_large_weights(compiled, arch: str) -> None:
-    """Where 8 to 16 warps of integer products, indices, zeros, wide tables or half blocks are chosen by size."""
+    """Where 8 to 20 warps, integer products, indices, zeros, wide tables, half blocks or `ahead` are chosen by size."""
     kinds = [(2, decode_config.INT, 1), (8, decode_config.INT, 1), (1, decode_config.TABLE, 1)]
     kinds += [(bits, decode_config.UINT_U8, m) for bits, m in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (4, 8))]
     kinds += [(bits, decode_config.TABLE, 8) for bits in (1, 2, 3, 4, 8)]
     kinds += [(bits, decode_config.TABLE, m) for bits, m in ((1, 2), (2, 1), (8, 16))]
+    kinds += [(bits, decode_config.TABLE, 1) for bits in (3, 4, 8)]
+    kinds += [(4, decode_config.INT, 1), (3, decode_config.SPARSE_INT, 1)]
     sizes = [(8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192), (20480, 5120)]
     problems = [(Shape(n, k, bits, 64, True, kind), m) for bits, kind, m in kinds for n, k in sizes]
-    slices = [(3, decode_config.ROUNDED, 2), (8, decode_config.ROUNDED, 8), (7, decode_config.CUT, 7)]
+    slices = [(bits, decode_config.ROUNDED, served) for bits, served in ((3, 2), (5, 4), (8, 8))]
+    slices += [(bits, decode_config.CUT, bits) for bits in (2, 7)]
     problems += [(Shape(n, k, bits, 128, True, kind, served), 1) for bits, kind, served in slices for n, k in sizes]
     check(compiled, problems, arch)
 
