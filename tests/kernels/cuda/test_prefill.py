@@ -78,7 +78,7 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
 
 def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     table = Shape(8192, 8192, 4, 64, True, decode_config.TABLE)
-    assert chosen(table, 384) == Config(192, 2, 4, rounds=True, wide=True, unrolled=True)
+    assert chosen(table, 384) == Config(192, 2, 4, rounds=True, wide=True, unrolled=True, codes_ahead=True)
     # Eight stages of two k groups leave no room for a wide table, and four are too few.
     assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
     for bits, kind in ((8, decode_config.TABLE), (8, decode_config.INT)):
@@ -95,6 +95,19 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     # Cut tiles gain nothing, so that larger ones stay ahead.
     assert chosen(replace(table, n=28672), 768).tokens == 256
     assert three.blocks == 3 and not three.unrolled
+
+
+def test_k_is_cut_into_more_slices_where_two_leave_multiprocessors_idle() -> None:
+    table = Shape(5120, 5120, 4, 64, True, decode_config.TABLE)
+    for m in (32, 64, 96, 128, 160):
+        config = chosen(table, m)
+        assert (config.blocks, config.split, config.tokens) == (3, 4, m)
+    assert chosen(table, 16).split == 2  # the decode kernel's
+    assert (chosen(table, 192).split, chosen(table, 224).split) == (1, 2)
+    # 40 clusters of three CTAs are more than are resident, 36 are not.
+    assert chosen(replace(table, n=4608, k=4096), 256).split == 3
+    for n, k, m in ((4096, 4096, 128), (8192, 8192, 64), (4096, 14336, 192)):
+        assert chosen(replace(table, n=n, k=k), m).split == 2
 
 
 def test_sums_come_through_the_ring_where_that_was_measured_to_win() -> None:

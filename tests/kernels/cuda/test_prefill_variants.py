@@ -82,6 +82,7 @@ CASES = [
     ("lut4_g64", Config(128, 2, 4, rounds=True, wide=True, stream=True, fetch_sums=True, unrolled=True)),
     ("lut4_g64", Config(128, 3, 6, split=4, rounds=True, unrolled=True)),
     ("lut4_g64", Config(192, 3, 4, split=4, rounds=True, parts=2)),
+    ("lut4_g64", Config(96, 3, 6, split=4, rounds=True, wide=True, unrolled=True)),
     ("lut4_g64", Config(64, 2, 8, split=5, k_groups=2, rounds=True, unrolled=True)),
     ("lut2_g64", Config(32, 3, 8, split=4, unrolled=True)),
 ]

@@ -43,74 +43,16 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
-def tile(tokens: int, blocks: int, stages: int, split: int = 1, **other: int | bool) -> Change:
-    """Every field of the prefill kernel's configuration that says how work is cut, so that nothing chosen is left."""
-    fields = {"tokens": tokens, "blocks": blocks, "stages": stages, "split": split}
-    plain = {"k_groups": 1, "pair": 1, "parts": 1, "ahead": True, "codes_ahead": False, "turns": False, "wide": False}
-    plain |= {"stream": False, "fetch_sums": False}
-    return {**plain, "unrolled": True, **fields, **other}
-
-
 SETS: dict[str, Named] = {
-    "fourths": Named(
-        "Prefill: k in four slices of three blocks, of which 27 clusters are resident where 40 of three CTAs are not?",
-        50,
+    "slices": Named(
+        "Prefill: codes a unit earlier in four slices of three blocks, and these at other widths?",
+        20,
         (
+            Trial(problems("prefill", "lut4_g64", "5120x5120", "64 96 128"), ({"codes_ahead": True},)),
             Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "32"), (tile(32, 3, 8, 4), tile(32, 3, 8, 4, wide=True))
+                problems("prefill", "lut2_g64 lut8_g64", "5120x5120", "64"),
+                ({"blocks": 2, "split": 2, "k_groups": 2, "stages": 8, "wide": False},),
             ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "64"),
-                (tile(64, 3, 8, 4), tile(64, 3, 8, 4, wide=True), tile(64, 4, 8, 5)),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "96"), (tile(96, 3, 8, 4), tile(96, 3, 6, 4, wide=True))
-            ),
-            Trial(
-                problems("prefill", "lut4_g64 int4_g64", "5120x5120", "128"),
-                (
-                    tile(128, 3, 6, 4),
-                    tile(128, 3, 4, 4, wide=True),
-                    tile(128, 3, 5, 4, wide=True, unrolled=False),
-                    tile(128, 3, 7, 4, unrolled=False),
-                ),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "160"),
-                (tile(160, 3, 6, 4), tile(160, 3, 6, 4, unrolled=False)),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "192"),
-                (tile(192, 3, 5, 4, parts=2, unrolled=False), tile(192, 3, 4, 4, parts=2)),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "224"),
-                (tile(112, 3, 4, 2, wide=True), tile(112, 3, 5, 2, wide=True, unrolled=False)),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x5120", "256"), (tile(128, 3, 4, 2, wide=True), tile(128, 3, 6, 2))
-            ),
-            Trial(problems("prefill", "lut4_g64", "5120x5120", "512"), (tile(176, 2, 4, wide=True),)),
-            Trial(
-                problems("prefill", "lut4_g64", "5120x17408", "128"),
-                (tile(128, 3, 4, 4, wide=True), tile(128, 3, 6, 4)),
-            ),
-            Trial(
-                problems("prefill", "lut4_g64", "3584x18944", "64"),
-                (tile(64, 2, 8, 4, k_groups=2), tile(64, 2, 8, 4, k_groups=2, wide=True)),
-            ),
-            Trial(problems("prefill", "lut4_g64", "3584x18944", "128"), (tile(128, 2, 6, 4, wide=True),)),
-            Trial(problems("prefill", "lut4_g64", "2560x9728", "64"), (tile(64, 2, 8, 5, k_groups=2),)),
-            Trial(problems("prefill", "lut4_g64", "2560x9728", "128"), (tile(128, 2, 6, 5, wide=True),)),
-            Trial(
-                problems("prefill", "lut4_g64", "4096x14336", "192"),
-                (tile(192, 3, 5, 5, parts=2, unrolled=False),),
-            ),
-            Trial(problems("prefill", "lut2_g64 lut8_g64", "5120x5120", "128"), (tile(128, 3, 4, 4),)),
-            # 36 clusters of three, which are resident.
-            Trial(problems("prefill", "lut4_g64", "4608x4096", "64"), (tile(64, 2, 8, 3, k_groups=2),)),
-            Trial(problems("prefill", "lut4_g64", "4608x4096", "128"), (tile(128, 2, 6, 3, wide=True),)),
-            Trial(problems("prefill", "lut4_g64", "4608x4096", "256"), (tile(256, 2, 4, 3),)),
         ),
     ),
 }

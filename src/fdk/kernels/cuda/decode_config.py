@@ -376,8 +376,8 @@ def shape_of(geometry: Geometry, zeros_dtype: torch.dtype | None) -> Shape:
     return Shape(geometry.n, geometry.k, bits, geometry.group_size, bf16, kind, fmt.served or 0)
 
 
-# cuOccupancyMaxActiveClusters on an H200 (132 multiprocessors in GPCs of 16 and 18), 2026-11-20.
-_CLUSTERS_OF_132 = {1: 132, 2: 66, 4: 30, 8: 15}
+# cuOccupancyMaxActiveClusters on an H200 (132 multiprocessors), 2026-11-20 and 22.
+_CLUSTERS_OF_132 = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 
 
 def clusters_at_once(sms: int, cluster: int) -> int:

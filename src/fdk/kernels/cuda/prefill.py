@@ -49,6 +49,8 @@ _UNROLLED_TIMES = {
 }
 # Where tiles are cut along k: one wait for sums of others, and adding up those of a token, by blocks.
 _SHARES = {2: (5.8, 0.0083), 3: (2.65, 0.014)}
+# What each further share of a tile takes.
+_FURTHER_SHARE = 0.5
 # Tokens for which registers last, by warpgroups; with late scales, whose sums take as many again.
 _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
@@ -61,6 +63,11 @@ _PLANE = 0.012
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
 # where tiles are cut along k.
 _UNROLLED, _UNROLLED_LONG = {64: 0.0, 128: 0.02, 192: 0.04, 256: 0.0}, 0.03
+# Slices of k of a cluster, and whether tiles are cut into equal shares instead.
+_CUTS = ((1, False), (2, False), (3, False), (4, False), (5, False), (1, True))
+# More than two slices have been measured from so many rows on (fewer are the decode kernel's), where they fill so much
+# of the multiprocessors, up to so many blocks of a CTA; what each takes.
+_SLICES_ROWS, _SLICES_FILL, _SLICES_BLOCKS, _FURTHER_SLICE = 17, 0.75, {3: 2, 4: 3, 5: 2}, 0.25
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
 # Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
@@ -234,7 +241,7 @@ def clusters_and_streamed(shape: Shape, config: Config, tiles: int, sms: int) ->
 
 def _waves(m: int, blocks: tuple[int, ...], sms: int, config: Config) -> int:
     """How often the multiprocessors are filled with tiles."""
-    return -(-row_tiles(blocks, config) * -(-m // config.tokens) // (sms // config.cluster))
+    return -(-row_tiles(blocks, config) * -(-m // config.tokens) // decode_config.clusters_at_once(sms, config.cluster))
 
 
 def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config) -> float:
@@ -270,11 +277,12 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
         waves = (tiles - streamed) // clusters + streamed / clusters
         meeting, per_sum = _SHARES[config.blocks]
         # Every cluster leaves sums to another one; it adds those of one share, or of all that finish its tile.
-        meeting += per_sum * config.tokens * max(1.0, clusters / streamed)
+        further = max(0.0, clusters / streamed - 1)
+        meeting += per_sum * config.tokens * (1 + further) + _FURTHER_SHARE * further
         outputs = waves + 1
     else:
         waves = outputs = _waves(m, blocks, sms, config)
-        meeting = meeting if config.split > 1 else 0.0
+        meeting = meeting + _FURTHER_SLICE * max(0, config.split - 2) if config.split > 1 else 0.0
     rounds = -(-shape.units // (config.split * config.k_groups))
     return start + waves * rounds * a_round + outputs * per_output * config.tokens + meeting
 
@@ -291,6 +299,11 @@ def _wide(shape: Shape, config: Config) -> bool:
     return config.rounds and shape.bits == 4 and not shape.nested
 
 
+def _whole_rounds(shape: Shape, config: Config, stages: int) -> bool:
+    """Whether a loop can be unrolled over `stages`: runs of units are whole rounds of it, or more than two slices."""
+    return stages % (2 * config.k_groups) == 0 and (config.split > 2 or shape.units % (stages * config.split) == 0)
+
+
 def _unrolled(shape: Shape, config: Config) -> Config:
     """`config` with its loop over units unrolled if that was measured to win (docs/findings.md), else as it is.
 
@@ -298,6 +311,8 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     and above 4 bits. A ring of less than four stages a k group costs more than all that.
     """
     late = shape.groups > 1 and not config.rounds
+    if config.rounds and config.split > 2 and config.blocks == 3:
+        return _unrolled_slices(shape, config)
     # Other widths spill in places; where units share a scale, the compiler waits between their products.
     even = shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8)
     narrow = shape.kind == TABLE and shape.bits in (2, 3) and config.blocks == config.k_groups == 2
@@ -317,21 +332,35 @@ def _unrolled(shape: Shape, config: Config) -> Config:
         return config
     for stages, wide in ((8, True), (6, True), (4, True), (8, False), (6, False), (4, False)):
         unrolled = replace(config, wide=wide, stages=stages, turns=False, unrolled=True)
-        whole = stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0
+        whole = _whole_rounds(shape, config, stages)
         measured = (stages == 8 and not wide) if few else stages >= 4 * config.k_groups and wide <= config.wide
         if whole and measured and unrolled.shared_bytes(shape) <= MAX_SHARED:
             return replace(unrolled, codes_ahead=_codes_ahead(shape, unrolled))
     return config
 
 
+def _unrolled_slices(shape: Shape, config: Config) -> Config:
+    """The same for more than two slices of three blocks: up to 128 tokens, of the widths that lie in whole words."""
+    if config.tokens > 128 or shape.bits not in (1, 2, 4, 8) or shape.kind not in (TABLE, INT) or shape.subs > 1:
+        return config
+    for stages in (8, 6, 4):
+        unrolled = replace(config, stages=stages, unrolled=True)
+        if unrolled.shared_bytes(shape) <= MAX_SHARED:
+            return unrolled
+    return config
+
+
 def _codes_ahead(shape: Shape, config: Config) -> bool:
     """Whether codes leave the ring a unit earlier: measured with 2 and 4 bits, where one warpgroup has a block."""
     measured = (shape.bits in (2, 4) and shape.kind in (TABLE, INT)) or (shape.bits == 4 and shape.kind == UINT_U8)
-    return measured and shape.subs == config.k_groups == config.parts == 1 and not config.stream
+    return measured and shape.subs == config.k_groups == config.parts == 1 and not config.stream and config.split <= 2
 
 
 def _fetches_sums(shape: Shape, config: Config) -> bool:
-    """Whether sums come through the ring: measured with 2 and 4 bits of tables and integers of 8."""
+    """Whether sums come through the ring: measured with 2 and 4 bits of tables and integers of 8.
+
+    Tiles that are cut more than once took longer so.
+    """
     if not config.stream or config.pair > 1 or shape.bits not in (2, 4, 8) or shape.kind not in (TABLE, INT):
         return False
     per_stage = config.tokens // (16 * config.blocks)  # token tiles, as in csrc/prefill.cuh
@@ -343,7 +372,7 @@ def _unrolled_few(shape: Shape, config: Config, most: tuple[int, ...]) -> Config
     # Twelve stages beside a wide table won over twelve beside another by 9 % (22528 x 3072), sixteen over eight by 8 %.
     for stages, wide in ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False)):
         filled = replace(config, stages=stages, wide=wide, unrolled=True)
-        whole = stages % (2 * config.k_groups) == 0 and shape.units % (stages * config.split) == 0
+        whole = _whole_rounds(shape, config, stages)
         measured = stages in most and (not wide or (shape.bits == 4 and config.tokens <= 32))
         if whole and measured and filled.shared_bytes(shape) <= MAX_SHARED:
             return filled
@@ -358,18 +387,17 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
     rounds = m > EXACT_TOKENS and shape.groups > 1
     late = shape.groups > 1 and not rounds
     found = None
-    for tokens, cut, (per_cta, k_groups, scales_sums) in itertools.product(TOKENS, ("", "split", "stream"), _TIMES):
+    for tokens, (split, stream), (per_cta, k_groups, scales_sums) in itertools.product(TOKENS, _CUTS, _TIMES):
         warpgroups = per_cta * k_groups
         most = _MOST_TOKENS[warpgroups][late]
         # Two k groups fetch x twice as fast, which is too fast from 128 tokens on.
         if scales_sums != late or tokens > (most if k_groups == 1 else min(most, 128)):
             continue
-        split, stream = 2 if cut == "split" else 1, cut == "stream"
         if split > sms:
             continue  # no cluster would ever start
         if split * k_groups * 2 > shape.units or (stream and (late or k_groups > 1 or per_cta not in _SHARES)):
             continue
-        if rounds and tokens <= 64 and (per_cta, k_groups) in ((2, 1), (3, 1)):
+        if rounds and tokens <= 64 and (per_cta, k_groups) in ((2, 1), (3, 1)) and (per_cta, split) != (3, 4):
             continue  # the fit is that of one scale per row; with more of them four warpgroups were measured
         # Half of a unit at a time needs fewer registers; planes of nested weights are gathered all at once.
         parts = 2 if per_cta == 3 and tokens > 160 else 1
@@ -381,6 +409,12 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         waves = _waves(m, blocks, sms, config)
         if waves > 1 and split * k_groups > 1:
             continue  # such tiles are not taken in turn: each wave would start anew
+        tiles = row_tiles(blocks, config) * -(-m // tokens)
+        # Halves of a unit lost by 4 % in four and five slices; planes spill in places.
+        if split > 2 and (per_cta > _SLICES_BLOCKS[split] or parts > 1 or shape.nested):
+            continue
+        if split > 2 and (m < _SLICES_ROWS or tiles * split < _SLICES_FILL * sms):
+            continue
         many = waves >= _PAIR_WAVES
         if stream and (tokens < _STREAM_TOKENS or (2 * m * shape.k > _STREAM_X_BYTES and not many)):
             continue
@@ -393,7 +427,7 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         if config is None:
             continue
         config = _unrolled(shape, config)
-        config = replace(config, fetch_sums=_fetches_sums(shape, config))
+        config = replace(config, fetch_sums=tiles * config.pair >= sms and _fetches_sums(shape, config))
         us = _us(shape, m, blocks, sms, config)
         if found is None or us < found[0]:
             found = (us, config)
