@@ -637,5 +637,7 @@ def choose_config(
     if capability == (9, 0) and _halves_pay(shape, config, blocks, clusters_at_once(sms, config.cluster)):
         return replace(config, half_blocks=True)
     if capability != (9, 0):
-        return config
+        # Registers of 10.0 do not hold what the compiler otherwise keeps for three bits in two steps.
+        crowded = (tokens, shape.bits, config.steps, shape.kind) == (1, 3, 2, TABLE)
+        return replace(config, uniform=config.uniform or crowded)
     return _with_operands_ahead(shape, _beside(shape, config, sms // config.cluster - -(-blocks // config.blocks)))
