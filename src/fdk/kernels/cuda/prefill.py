@@ -67,7 +67,7 @@ _UNROLLED, _UNROLLED_LONG = {64: 0.0, 128: 0.02, 192: 0.04, 256: 0.0}, 0.03
 _CUTS = ((1, False), (2, False), (3, False), (4, False), (5, False), (1, True))
 # More than two slices have been measured from so many rows on (fewer are the decode kernel's), where they fill so much
 # of the multiprocessors, up to so many blocks of a CTA; what each takes.
-_SLICES_ROWS, _SLICES_FILL, _SLICES_BLOCKS, _FURTHER_SLICE = 17, 0.75, {3: 2, 4: 3, 5: 2}, 0.25
+_SLICES_ROWS, _SLICES_FILL, _SLICES_BLOCKS, _FURTHER_SLICE = 17, 0.75, {3: 2, 4: 3, 5: 2}, 0.35
 # From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
 _PAIR_WAVES = 8
 # Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
