@@ -26,6 +26,9 @@ constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
 // Then the other CTAs need only have begun, which they have before the kernel in front has ended.
 constexpr bool MET_EARLY = COUNTED_SUMS && !Smem::SINGLE;
 
+// What a table holds is asked for in front of the ring, whose bytes it would come behind, where that is faster (docs/findings.md).
+constexpr bool VALUES_FIRST = FDK_HOPPER && TABLE && !INDICES && !DIGITS && (BITS == 4 || (BITS == 8 && M == 1));
+
 extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char smem[];
     if (Smem::TABLE_BYTES && ((shared_address(smem) + Smem::TABLE) & (Smem::TABLE_ALIGNED - 1)) != 0) __trap();
@@ -49,6 +52,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int first_unit = units * k_warp / K_WARPS;
     const bool mine = row_warp < blocks;
     const int end_unit = mine ? units * (k_warp + 1) / K_WARPS : first_unit;
+    TableValues<BITS, WARPS> values[VALUES_FIRST ? TABLES : 1];
+    if constexpr (VALUES_FIRST) {
+#pragma unroll
+        for (int i = 0; i < TABLES; ++i) values[i].load(p.table + ((which + i) << BITS), warp, lane);
+    }
     const u32 sums_barrier = shared_address(smem) + Smem::BARRIERS + Smem::SUMS_BARRIER;
     const Warp w = {p,
                     smem + Smem::ring(warp),
@@ -105,6 +113,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         fill_selectors<WARPS, DIGITS ? HALVED : WHOLE>(smem + Smem::TABLE, warp, lane);
         if constexpr (SPARSE_TABLE)
             fill_kept_values<WARPS>(smem + Smem::TABLE + SELECTOR_BYTES, warp, lane, [&](int code) { return u32(table[code]); });
+    } else if constexpr (VALUES_FIRST) {
+#pragma unroll
+        for (int i = 0; i < TABLES; ++i) values[i].template fill<WIDE>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane);
     } else if constexpr (!NESTED && !INDICES) {
         for (int i = 0; i < TABLES; ++i)
             fill_table<BITS, WARPS, WIDE>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, [&](int code) -> u16 {

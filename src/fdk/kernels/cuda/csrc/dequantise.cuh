@@ -45,6 +45,47 @@ __device__ __forceinline__ void fill_table(char* table, int warp, int lane, Entr
     }
 }
 
+// The same where each lane has the value of code lane % 2^BITS, which divides 32.
+template <int BITS, int WARPS, bool WIDE>
+__device__ __forceinline__ void fill_table_from_lanes(char* table, u32 warp, u32 lane, u32 value) {
+    using T = Table<BITS>;
+    const auto entry = [&](u32 code) { return __shfl_sync(0xffffffffu, value, code); };
+#pragma unroll
+    for (u32 first = 0; first < T::ROWS; first += WARPS * 4) {
+        if (first + warp * 4 >= T::ROWS) break;
+        const u32 row = first + warp * 4 + lane / 8;
+        const u32 pair = entry(row) | entry(T::CODES > 1 ? row >> BITS : row) << 16;
+        u32x4 v = {pair, pair, pair, pair};
+        if constexpr (T::CODES == 4) v.y = v.w = entry(row >> 2 * BITS) | entry(row >> 3 * BITS) << 16;
+        *reinterpret_cast<u32x4*>(table + row * (WIDE ? 256 : 128) + lane % 8 * 16) = v;
+    }
+}
+
+// A thread's part of a table of values, on its way through registers.
+template <int BITS, int WARPS>
+struct TableValues {
+    static constexpr bool LANES = BITS <= 5;  // the value of code lane % 2^BITS, else those of the rows that fill_table has it store
+    static constexpr int COUNT = LANES ? 1 : (Table<BITS>::ROWS + WARPS * 4 - 1) / (WARPS * 4);
+    u16 value[COUNT];
+
+    __device__ __forceinline__ void load(const u16* table, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            value[i] = load_2(table + (LANES ? lane % (1 << BITS) : min((i * WARPS + warp) * 4 + lane / 8, Table<BITS>::ROWS - 1)));
+    }
+    template <bool WIDE>
+    __device__ __forceinline__ void fill(char* table, int warp, int lane) const {
+        if constexpr (LANES) return fill_table_from_lanes<BITS, WARPS, WIDE>(table, warp, lane, value[0]);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int row = (i * WARPS + warp) * 4 + lane / 8;
+            const u32 pair = value[i] * 0x10001u;
+            if (Table<BITS>::ROWS % (WARPS * 4) == 0 || row < Table<BITS>::ROWS)
+                *reinterpret_cast<u32x4*>(table + row * (WIDE ? 256 : 128) + lane % 8 * 16) = {pair, pair, pair, pair};
+        }
+    }
+};
+
 __device__ __forceinline__ u32 rotate_left(u32 v, int by) {
     return __funnelshift_l(v, v, by);
 }

@@ -543,22 +543,6 @@ __device__ __forceinline__ void expand(Operand& o, const Codes& c, int part, con
     }
 }
 
-// fill_table (dequantise.cuh) where each lane has the value of code lane % 2^BITS, which divides 32.
-template <int BITS, int WARPS, bool WIDE>
-__device__ __forceinline__ void fill_table_from_lanes(char* table, u32 warp, u32 lane, u32 value) {
-    using T = Table<BITS>;
-    const auto entry = [&](u32 code) { return __shfl_sync(0xffffffffu, value, code); };
-#pragma unroll
-    for (u32 first = 0; first < T::ROWS; first += WARPS * 4) {
-        if (first + warp * 4 >= T::ROWS) break;
-        const u32 row = first + warp * 4 + lane / 8;
-        const u32 pair = entry(row) | entry(T::CODES > 1 ? row >> BITS : row) << 16;
-        u32x4 v = {pair, pair, pair, pair};
-        if constexpr (T::CODES == 4) v.y = v.w = entry(row >> 2 * BITS) | entry(row >> 3 * BITS) << 16;
-        *reinterpret_cast<u32x4*>(table + row * (WIDE ? 256 : 128) + lane % 8 * 16) = v;
-    }
-}
-
 // Two tiles of 8 rows x 8 tokens, transposed: 8 rows of one token are contiguous. Lanes 0 to 15 name the tokens' places.
 __device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
