@@ -8,7 +8,7 @@ import torch
 import fdk
 from fdk import reference, testing
 from fdk.formats import parse
-from fdk.kernels.cuda import dense
+from fdk.kernels.cuda import KERNEL, _routes, _warn_of_scratch, dense
 
 SHAPES = [(200, 1152, 3), (64, 64, 1), (130, 4112, 2), (1, 240, 1), (777, 704, 4)]
 
@@ -73,3 +73,24 @@ def test_products_and_gradients_by_parts(where: str, scratch: int) -> None:
             exact = grad.double() @ values
             bound = testing.dense_bound(grad, values.T, exact, grad.dtype, True)
             assert testing.violation(plan.grad(grad, scratch), exact, bound) is None, (name, m)
+
+
+def test_without_memory_for_scratch_it_decodes_and_warns_once(where: str, monkeypatch) -> None:
+    weight = weight_of(where, "lut4_g64", 512, 1024)
+    x = torch.randn(130, 1024, generator=torch.Generator().manual_seed(130)).bfloat16().to(where)
+    possible = _routes(weight.geometry, None, 130, weight.device)
+    dense_first = tuple(sorted(possible, key=lambda route: (route.name != "dense", route.name != "decode")))
+    call = KERNEL._bind(weight, 130, dense_first)
+
+    def exhausted(*_):
+        raise torch.cuda.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(KERNEL.dense_plan(weight), "dequantise", exhausted)
+    _warn_of_scratch.cache_clear()
+    out = testing.poisoned(130, 512, torch.bfloat16, where)
+    with pytest.warns(RuntimeWarning, match="no memory is left") as warned:
+        for _ in range(2):
+            call(x, None, out)
+    assert len(warned) == 1
+    exact = testing.exact(x, weight)
+    assert testing.violation(out, exact, testing.error_bound(x, weight, exact, x.dtype)) is None

@@ -56,25 +56,6 @@ def test_a_graph_of_dense_products_replays() -> None:
     assert torch.equal(out, expected) and all(one.isnan().all() for one in junk)
 
 
-def test_without_memory_for_scratch_it_decodes_and_warns_once(monkeypatch) -> None:
-    weight, x = weight_of("lut4_g64", 512, 1024), inputs(130, 1024)
-    possible = _routes(weight.geometry, None, 130, weight.device)
-    dense_first = tuple(sorted(possible, key=lambda route: (route.name != "dense", route.name != "decode")))
-    call = KERNEL._bind(weight, 130, dense_first)
-
-    def exhausted(*_):
-        raise torch.cuda.OutOfMemoryError("none left")
-
-    monkeypatch.setattr(call.plan, "dequantise", exhausted)
-    out = testing.poisoned(130, 512, torch.bfloat16, "cuda:0")
-    with pytest.warns(RuntimeWarning, match="no memory is left") as warned:
-        for _ in range(2):
-            call(x, None, out)
-    assert len(warned) == 1
-    exact = testing.exact(x, weight)
-    assert testing.violation(out, exact, testing.error_bound(x, weight, exact, x.dtype)) is None
-
-
 def test_misaligned_activations() -> None:
     weight = weight_of("int4_g64", 128, 256)
     x = torch.randn(2 * 256 + 1, device="cuda:0").bfloat16()[1:].view(2, 256)
