@@ -393,9 +393,9 @@ FAULTS = {
     "too few bytes expected": (CLUSTERED, "decode.cuh", "ROW_WARPS * 64 * M * 4);", "ROW_WARPS * 64 * M * 4 - 16);"),
     "a wrong entry of the table": (
         CLUSTERED,
-        "decode.cuh",
-        "table[(i << BITS) + code]",
-        "table[(i << BITS) + code - (code == 5)]",
+        "dequantise.cuh",
+        "__shfl_sync(0xffffffffu, value, code)",
+        "__shfl_sync(0xffffffffu, value, code - (code == 5))",
     ),
     "no wait for cp.async": (replace(ALONE, bulk=False), "shape.cuh", "            copy_wait<STAGES - 1>();\n", ""),
     "no scales behind the first stage": (
