@@ -68,6 +68,9 @@ figures: $(VENV)/.bench
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl --brief --into README.md
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows*.jsonl results/*_formats/nested.jsonl \
 	    --into docs/results.md
+	@$(BIN)/python -m fdk.bench.targets results/nvidia_h200/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl \
+	    results/nvidia_h200/rows-4ef5730.jsonl results/nvidia_h200_formats/nested.jsonl results/nvidia_h200_formats/sparse.jsonl \
+	    --into docs/targets.md
 	@$(BIN)/python -m fdk.bench.quality results/nvidia_h200/quality.jsonl --into README.md
 
 # A torch that sees the GPU and a pytest beside it are used as they are; otherwise .venv gets what is missing. Most of
