@@ -55,7 +55,7 @@ def test_its_records_are_those_of_the_benchmark(program: Path, tmp_path: Path) -
         (["--isa", "altivec"], "there is no such instruction set"),
         (["--isa"], "needs a value"),
         (["--what", "1"], "not a flag"),
-        (["--output", "/nonexistent/file"], "cannot write"),
+        (["--output", "/dev/null/file"], "cannot write"),
     ],
 )
 def test_what_it_refuses(program: Path, flags: list[str], message: str) -> None:
