@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "fdk"
 # whoever imports those imports all up to models. A `__main__.py` is a command: it may import everything.
 LAYERS = (
     ("deferred", "errors"),
+    ("arguments",),
     ("device",),
     ("formats",),
     ("packing",),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fdk.arguments import shown
 from fdk.errors import UnsupportedError
 
 # Instruction sets that the CPU kernels care about, as /proc/cpuinfo spells them.
@@ -104,8 +105,8 @@ def device_of(name: torch.device | str | None) -> torch.device | None:
         return None
     try:
         device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise UnsupportedError(f"device {name!r} is unknown; use cpu or cuda") from None
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise UnsupportedError(f"device {shown(name)} is unknown; use cpu or cuda") from None
     if device.type not in ("cpu", "cuda", "meta"):
         raise UnsupportedError(f"device {str(name)!r} is not supported; use cpu or cuda")
     if device.type == "cuda":

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fdk import reference
+from fdk.arguments import check_dtype, check_tensor, shown
 from fdk.errors import FormatError, UnsupportedError
 from fdk.kernels import Choice, Problem, choose, reason_against, rows_text
 from fdk.kernels import kernel as kernel_named
-from fdk.packing.layouts import Geometry
+from fdk.packing.layouts import DTYPES, Geometry
 from fdk.weight import QuantisedWeight, decode_spec, encode_spec, from_spec
 
 _library = torch.library.Library("fdk", "DEF")
@@ -35,7 +36,7 @@ def must_dispatch(x: Tensor) -> bool:
 
 def autocast_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the weight's dtype where autocast is on, as torch.nn.functional.linear would have it; else x as it is."""
-    if x.dtype != dtype and x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != dtype and x.is_floating_point() and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x.to(dtype)
     return x
 
@@ -44,7 +45,7 @@ def check_weight(weight: QuantisedWeight) -> None:
     """FormatError unless it is a QuantisedWeight; a module's is its `weight`."""
     if not isinstance(weight, QuantisedWeight):
         remedy = "give its .weight" if isinstance(getattr(weight, "weight", None), QuantisedWeight) else "quantise it"
-        raise FormatError(f"weight is a {type(weight).__name__}, not a QuantisedWeight; {remedy}")
+        raise FormatError(f"weight is {shown(weight)}, not a QuantisedWeight; {remedy}")
 
 
 def check_operands(x: Tensor, geometry: Geometry, device: torch.device, bias: Tensor | None) -> None:
@@ -61,7 +62,10 @@ def check_operands(x: Tensor, geometry: Geometry, device: torch.device, bias: Te
         )
     if x.device != device:
         raise FormatError(f"x lies on {x.device}, but the weight on {device}; move one of them with .to(...)")
-    if bias is not None and (bias.shape != (geometry.n,) or bias.dtype != x.dtype or bias.device != device):
+    if bias is None:
+        return
+    check_tensor(bias, "bias")
+    if bias.shape != (geometry.n,) or bias.dtype != x.dtype or bias.device != device:
         raise FormatError(
             f"bias must be {x.dtype} [{geometry.n}] on {device}, not {bias.dtype} {list(bias.shape)} on {bias.device}"
         )
@@ -184,9 +188,12 @@ def linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, ke
     kernel: "auto", or a name from `fdk.kernels.names()`, which raises UnsupportedError if it cannot serve the call.
     """
     check_weight(weight)
+    check_tensor(x, "x")
     prepare(weight, kernel)
     x = autocast_operand(x, weight.dtype)
     if torch.is_grad_enabled() or must_dispatch(x):
+        if bias is not None:
+            check_tensor(bias, "bias")
         return torch.ops.fdk.linear(x, list(weight.parts.values()), bias, encode_spec(weight), kernel)
     return run(x, weight, bias, kernel)
 
@@ -203,6 +210,8 @@ def prepare(weight: QuantisedWeight, kernel: str = "auto") -> QuantisedWeight:
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """The dense weight [n, k], each value rounded once to `dtype` (default: the weight's)."""
     check_weight(weight)
+    if dtype is not None:
+        check_dtype(dtype, "dtype", (*DTYPES, torch.float64))
     kernel = _dequantising_kernel(weight) if dtype in (None, weight.dtype) else None
     return reference.dequantise(weight, dtype) if kernel is None else kernel.dequantise(weight)
 
@@ -244,6 +253,7 @@ class Explanation:
 def explain(x: Tensor, weight: QuantisedWeight, kernel: str = "auto") -> Explanation:
     """Which kernel serves x [..., k] times the weight, and why the others were passed over."""
     check_weight(weight)
+    check_tensor(x, "x")
     geometry = weight.geometry
     check_operands(x, geometry, weight.device, None)
     explanation = explain_problem(Problem(x.numel() // max(1, geometry.k), geometry, x.device), kernel)

@@ -11,13 +11,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from fdk.arguments import as_integer, as_integers, check_dtype, check_parts, check_tensor, shown
 from fdk.device import device_of
 from fdk.errors import FormatError
 from fdk.formats import Format, parse
 from fdk.formats.registry import INT, LUT
 from fdk.packing.bits import pack_codes, unpack_planes
-from fdk.packing.layouts import CANONICAL, Geometry, Parts, check_canonical, code_parts, layout
-from fdk.packing.slices import COLUMNS, ROWS, cut_geometry, cut_part, join_parts, shard_bounds
+from fdk.packing.layouts import CANONICAL, DTYPES, Geometry, Parts, check_canonical, code_parts, layout
+from fdk.packing.slices import COLUMNS, ROWS, check_dim, cut_geometry, cut_part, join_parts, shard_bounds
 from fdk.packing.sparse import check_keep, unpack_mask
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -42,10 +43,17 @@ class QuantisedWeight:
     MOST_CHOICES = 1024
 
     def __init__(self, geometry: Geometry, parts: Parts, layout: str = "canonical") -> None:
+        if not isinstance(geometry, Geometry) or not isinstance(parts, dict) or not parts:
+            raise FormatError(
+                f"geometry is {shown(geometry)} and parts is {shown(parts)}; "
+                "make weights of canonical tensors by QuantisedWeight.from_parts"
+            )
+        first = next(iter(parts.values()))
+        check_tensor(first, "the first of parts")
         self.geometry = geometry
         self.parts = parts
         self.layout = layout
-        self.device: torch.device = next(iter(parts.values())).device
+        self.device: torch.device = first.device
         self.cache: dict = {}
         self.choices: dict = {}
 
@@ -77,14 +85,18 @@ class QuantisedWeight:
         """
         fmt = parse(format)
         try:
+            k = as_integer(k, "k")
+            check_parts(parts)
             parts = {key: value.contiguous() for key, value in parts.items()}
             needed = (*code_parts(fmt), "scales")
             if missing := [part for part in needed if part not in parts]:
                 raise FormatError(f"{fmt} stores {' and '.join(needed)}, but {', '.join(missing)} is missing")
             if fmt.is_table and "table" in parts:
                 parts["table"] = widen_table(parts["table"], fmt.bits)
+            if parts["scales"].dim() != 2:
+                raise FormatError(f"scales must be [n, groups], not {list(parts['scales'].shape)}")
             n = parts["scales"].shape[0]
-            ends = (n,) if row_ends is None else tuple(int(end) for end in row_ends)
+            ends = (n,) if row_ends is None else as_integers(row_ends, "row_ends")
             geometry = Geometry(fmt, n, k, parts["scales"].dtype, ends)
             check_canonical(geometry, parts)
             check_values(geometry, parts)
@@ -128,7 +140,7 @@ class QuantisedWeight:
 
     def to_layout(self, name: str) -> QuantisedWeight:
         """The same weight with its bits arranged as layout `name`; itself if it already is."""
-        if name == self.layout:
+        if isinstance(name, str) and name == self.layout:
             return self
         canonical = layout(self.layout).unpack(self.geometry, self.parts)
         return QuantisedWeight(self.geometry, layout(name).pack(self.geometry, canonical), name)
@@ -204,7 +216,8 @@ class QuantisedWeight:
         FormatError if a scale or table entry overflows the new dtype, UnsupportedError if there is no such device.
         """
         target = device_of(device) or self.device
-        dtype = dtype or self.dtype
+        dtype = self.dtype if dtype is None else dtype
+        check_dtype(dtype, "dtype", DTYPES)
         if target == self.device and dtype == self.dtype:
             return self
         canonical = self.canonical()
@@ -256,8 +269,12 @@ def concat(weights: Sequence[QuantisedWeight], dim: int = ROWS) -> QuantisedWeig
     the same tables and, where a row has one scale, the same scales. All weights need the same format, dtype, device and
     size in the other dimension, else FormatError.
     """
-    if not weights:
-        raise FormatError("concat needs at least one weight")
+    check_dim(dim)
+    if not isinstance(weights, list | tuple) or not weights:
+        raise FormatError(f"weights is {shown(weights)}; give a list of at least one QuantisedWeight")
+    for index, weight in enumerate(weights):
+        if not isinstance(weight, QuantisedWeight):
+            raise FormatError(f"weights[{index}] is {shown(weight)}, not a QuantisedWeight; quantise it")
     first = weights[0]
     canonical = [weight.canonical() for weight in weights]
     for index, weight in enumerate(canonical):

@@ -225,7 +225,7 @@ def test_a_newer_version_is_refused(folder):
         (lambda e: e.update(format="lut3_g64"), ["codes", "uint8 [128, 24]"]),
         (lambda e: e.update(same_as="nobody"), ["same_as names 'nobody'"]),
         (lambda e: e.update(row_ends=[5, 100]), ["row_ends (5, 100)"]),
-        (lambda e: e.update(row_ends=["a"]), ["not readable", "row_ends"]),
+        (lambda e: e.update(row_ends=["a"]), ["row_ends is 'a', not a whole number"]),
     ],
 )
 def test_a_damaged_entry_names_the_layer(folder, change, words):

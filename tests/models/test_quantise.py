@@ -204,7 +204,7 @@ def test_bad_weights_name_the_layer(mlp):
         quantise(nn.Sequential(nn.Linear(64, 8)), "lut4_g64")
     with pytest.raises(fdk.FormatError, match="float64"):
         quantise(mlp, "lut4_g64", dtype=torch.float64)
-    with pytest.raises(fdk.FormatError, match="source is a str"):
+    with pytest.raises(fdk.FormatError, match="source is 'folder', not a torch.nn.Module"):
         quantise("folder", "lut4_g64")
     with pytest.raises(fdk.FormatError, match="'int4' is not a format name"):
         quantise(mlp, "int4")

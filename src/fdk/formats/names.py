@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
+from fdk.arguments import shown
 from fdk.errors import FormatError
 from fdk.formats import registry
 from fdk.formats.spec import BLOCK, KEPT, Format
@@ -20,12 +21,14 @@ _NAME = re.compile(
 )
 
 
-@cache
 def parse(name: str | Format) -> Format:
     """The Format called `name` (a Format is returned as it is). FormatError if the grammar does not match."""
-    if isinstance(name, Format):
-        return name
-    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    return name if isinstance(name, Format) else _parsed(name if isinstance(name, str) else shown(name))
+
+
+@cache
+def _parsed(name: str) -> Format:
+    match = _NAME.fullmatch(name)
     if match is None:
         raise FormatError(
             f"{name!r} is not a format name; expected <kind><bits>_g<group> or <kind><bits>_chan, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import lcm
 
+from fdk.arguments import as_integer, shown
 from fdk.errors import FormatError
 
 MIN_GROUP = 16
@@ -66,6 +67,13 @@ class Format:
     sparse: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, Kind):
+            raise FormatError(f"kind is {shown(self.kind)}, not a fdk.formats.Kind; use fdk.parse with a format name")
+        if not isinstance(self.sparse, bool):
+            raise FormatError(f"sparse is {shown(self.sparse)}; give True or False")
+        for name in ("bits", "group", "served"):
+            if (value := getattr(self, name)) is not None or name == "bits":
+                object.__setattr__(self, name, as_integer(value, name))
         if self.bits not in self.kind.bits:
             raise FormatError(
                 f"format kind {self.kind.name!r} has no width of {self.bits} bits; "
@@ -154,7 +162,7 @@ class Format:
         """The same nested format served at another width; FormatError if it is not nested or has no such slice."""
         if not self.is_nested:
             raise FormatError(f"{self} has one width; only nested formats such as nest8_g128 are served at several")
-        return Format(self.kind, self.bits, self.group, bits)
+        return Format(self.kind, self.bits, self.group, as_integer(bits, "bits"))
 
     @property
     def is_table(self) -> bool:

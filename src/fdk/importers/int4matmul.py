@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.arguments import as_integer, check_name, check_tensors
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format
 from fdk.formats.registry import LUT, UINT
@@ -45,10 +46,13 @@ def from_int4matmul(
     naming `name`, for shapes or dtypes that do not fit; UnsupportedError for exponents with a zero that is not 0, and
     in dynamic mode for fractional zeros or a mask: no table says those.
     """
+    check_tensors(name, qweight=qweight, scales=scales, zeros=zeros)
+    if mask is not None:
+        check_tensors(name, mask=mask)
+    bits = as_integer(bits, f"{name}: bits")
     if bits not in BITS:
         raise FormatError(f"{name}: int4matmul has 2, 3 and 4 bits, not {bits}")
-    if mode not in MODES:
-        raise FormatError(f"{name}: unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    check_name(mode, "mode", MODES, name)
     if qweight.dtype != torch.int32 or qweight.dim() != 2:
         raise FormatError(f"{name}: qweight must be int32 [rows, N], not {qweight.dtype} {list(qweight.shape)}")
     if mask is not None and bits != 4:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.arguments import check_tensors
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.formats.registry import INT, LUT
@@ -34,6 +35,9 @@ def from_marlin(B: Tensor, s: Tensor, table: Tensor | None = None, name: str = "
     The group is k over the rows of s; one row is one scale per output. FormatError, naming `name`, if shapes, dtypes or
     the pair table do not fit together.
     """
+    check_tensors(name, B=B, s=s)
+    if table is not None:
+        check_tensors(name, table=table)
     if B.dtype != torch.int32 or B.dim() != 2 or B.shape[1] % 128:
         raise FormatError(f"{name}: B must be int32 [k/16, 2n] with n a multiple of 64, not {B.dtype} {list(B.shape)}")
     k, n = 16 * B.shape[0], B.shape[1] // 2

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fdk.arguments import check_tensors
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format
 from fdk.formats.registry import NEST
@@ -51,6 +52,9 @@ def from_matgptq(
 
     FormatError or UnsupportedError, naming `name` and the value.
     """
+    check_tensors(name, qweight=qweight, scale=scale)
+    if perm is not None:
+        check_tensors(name, perm=perm)
     if qweight.dtype != torch.uint8 or qweight.dim() != 2:
         raise FormatError(f"{name}: qweight must be uint8 [n, k], not {qweight.dtype} {list(qweight.shape)}")
     n, k = qweight.shape

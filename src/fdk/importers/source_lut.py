@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.arguments import check_tensors
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.formats.registry import LUT
@@ -23,6 +24,7 @@ BITS = (1, 2, 4, 8)
 
 def table_of(byte_lut: Tensor, name: str = "weight") -> Tensor:
     """The table [2^bits] behind a byte table [256, 8/bits]; FormatError if the two do not agree."""
+    check_tensors(name, byte_lut=byte_lut)
     per_byte = byte_lut.shape[-1] if byte_lut.dim() == 2 else 0
     if byte_lut.dim() != 2 or byte_lut.shape[0] != 256 or per_byte not in (1, 2, 4, 8):
         raise FormatError(
@@ -48,6 +50,7 @@ def from_source(weight_data: Tensor, scale: Tensor, lut: Tensor, name: str = "we
     lut: the byte table [256, 8/bits], which says how many bits there are, or a plain table [2^bits] whose full length
     does. FormatError, naming `name`, if shapes, dtypes or the table do not fit together.
     """
+    check_tensors(name, weight_data=weight_data, scale=scale, lut=lut)
     if weight_data.dtype != torch.uint8 or weight_data.dim() != 2:
         raise FormatError(
             f"{name}: weight_data must be uint8 [n, k*bits/8], not {weight_data.dtype} {list(weight_data.shape)}"

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fdk.arguments import shown
 from fdk.errors import UnsupportedError
 from fdk.packing.layouts import Geometry, layout
 from fdk.weight import QuantisedWeight
@@ -64,7 +65,11 @@ def kernel(name: str) -> Kernel:
     for entry, module, _ in _TABLE:
         if entry == name:
             return import_module(module).KERNEL
-    raise UnsupportedError(f"unknown kernel {name!r}; choose auto or one of {', '.join(names())}")
+    raise _unknown(name)
+
+
+def _unknown(name: object) -> UnsupportedError:
+    return UnsupportedError(f"unknown kernel {shown(name)}; choose auto or one of {', '.join(names())}")
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,18 @@ def rows_text(m: int) -> str:
     return f"{m} row" if m == 1 else f"{m} rows"
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: Problem, name: str = "auto") -> Choice:
     """The first kernel of the table that serves the problem, or the one named.
 
     Raises UnsupportedError with the reason if the named kernel cannot serve it.
     """
+    if not isinstance(name, str):
+        raise _unknown(name)
+    return _choose(problem, name)
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, name: str) -> Choice:
     if name != "auto":
         candidate = kernel(name)
         if reason := reason_against(candidate, problem):

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fdk.arguments import as_integer, as_path, check_module
 from fdk.device import device_of
 from fdk.errors import FdkError, FormatError
 from fdk.formats import parse
@@ -102,9 +103,10 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, shard_b
     The folder appears whole or not at all: everything is written to a temporary name beside it and renamed at the
     end. FormatError if the target exists, or the model has tensors on the meta device or no low-bit layer.
     """
-    path = Path(path)
-    if not isinstance(model, nn.Module):
-        raise FormatError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as fdk.nn.Linear(weight)")
+    path = as_path(path, "path")
+    check_module(model, "model", "give one, such as fdk.nn.Linear(weight)")
+    if as_integer(shard_bytes, "shard_bytes") < 1:
+        raise FormatError(f"shard_bytes = {shard_bytes} holds nothing; give a number of bytes, such as {SHARD_BYTES}")
     check_target(path, overwrite)
     found = contents(model)
     if not found.layers:
@@ -296,7 +298,9 @@ def load(
     Nothing is unpickled. FormatError names the file, the tensor or layer, the value and the remedy if the folder is
     incomplete, damaged, of a newer version or of another tool, or does not fit the modules.
     """
-    folder = Path(path)
+    folder = as_path(path, "path")
+    if model is not None:
+        check_module(model, "model", "give the modules to fill, or leave it out")
     device = device_of(device)
     config = read_config(folder)
     stored = quantisation_of(config, folder)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from fdk import kernels
-from fdk.errors import FormatError, UnsupportedError
+from fdk.arguments import as_path, check_name, shown
+from fdk.errors import FormatError
 from fdk.formats import Format, parse
 from fdk.formats.registry import INT, LUT
 from fdk.nn.convert import DEFAULT_SKIP, Recipe
@@ -67,12 +68,10 @@ class QuantisationConfig:
                 "codebook is a tensor, which no text file can hold; choose one of "
                 f"{', '.join(CODEBOOKS)}, and give the table as lut= of fdk.models.quantise"
             )
-        if self.codebook not in CODEBOOKS:
-            raise FormatError(f"codebook {self.codebook!r} is unknown; choose one of {', '.join(CODEBOOKS)}")
-        if self.scale not in METHODS:
-            raise FormatError(f"scale {self.scale!r} is unknown; choose one of {', '.join(METHODS)}")
-        put("skip", self.skip or "")
-        _check_pattern("skip", self.skip)
+        check_name(self.codebook, "codebook", CODEBOOKS)
+        check_name(self.scale, "scale", METHODS)
+        put("skip", "" if self.skip is None else self.skip)
+        check_pattern("skip", self.skip)
         fmt = self._main_format()
         if fmt.kind is not LUT and self.codebook != "uniform":
             raise FormatError(
@@ -82,10 +81,10 @@ class QuantisationConfig:
         put("bits", fmt.bits)
         put("block_size", "chan" if fmt.group is None else fmt.group)
         if not isinstance(self.overrides, Mapping):
-            raise FormatError(f"overrides must map expressions to formats or bits, not {self.overrides!r}")
+            raise FormatError(f"overrides must map expressions to formats or bits, not {shown(self.overrides)}")
         overrides = {}
         for pattern, value in self.overrides.items():
-            _check_pattern("overrides", pattern)
+            check_pattern("overrides", pattern)
             overrides[pattern] = self._override(value, f"overrides[{pattern!r}]")
         put("overrides", overrides)
 
@@ -127,7 +126,7 @@ class QuantisationConfig:
                 return parse(value)
             except FormatError as error:
                 raise FormatError(f"{where}: {error}") from None
-        if value in (DENSE_BITS, str(DENSE_BITS)):
+        if isinstance(value, str | int) and value in (DENSE_BITS, str(DENSE_BITS)):
             return DENSE_BITS
         try:
             return self._lut_or_int(_check_bits(value, "bits"), self.format.group)
@@ -184,9 +183,11 @@ class QuantisationConfig:
     @classmethod
     def from_dict(cls, values: Mapping) -> QuantisationConfig:
         """The configuration that `to_dict` wrote; FormatError for a key that it does not know."""
+        if not isinstance(values, Mapping):
+            raise FormatError(f"values is {shown(values)}; give a mapping as `to_dict` makes it")
         known = [entry.name for entry in fields(cls)]
         if unknown := [key for key in values if key not in known]:
-            raise FormatError(f"unknown key {unknown[0]!r} in a quantisation config; known: {', '.join(known)}")
+            raise FormatError(f"unknown key {shown(unknown[0])} in a quantisation config; known: {', '.join(known)}")
         return cls(**values)
 
     @classmethod
@@ -200,7 +201,7 @@ def read_overrides(path: str | Path) -> dict[str, str | int]:
 
     Text after # and empty lines are ignored. Names are whole names, not expressions. FormatError names file and line.
     """
-    path = Path(path)
+    path = as_path(path, "path of the overrides")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -233,26 +234,25 @@ def _check_bits(bits, what: str, dense: bool = False) -> int:
     ):
         return number
     also = " (16 keeps a layer dense)" if dense else ""
-    shown = bits if isinstance(bits, str) and bits.isdigit() else repr(bits)
-    raise FormatError(f"{what} = {shown} is not a width; choose 1 to 8{also}")
+    text = bits if isinstance(bits, str) and bits.isdigit() else shown(bits)
+    raise FormatError(f"{what} = {text} is not a width; choose 1 to 8{also}")
 
 
 def _check_group(block_size) -> int | None:
-    if block_size in (None, "chan", -1):
+    if block_size is None or (isinstance(block_size, str | int) and block_size in ("chan", -1)):
         return None
     number = int(block_size) if isinstance(block_size, str) and block_size.isdigit() else block_size
     if not isinstance(number, int) or isinstance(number, bool) or number < 16 or number % 16:
-        raise FormatError(f"block_size = {block_size!r} is not a multiple of 16; use 16, 32, 64, 128, ... or 'chan'")
+        raise FormatError(
+            f"block_size = {shown(block_size)} is not a multiple of 16; use 16, 32, 64, 128, ... or 'chan'"
+        )
     return number
 
 
 def _check_kernel(kernel: str) -> str:
     available = ("auto", *kernels.names(), *FLAVOURS)
-    if kernel in available:
-        return kernel
-    if kernel in ("triton", "torch.compile", "cuda", "cpu"):
-        raise UnsupportedError(f"kernel {kernel!r} is not in this version of fdk; choose one of {', '.join(available)}")
-    raise FormatError(f"kernel {kernel!r} is unknown; choose one of {', '.join(available)}")
+    check_name(kernel, "kernel", available)
+    return kernel
 
 
 def check_dtype(dtype) -> torch.dtype | None:
@@ -260,13 +260,14 @@ def check_dtype(dtype) -> torch.dtype | None:
     found = DTYPES.get(name) if isinstance(name, str) else name
     if found is None and dtype is None:
         return None
-    if found not in DTYPES.values():
-        raise FormatError(f"dtype {dtype!r} is not supported; use {', '.join(DTYPES)}")
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise FormatError(f"dtype {shown(dtype)} is not supported; use {', '.join(DTYPES)}")
     return found
 
 
-def _check_pattern(field_name: str, pattern) -> None:
+def check_pattern(field_name: str, pattern: object) -> None:
+    """FormatError, naming the field, unless it is a regular expression."""
     try:
-        re.compile(pattern)
+        re.compile(pattern if isinstance(pattern, str) else None)
     except (re.error, TypeError) as error:
-        raise FormatError(f"{field_name} = {pattern!r} is not a regular expression: {error}") from None
+        raise FormatError(f"{field_name} = {shown(pattern)} is not a regular expression: {error}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fdk.arguments import as_path, check_callable
 from fdk.device import device_of
 from fdk.errors import FormatError
 from fdk.formats import Format
@@ -33,7 +34,7 @@ def resolve(name: str | Path) -> Path:
 
     Nothing is downloaded. FormatError says how to get a model that is not there.
     """
-    path = Path(name)
+    path = as_path(name, "the model")
     if path.exists():
         return path
     parts = str(name).split("/")
@@ -158,7 +159,8 @@ def quantise_folder(
     form. dtype: of scales and dense tensors; None: the config's, else float16 or bfloat16 as the source stores most.
     Tokenizer and other small files are copied; `texts` are files to add, by name. `target` appears whole or not at all.
     """
-    target = Path(target)
+    target = as_path(target, "target")
+    check_callable(progress, "progress", "(report, done, total)")
     check_target(target, overwrite)
     folder = resolve(source)
     if target.resolve() == folder.resolve():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 
 from torch import nn
 
+from fdk.arguments import as_integer, check_module
 from fdk.errors import FormatError
 from fdk.formats import Format
-from fdk.models.config import read_overrides
+from fdk.models.config import check_pattern, read_overrides
 from fdk.nn import Linear
 
 
@@ -24,6 +26,7 @@ def set_precision(model: nn.Module, precision: int | Mapping[str, int] | str | P
     the width it was captured with, so capture one for each. FormatError, before anything is changed, for a width that
     does not exist, an expression or name without a nested layer, or a model that has none.
     """
+    check_module(model, "model")
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -38,21 +41,22 @@ def widths(nested: Mapping[str, Format], precision: int | Mapping[str, int] | st
     """The width that `precision` gives each of these layers that it concerns; FormatError as for `set_precision`."""
     if not nested:
         raise FormatError("the model has no nested layer; quantise it to a nested format such as nest8_g128 first")
-    if isinstance(precision, int):
-        chosen = dict.fromkeys(nested, precision)
-    else:
+    if isinstance(precision, Mapping | str | PathLike):
         asked = precision if isinstance(precision, Mapping) else read_overrides(precision)
         chosen = {}
         for pattern, bits in asked.items():
+            check_pattern("precision", pattern)
             found = [name for name in nested if re.search(pattern, name)]
             if not found:
                 some = ", ".join(name or "'' (a layer by itself)" for name in list(nested)[:3])
                 some += ", ..." if len(nested) > 3 else ""
                 raise FormatError(f"precision {pattern!r} matches no nested layer; they are called {some}")
             chosen.update(dict.fromkeys(found, bits))
+    else:
+        chosen = dict.fromkeys(nested, as_integer(precision, "precision"))
     for name, bits in chosen.items():
         try:
             nested[name].at(bits)
-        except (FormatError, TypeError) as error:
+        except FormatError as error:
             raise FormatError(f"{name or 'the layer'}: {error}") from None
     return chosen

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fdk.arguments import check_callable, check_dtype, check_module, shown
 from fdk.device import device_of
 from fdk.errors import FormatError
 from fdk.formats import Format
@@ -41,22 +42,21 @@ def quantise(
     the linear layers that stay dense with the reason. FormatError names layers that their format does
     not fit.
     """
-    if not isinstance(source, nn.Module):
-        raise FormatError(
-            f"source is a {type(source).__name__}; give a torch.nn.Module, or a folder to quantise_folder"
-        )
+    check_module(source, "source", "give one, or a folder to fdk.models.quantise_folder")
+    check_callable(progress, "progress", "(report, done, total)")
     device = device_of(device)
     plan = None if config is None else as_plan(config)
-    dtype = dtype or (plan.dtype if plan else None) or torch.bfloat16
-    if dtype not in DTYPES:
-        raise FormatError(f"dtype {dtype} is not supported; use torch.bfloat16, torch.float16 or torch.float32")
+    if dtype is None:
+        dtype = (plan.dtype if plan else None) or torch.bfloat16
+    check_dtype(dtype, "dtype", DTYPES)
     if lut is not None and plan is None:
         raise FormatError(
             "lut is a table for quantised layers, but config=None only casts; give a config of a lut format"
         )
     jobs, kept = plan_jobs(source, plan) if plan else ([], {})
     if lut is not None:
-        jobs = [_with_table(job, torch.as_tensor(lut)) for job in jobs]
+        table = _table(lut)
+        jobs = [_with_table(job, table) for job in jobs]
     report = Report.of(source, kept)
     # deepcopy takes what the memo holds as already copied, so no dense weight is copied first and dropped later.
     memo: dict[int, object] = {}
@@ -73,6 +73,13 @@ def quantise(
     model.fdk_report = report
     model.fdk_recipe = plan.to_dict() if plan else None
     return model
+
+
+def _table(lut: Tensor | Iterable[float]) -> Tensor:
+    try:
+        return torch.as_tensor(lut if isinstance(lut, Tensor) or not isinstance(lut, Iterable) else list(lut))
+    except (TypeError, ValueError, RuntimeError):
+        raise FormatError(f"lut is {shown(lut)}, not a table of numbers; give a 1-D tensor or list of them") from None
 
 
 def _with_table(job: Job, table: Tensor) -> Job:

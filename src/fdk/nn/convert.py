@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fdk.arguments import check_callable, check_module, shown
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format, parse
 from fdk.formats.registry import INT, LUT
@@ -77,7 +78,7 @@ def as_plan(config: Plan | Format | str) -> Plan:
         return OneFormat(parse(config))
     if isinstance(config, Recipe) or not hasattr(config, "recipe"):
         raise FormatError(
-            f"{config!r} is not a configuration; give a QuantisationConfig or a format name such as 'lut4_g64'"
+            f"config = {shown(config)} is not a configuration; give a QuantisationConfig or a name such as 'lut4_g64'"
         )
     return config
 
@@ -261,8 +262,9 @@ def quantise_(
     is checked before the first is changed: FormatError names those that the format does not fit.
     """
     plan = as_plan(config)
-    if not isinstance(model, nn.Module):
-        raise FormatError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model, "model")
+    check_callable(filter_fn, "filter_fn", "(module, name) -> bool")
+    check_callable(progress, "progress", "(report, done, total)")
     if isinstance(model, nn.Linear):
         raise FormatError("a bare Linear cannot be replaced in place; use fdk.from_linear(linear, config)")
     jobs, kept = plan_jobs(model, plan, filter_fn)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fdk import ops
+from fdk.arguments import as_integer, check_dense, check_tensor
 from fdk.errors import FormatError
 from fdk.packing.layouts import canonical_dtypes, canonical_shapes
 from fdk.weight import QuantisedWeight, check_values, encode_spec
@@ -28,6 +29,11 @@ class Linear(nn.Module):
     sqnr_db: float | None = None
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None = None, kernel: str = "auto") -> None:
+        ops.check_weight(weight)
+        if bias is not None:
+            check_tensor(bias, "bias")
+            if bias.shape != (weight.geometry.n,):
+                raise FormatError(f"bias has shape {list(bias.shape)}, but {weight!r} needs [{weight.geometry.n}]")
         super().__init__()
         self.kernel = kernel
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -76,6 +82,7 @@ class Linear(nn.Module):
         Takes microseconds. What a CUDA graph captured keeps the width it was captured with. FormatError if the weight
         is not nested or has no such slice.
         """
+        bits = as_integer(bits, "bits")
         if bits not in self._served:
             weight = self._weight.at(bits)
             self._served[bits] = weight, encode_spec(weight)
@@ -90,6 +97,8 @@ class Linear(nn.Module):
         return self._weight.geometry.n
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            check_tensor(x, "x")
         bias, dtype = self._parameters["bias"], self._weight.geometry.dtype
         if x.dtype != dtype:
             x = ops.autocast_operand(x, dtype)
@@ -147,9 +156,13 @@ class Linear(nn.Module):
             return
         device = self._weight.device
         parts = {name: state_dict[prefix + name] for name in shapes}
-        if device.type != "meta":
-            parts = {name: part.to(device) for name, part in parts.items()}
         try:
+            for name in wanted:
+                check_dense(part := state_dict[prefix + name], prefix + name)
+                if part.is_meta and device.type != "meta":
+                    raise FormatError(f"{prefix}{name} lies on the meta device; load the checkpoint's values first")
+            if device.type != "meta":
+                parts = {name: part.to(device) for name, part in parts.items()}
             for name, shape in shapes.items():
                 # A table may be short: `from_parts` widens it.
                 if name != "table" and parts[name].shape != shape:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fdk.arguments import as_integers, check_module
 from fdk.errors import FormatError
 from fdk.nn.linear import Linear
 
@@ -19,7 +20,8 @@ def warmup(model: nn.Module, batch_sizes: Iterable[int] = (1,)) -> int:
     batch_sizes: rows of activations (batch times sequence) of the calls to come. FormatError if one is negative, or
     if a layer lies on the meta device.
     """
-    sizes = tuple(batch_sizes)
+    check_module(model, "model")
+    sizes = as_integers(batch_sizes, "batch_sizes")
     if bad := [m for m in sizes if m < 0]:
         raise FormatError(f"batch_sizes holds {bad[0]}; give numbers of rows, 0 or more")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]

@@ -21,6 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fdk.arguments import as_integer, shown
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format
 from fdk.formats.spec import BLOCK, KEPT
@@ -42,6 +43,18 @@ class Geometry:
     row_ends: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, Format):
+            raise FormatError(f"format is {shown(self.format)}, not a fdk.Format; use fdk.parse with a format name")
+        for name in ("n", "k"):
+            as_integer(getattr(self, name), name)
+        if not isinstance(self.row_ends, tuple):
+            raise FormatError(f"row_ends is {shown(self.row_ends)}, not a tuple; give the end of each table's rows")
+        for end in self.row_ends:
+            as_integer(end, "row_ends")
+        if not isinstance(self.dtype, torch.dtype):
+            raise FormatError(
+                f"weight dtype is {shown(self.dtype)}; use torch.bfloat16, torch.float16 or torch.float32"
+            )
         ascending = all(a < b for a, b in pairwise((0, *self.row_ends))) or self.row_ends == (0,)
         if not self.row_ends or self.row_ends[-1] != self.n or not ascending:
             raise FormatError(f"row_ends {self.row_ends} must ascend and end at n = {self.n}")
@@ -164,10 +177,9 @@ def register_layout(layout: Layout) -> Layout:
 
 def layout(name: str) -> Layout:
     """The layout registered under `name`."""
-    try:
-        return _layouts[name]
-    except KeyError:
-        raise UnsupportedError(f"unknown layout {name!r}; known: {', '.join(_layouts)}") from None
+    if not isinstance(name, str) or name not in _layouts:
+        raise UnsupportedError(f"unknown layout {shown(name)}; known: {', '.join(_layouts)}")
+    return _layouts[name]
 
 
 def layouts() -> tuple[Layout, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fdk.arguments import as_integer, shown
 from fdk.errors import FormatError
 from fdk.formats.spec import BLOCK, KEPT
 from fdk.packing.bits import pack_codes, row_bytes, unpack_codes
@@ -19,13 +20,19 @@ from fdk.packing.layouts import Geometry
 ROWS, COLUMNS = 0, 1
 
 
+def check_dim(dim: int) -> None:
+    """FormatError unless it is 0 or 1."""
+    if not isinstance(dim, int) or dim not in (ROWS, COLUMNS):
+        raise FormatError(f"dim = {shown(dim)} is no dimension of a weight [n, k]; use 0 for rows, 1 for columns")
+
+
 def shard_bounds(geometry: Geometry, dim: int, rank: int, world: int) -> tuple[int, int]:
     """(start, stop) of the rows (dim 0) or columns (dim 1) that shard `rank` of `world` equal ones holds.
 
     FormatError, with the value and the remedy, if n or k cannot be cut so: columns are cut between groups only.
     """
-    if dim not in (ROWS, COLUMNS):
-        raise FormatError(f"dim = {dim} is no dimension of a weight [n, k]; use 0 for rows, 1 for columns")
+    check_dim(dim)
+    rank, world = as_integer(rank, "rank"), as_integer(world, "world")
     if world < 1 or not 0 <= rank < world:
         raise FormatError(f"rank = {rank} of world = {world} does not exist; ranks are 0 to world - 1")
     size, letter = (geometry.n, "n") if dim == ROWS else (geometry.k, "k")
@@ -54,6 +61,8 @@ def _remedy(geometry: Geometry, world: int) -> str:
 
 def cut_geometry(geometry: Geometry, dim: int, start: int, stop: int) -> Geometry:
     """The geometry of rows or columns start to stop; FormatError for a range that does not exist or splits a group."""
+    check_dim(dim)
+    start, stop = as_integer(start, "start"), as_integer(stop, "stop")
     size = geometry.n if dim == ROWS else geometry.k
     if not 0 <= start <= stop <= size:
         raise FormatError(f"{'rows' if dim == ROWS else 'columns'} {start} to {stop} do not exist; there are {size}")

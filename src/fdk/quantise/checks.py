@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.arguments import shown
 from fdk.errors import FormatError, UnsupportedError
 from fdk.formats import Format
 
@@ -15,7 +16,7 @@ STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_weight(weight: Tensor, format: Format, name: str) -> None:
     """FormatError or UnsupportedError unless weight is a dense, non-empty float [n, k] in memory that `format` fits."""
     if not isinstance(weight, Tensor):
-        raise FormatError(f"{name} is a {type(weight).__name__}, not a torch.Tensor; pass a float tensor [n, k]")
+        raise FormatError(f"{name} is {shown(weight)}, not a torch.Tensor; pass a float tensor [n, k]")
     if weight.layout != torch.strided or weight.is_quantized:
         raise FormatError(f"{name} has layout {weight.layout} and dtype {weight.dtype}; pass a dense float tensor")
     if weight.dtype not in WEIGHT_DTYPES:
@@ -37,8 +38,8 @@ def storage_dtype(weight: Tensor, dtype: torch.dtype | None, name: str) -> torch
     """The dtype of scales and table: `dtype`, or that of the weight (float32 for a float64 weight)."""
     if dtype is None:
         return torch.float32 if weight.dtype == torch.float64 else weight.dtype
-    if dtype not in STORAGE_DTYPES:
-        raise FormatError(f"{name}: scales cannot be stored as {dtype}; use bfloat16, float16 or float32")
+    if not isinstance(dtype, torch.dtype) or dtype not in STORAGE_DTYPES:
+        raise FormatError(f"{name}: scales cannot be stored as {shown(dtype)}; use bfloat16, float16 or float32")
     return dtype
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.arguments import as_integer, check_dtype, shown
 from fdk.errors import FormatError
 from fdk.formats import Format
 
@@ -31,9 +32,12 @@ def stored_table(values: Tensor, bits: int, dtype: torch.dtype, name: str = "wei
     The order is kept, so codes mean what the caller says they mean. FormatError names the tensor, the entry
     and the remedy for a wrong rank or length, a NaN or an infinity, or a value that `dtype` cannot hold.
     """
+    if not 1 <= as_integer(bits, "bits") <= 8:
+        raise FormatError(f"table of {name}: {bits} bits; give 1 to 8")
+    check_dtype(dtype, f"table of {name}: dtype", (torch.bfloat16, torch.float16, torch.float32))
     size = 1 << bits
     if not isinstance(values, Tensor) or values.dim() != 1 or not 1 <= values.numel() <= size:
-        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else repr(values)
+        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else shown(values)
         raise FormatError(f"table of {name}: {bits} bits need a 1-D tensor of 1 to {size} values, not {got}")
     if values.dtype == torch.bool or values.is_complex() or values.is_meta:
         raise FormatError(f"table of {name}: needs real values in memory, not {values.dtype} on {values.device}")

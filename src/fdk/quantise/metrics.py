@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdk.arguments import check_dense
 from fdk.errors import FormatError
 from fdk.formats import Format
 
@@ -34,6 +35,8 @@ class LayerError:
 @torch.no_grad()
 def _error_sums(weight: Tensor, dequantised: Tensor, name: str) -> tuple[float, float, float]:
     """(sum w^2, sum (w - d)^2, max |w - d|), float32 differences summed in float64, a chunk of rows at a time."""
+    check_dense(weight, name)
+    check_dense(dequantised, f"{name}, dequantised,")
     if weight.shape != dequantised.shape or weight.dim() != 2:
         raise FormatError(
             f"{name} has shape {list(weight.shape)} and its dequantised form {list(dequantised.shape)}; "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdk.arguments import check_dense, check_name, check_parts, shown
 from fdk.errors import FormatError
 from fdk.formats import Format, parse
 from fdk.packing.bits import pack_planes, unpack_planes
@@ -124,8 +125,7 @@ def quantise_nested(
     if not format.is_nested:
         raise FormatError(f"{name}: {format} is not nested; use fdk.quantise.quantise")
     widths = _checked_widths(format, widths, name)
-    if scale not in METHODS:
-        raise FormatError(f"{name}: unknown scale {scale!r}; choose one of {', '.join(METHODS)}")
+    check_name(scale, "scale", METHODS, name)
     check_weight(weight, format, name)
     dtype = storage_dtype(weight, dtype, name)
     n, k = weight.shape
@@ -150,6 +150,8 @@ def quantise_nested(
 def sqnr_by_width(weight: Tensor, format: Format | str, parts: Mapping[str, Tensor]) -> dict[int, float]:
     """{bits: SQNR in dB} of canonical nested parts against the weight [n, k] they stand for, at every served width."""
     format = parse(format)
+    check_weight(weight, format, "weight")
+    check_parts(parts)
     k = weight.shape[1]
     master = unpack_planes(parts["planes"], k).int()
     steps = parts["scales"].float().repeat_interleave(format.group_size(k), 1)
@@ -162,10 +164,12 @@ def sqnr_by_width(weight: Tensor, format: Format | str, parts: Mapping[str, Tens
 def _checked_widths(format: Format, widths: Mapping[int, float] | None, name: str) -> dict[int, float]:
     if widths is None:
         return default_widths(format)
+    if not isinstance(widths, Mapping):
+        raise FormatError(f"{name}: widths is {shown(widths)}; give {{bits: weight}}, such as {{8: 1.0, 4: 0.1}}")
     for bits, weight in widths.items():
         format.at(bits)
-        if not 0 < weight < float("inf"):
-            raise FormatError(f"{name}: the weight of {bits} bits is {weight}; give a positive number")
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise FormatError(f"{name}: the weight of {bits} bits is {shown(weight)}; give a positive number")
     if not widths:
         raise FormatError(f"{name}: widths is empty; give {{bits: weight}}, such as {{8: 1.0, 4: 0.1}}")
     # Codes that are alike at the named widths are told apart by the others.
@@ -199,12 +203,14 @@ def _inverse_factor(
     if hessian is not None and activations is not None:
         raise FormatError(f"{name}: give a Hessian or activations, not both")
     if activations is not None:
-        if activations.shape[-1] != k:
+        check_dense(activations, f"{name}: activations")
+        if not activations.dim() or activations.shape[-1] != k:
             raise FormatError(f"{name}: activations are {list(activations.shape)}, but the layer takes [..., {k}]")
         x = activations.reshape(-1, k).to(device, torch.float64)
         hessian = x.T @ x
     if hessian is None:
         return None
+    check_dense(hessian, f"{name}: hessian")
     if hessian.shape != (k, k):
         raise FormatError(f"{name}: the Hessian is {list(hessian.shape)}, but the layer needs [{k}, {k}]")
     hessian = hessian.to(device, torch.float64).clone()

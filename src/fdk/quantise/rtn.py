@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fdk.arguments import check_name
 from fdk.errors import FormatError
 from fdk.formats import Format, parse
 from fdk.formats.spec import BLOCK, KEPT
@@ -100,10 +101,8 @@ def quantise(
 
 
 def _check_options(format: Format, codebook: str | Tensor, scale: str, arithmetic: str, name: str) -> None:
-    if scale not in METHODS:
-        raise FormatError(f"{name}: unknown scale {scale!r}; choose one of {', '.join(METHODS)}")
-    if arithmetic not in ARITHMETIC:
-        raise FormatError(f"{name}: unknown arithmetic {arithmetic!r}; choose one of {', '.join(ARITHMETIC)}")
+    check_name(scale, "scale", METHODS, name)
+    check_name(arithmetic, "arithmetic", ARITHMETIC, name)
     if isinstance(codebook, str) and codebook not in ("uniform", "kmeans"):
         raise FormatError(f"{name}: unknown codebook {codebook!r}; choose uniform, kmeans or a tensor of values")
     stored = format.kind.table == "stored"

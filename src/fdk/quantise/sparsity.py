@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdk.arguments import check_dense
 from fdk.errors import FormatError
 from fdk.formats import Format
 from fdk.formats.spec import BLOCK, KEPT
@@ -19,6 +20,7 @@ def keep_largest(weight: Tensor, activations: Tensor | None = None, name: str = 
     it meets (Wanda, Sun et al., 2023). Ties go to the lower column. FormatError, naming `name`, unless k is a multiple
     of 32, every weight is finite and the activations fit.
     """
+    check_dense(weight, name)
     if weight.dim() != 2 or weight.shape[1] % BLOCK:
         raise FormatError(
             f"{name} is {list(weight.shape)}; {KEPT}:{BLOCK} sparsity needs [n, k], k a multiple of {BLOCK}"
@@ -26,7 +28,8 @@ def keep_largest(weight: Tensor, activations: Tensor | None = None, name: str = 
     check_finite_weight(weight, name)
     importance = weight.float().abs()
     if activations is not None:
-        if activations.shape[-1] != weight.shape[1]:
+        check_dense(activations, f"{name}: activations")
+        if not activations.dim() or activations.shape[-1] != weight.shape[1]:
             raise FormatError(
                 f"{name}: activations are {list(activations.shape)}, but the layer takes [..., {weight.shape[1]}]"
             )
@@ -55,9 +58,10 @@ def compact(weight: Tensor, format: Format, keep: Tensor | None, name: str) -> t
     """
     if keep is None:
         keep = keep_largest(weight, name=name)
-    elif keep.shape != weight.shape or keep.dtype != torch.bool:
-        raise FormatError(f"{name}: keep must be bool {list(weight.shape)}, not {keep.dtype} {list(keep.shape)}")
     else:
+        check_dense(keep, f"{name}: keep")
+        if keep.shape != weight.shape or keep.dtype != torch.bool:
+            raise FormatError(f"{name}: keep must be bool {list(weight.shape)}, not {keep.dtype} {list(keep.shape)}")
         check_keep(keep, f"keep of {name}")
         check_finite_weight(weight, name)
     group = None if format.group is None else format.group * KEPT // BLOCK
