@@ -100,6 +100,8 @@ def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: 
     """Whether integer products serve one token of a weight faster, outside of chains; where not measured, not."""
     if shape.bits == 1:
         return large or shape.kind in (TABLE, INT)
+    if shape.bits not in (2, 4, 8):
+        return False
     if not large:
         if shape.kind == UINT_U8 and shape.bits < 8:
             return cta_units <= 32 and blocks == 1 and shape.n * shape.k >= 1 << 24

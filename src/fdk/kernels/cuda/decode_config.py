@@ -115,10 +115,9 @@ class Shape:
 
     @property
     def allows_digits(self) -> bool:
-        """Whether integer products can serve it: values affine in the code, codes that a mask turns into bytes."""
+        """Whether integer products can serve it: values affine in the code."""
         affine = self.kind in (INT, UINT_U8, UINT_FLOAT) or (self.kind == TABLE and self.bits == 1)
-        bytes_of_codes = self.nested or self.kind == SPARSE_INT or (self.bits in (1, 2, 4, 8) and affine)
-        return bytes_of_codes and self.subs == 1
+        return (self.nested or self.kind == SPARSE_INT or affine) and self.subs == 1
 
     def allows_digits_of(self, tokens: int) -> bool:
         """The same for so many tokens."""
@@ -126,8 +125,9 @@ class Shape:
 
     @property
     def allows_many_digits(self) -> bool:
-        """Whether csrc/digits_many.cuh can: neither tables nor masks, and k is even."""
-        return self.kind != TABLE and not self.sparse and self.k % 2 == 0
+        """Whether csrc/digits_many.cuh can: not tables or masks; codes at one bit of a byte; k is even."""
+        aligned = self.nested or self.bits in (1, 2, 4, 8)
+        return self.kind != TABLE and not self.sparse and aligned and self.k % 2 == 0
 
     @property
     def allows_indices(self) -> bool:

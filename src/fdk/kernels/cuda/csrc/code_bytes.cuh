@@ -8,14 +8,32 @@ namespace fdk {
 __device__ constexpr int row_shift(int h) {
     if (SPARSE) return 4;
     if (NESTED) return MAX_SHIFT + (FIELD == 2 ? 2 * h : 0);
-    return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 0;
+    return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 8 - BITS;
 }
 
-// The bit of its byte at which code_bytes leaves the codes of register `i` of step `step`.
+// The bit of its byte at which code_bytes leaves the codes of register `i` of step `step`; not of 3 and 5 to 7 bits.
 __device__ constexpr int code_bit(int step, int i) {
     if (NESTED) return (step * 4 + i % 2 * 2 + i / 2) / FIELD * FIELD;
     if (BITS == 1) return 7 - i % 2 - 2 * (2 * step + i / 2);
     return BITS == 2 ? 4 * (i % 2) + 2 * (i / 2) : BITS == 4 ? 4 * (i / 2) : 0;
+}
+
+// Codes e and e + 1 of a row tile of 3 or 5 to 7 bits at bit `to`, others around them.
+template <int WORDS>
+__device__ __forceinline__ u32 two_codes(const u32 (&words)[WORDS], int tile, int e, int to) {
+    const auto shifted = [](u32 w, int right) { return right < 0 ? w << -right : w >> right; };
+    const u32* own = words + tile * BITS;
+    if constexpr (BITS == 3) {
+        // Five pairs of codes in a word, from its second bit on; the last pair's bits are what three words have left.
+        if (e < 30) return shifted(own[e / 10], 1 + e % 10 * 3 - to);
+        u32 codes = 0;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) codes = combine<MASK_OR>(rotate_left(own[i], 1 + to + 2 * i), 3u << to << 2 * i, codes);
+        return codes;
+    } else {
+        const int bit = e * BITS % 32, word = e * BITS / 32;
+        return bit + 2 * BITS > 32 ? __funnelshift_r(own[word], own[word + 1], bit - to) : shifted(own[word], bit - to);
+    }
 }
 
 // A operands of the two steps of a row tile, codes as bytes.
@@ -50,9 +68,17 @@ __device__ __forceinline__ void code_bytes(u32 (&a)[2][4], const u32 (&words)[WO
                 const u32 low = __byte_perm(w0, w1, 0x5410), high = __byte_perm(w0, w1, 0x7632);
                 a[step][0] = low & 0x0f0f0f0fu, a[step][1] = high & 0x0f0f0f0fu;
                 a[step][2] = low & 0xf0f0f0f0u, a[step][3] = high & 0xf0f0f0f0u;
-            } else {
+            } else if constexpr (BITS == 8) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) a[step][i] = rotate_left(words[tile * 8 + step * 4 + i], BACK);
+            } else {
+                // Neighbouring codes stay beside each other: the first at the top of its byte, the second at the bottom.
+                constexpr u32 TWO = ((1u << 2 * BITS) - 1) << (8 - BITS);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int e = (step * 4 + i) * 4;
+                    a[step][i] = combine<MASK_OR>(two_codes(words, tile, e, 8 - BITS), TWO, two_codes(words, tile, e + 2, 24 - BITS) & TWO << 16);
+                }
             }
         }
     }

@@ -49,7 +49,8 @@ struct Place {
         const int s = lane / 8, h = lane / 4 % 2, t = lane % 4;
         if constexpr (NESTED) return {t, s % 2 * 2 + h, {MAX_SHIFT * (1 - s % 2), MAX_SHIFT * (1 - s % 2)}};
         if constexpr (FOUR) return {t, s / 2 * 2 + h, {BITS, 0}};
-        return {t, s, {BITS == 1 ? 2 * s : 0, BITS == 1 ? 2 * s : 0}};
+        if constexpr (BITS == 1) return {t, s, {2 * s, 2 * s}};
+        return {t, s, {0, MAX_SHIFT}};
     }
 };
 

@@ -11,7 +11,7 @@ constexpr int COLUMNS_USED = 4 * M;
 // Nested weights: bits of the fields that planes become (planes.cuh), a byte of which holds codes of rows g and g + 8.
 using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == 5, BF16>;
 constexpr int FIELD = Planes::FIELD;
-constexpr int MAX_SHIFT = SPARSE ? 0 : NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 0;
+constexpr int MAX_SHIFT = SPARSE ? 0 : NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 8 - BITS;
 
 // Byte `byte` of register `half` (columns 4t.. or 16+4t.. of the mma) of step S holds column 16s + 8(j/2) + 2t + j%2 of
 // the unit, sparse: 16t + 4s + j with the two halves exchanged for odd t (sparse.cuh), with x scaled by 2^shift.
@@ -22,7 +22,7 @@ __device__ constexpr Element element(int step, int half, int byte) {
     if (SPARSE) return {2 * step + half, byte % 3 ? 3 - byte : byte, 0};
     if (NESTED) return {2 * (byte % 2) + step, 2 * half + byte / 2, MAX_SHIFT * (1 - step)};
     if (BITS == 1) return {2 * step + half, byte == 0 ? 2 : byte == 1 ? 0 : byte == 2 ? 3 : 1, 2 * (2 * step + half)};
-    if (BITS == 8) return {2 * step + half, byte, 0};
+    if (BITS != 2 && BITS != 4) return {2 * step + half, byte, byte % 2 * MAX_SHIFT};
     return {2 * step + byte / 2, 2 * (byte % 2) + half, BITS * (1 - half)};
 }
 

@@ -149,8 +149,7 @@ struct Smem {
     }
 };
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
-static_assert(!DIGITS || (SUBS == 1 && M <= 8 && (NESTED || SPARSE || (BITS & (BITS - 1)) == 0) && (!TABLE || BITS == 1) && !SPARSE_TABLE),
-              "see digits.cuh");
+static_assert(!DIGITS || (SUBS == 1 && M <= 8 && (!TABLE || BITS == 1) && !SPARSE_TABLE), "see digits.cuh");
 static_assert(!FDK_MANY_DIGITS || (PAIRED && !TABLE && !SPARSE && K % 2 == 0), "see digits_many.cuh");
 static_assert(!INDICES || (BITS <= 2 && KIND <= 3 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
