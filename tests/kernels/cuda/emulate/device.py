@@ -132,7 +132,7 @@ class Device:
 
 _CACHES = (
     *(decode.load, decode.equal_indices, dense.load, prefill.load, spread.load, attend.load, stream._load),
-    *(flags.of_device, cuda._device_facts, routes.routes, kernels.choose),
+    *(flags.of_device, cuda._device_facts, routes.routes, kernels._choose),
 )
 
 
