@@ -141,34 +141,6 @@ def follows(step: Step, plain: PlainStep, tokens: torch.Tensor, steps: int) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", ["lut4_g64", "lut1_g64"])
-def test_norms_of_many_rows_are_the_prefill_kernels(monkeypatch, plan) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(chain, "_TILES", True)
-    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
-    config = small_config(head_dim=128, **sizes)
-    model = random_llama(config, QuantisationConfig(format=plan), "cuda", seed=2)
-    tokens = torch.randint(0, 512, (64, 30), generator=torch.Generator().manual_seed(0)).cuda()
-    step = Step(model, 64, 60)
-    assert all(layer is not None and not layer.gate_up.plan.config.epilogue.gated for layer in step.fused)
-    follows(step, PlainStep(model, 64, 60), tokens, 20)
-
-
-@pytest.mark.gpu
-def test_a_gate_behind_the_prefill_kernel_in_a_chain(monkeypatch) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(chain, "_TILED_GATES", True)
-    sizes = {"hidden_size": 3072, "intermediate_size": 11264, "num_attention_heads": 24, "num_key_value_heads": 8}
-    model = random_llama(small_config(head_dim=128, **sizes), QuantisationConfig(format="lut4_g64"), "cuda", seed=2)
-    tokens = torch.randint(0, 512, (16, 30), generator=torch.Generator().manual_seed(0)).cuda()
-    step = Step(model, 16, 60)
-    assert all(layer is not None and not layer.gate_up.plan.config.epilogue.gated for layer in step.fused)
-    follows(step, PlainStep(model, 16, 60), tokens, 20)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("splits", [2, 8])
 def test_attention_of_several_clusters_a_head(monkeypatch, splits) -> None:
     if torch.cuda.get_device_capability() < (9, 0):

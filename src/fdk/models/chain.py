@@ -16,15 +16,11 @@ from torch import Tensor, nn
 
 from fdk import ops
 from fdk.kernels import Problem
-from fdk.kernels.cuda import KERNEL, decode, decode_config, jit, prebuild, prefill, product_of, target_of
+from fdk.kernels.cuda import KERNEL, decode, decode_config, jit, prebuild, product_of, target_of
 from fdk.nn import Linear
 
 # Microseconds that a norm or gate takes between two products of a chain on an H200 (docs/findings.md).
 _BETWEEN_US = 1.3
-# Whether layers that the prefill kernel serves leave their norms to it too.
-_TILES = False
-# Whether, in a chain, the prefill kernel multiplies gate and up where it is the faster one, and the gate is a kernel.
-_TILED_GATES = False
 
 
 class Products(NamedTuple):
@@ -48,14 +44,13 @@ class Fused:
     """A linear layer as one product with an epilogue, for batches of `rows`."""
 
     layer: Linear
-    plan: decode.Plan | prefill.Plan
+    plan: decode.Plan
     eps: float = 0.0
 
     @classmethod
-    def of(cls, layer: Linear, config: decode_config.Config | prefill.Config, eps: float) -> Fused:
+    def of(cls, layer: Linear, config: decode_config.Config, eps: float) -> Fused:
         """`layer` with a configuration of `arranged`; eps: of the norm in front of it, if there is one."""
-        kernel = prefill if isinstance(config, prefill.Config) else decode
-        return cls(layer, kernel.Plan(layer.weight, config), eps if config.epilogue.squares else 0.0)
+        return cls(layer, decode.Plan(layer.weight, config), eps if config.epilogue.squares else 0.0)
 
     def __call__(self, x: Normed) -> Tensor:
         """[b, n], or [b, n / 2] of a gated product."""
@@ -111,12 +106,10 @@ def epilogues(
     wanted: Sequence[bool],
     squares: Callable[[int, str], int],
     tables: Callable[[int], int],
-    gated: bool = True,
 ) -> list[Products | None]:
     """Those of every layer in a row, None for layers that are not wanted.
 
-    squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up; gated:
-    whether the product of those two is gated.
+    squares: partial sums of squares that "o" or "down" of a layer leaves per token; tables: of its gate and up.
     """
     residual, plain = decode_config.Epilogue(residual=True), decode_config.Epilogue(chained=True)
     found, before = [], 0
@@ -126,7 +119,7 @@ def epilogues(
             before = 0
             continue
         qkv = decode_config.Epilogue(squares=before) if before else plain
-        gate_up = decode_config.Epilogue(squares=squares(i, "o"), gated=gated, tables=tables(i) if gated else 1)
+        gate_up = decode_config.Epilogue(squares=squares(i, "o"), gated=True, tables=tables(i))
         found.append(Products(qkv, residual, gate_up, residual if leads else plain))
         before = squares(i, "down") if leads else 0
     return found
@@ -138,13 +131,6 @@ def pays(products: Products, target: prebuild.Target) -> bool:
     return worth(prebuild.chain_us(one, target, gated=name == "gate_up") for name, one in named)
 
 
-def in_tiles(products: Products, target: prebuild.Target) -> bool:
-    """Whether the prefill kernel serves a layer, so that its products take norms, though not the gate."""
-    norm, residual = decode_config.Epilogue(squares=1), decode_config.Epilogue(residual=True)
-    both = zip(products, (norm, residual, norm, residual), strict=True)
-    return all(prebuild.tiled_config(product, epilogue, target) for product, epilogue in both)
-
-
 def arranged(
     layers: Sequence[Products | None], tables: Callable[[int], int], target: prebuild.Target
 ) -> list[Products | None]:
@@ -154,28 +140,17 @@ def arranged(
     """
     residual = decode_config.Epilogue(residual=True)
     wanted = [layer is not None and pays(layer, target) for layer in layers]
-    tiles = _TILES and not any(wanted)
-    if tiles:
-        wanted = [layer is not None and in_tiles(layer, target) for layer in layers]
 
     def squares(i: int, name: str) -> int:
         product = getattr(layers[i], name)
-        if tiles:
-            return product.geometry.n // 64
         return decode_config.squares_left(product.geometry.n, prebuild.chain_config(product, residual, target))
 
-    def config(product: prebuild.Product, epilogue: decode_config.Epilogue) -> decode_config.Config | prefill.Config:
-        if tiles:
-            return prebuild.tiled_config(product, epilogue, target)
-        if _TILED_GATES and epilogue.gated:
-            tiled = prebuild.tiled_config(product, decode_config.Epilogue(squares=epilogue.squares), target)
-            if tiled:
-                return tiled
+    def config(product: prebuild.Product, epilogue: decode_config.Epilogue) -> decode_config.Config:
         return prebuild.chain_config(product, epilogue, target)
 
     return [
         chosen and Products(*map(config, layer, chosen))
-        for layer, chosen in zip(layers, epilogues(wanted, squares, tables, gated=not tiles), strict=True)
+        for layer, chosen in zip(layers, epilogues(wanted, squares, tables), strict=True)
     ]
 
 

@@ -183,7 +183,6 @@ class Step:
                 attended = self._attend(fused.qkv(normed), index)
                 normed = fused.o.add_to(x, attended, layer.post_attention_layernorm.weight)
                 inner = fused.gate_up(normed)
-                inner = inner if fused.gate_up.plan.config.epilogue.gated else self._gate(inner)
             if fused is not None and fused.adds:
                 normed = fused.down.add_to(x, inner, next_norm.weight)
             else:

@@ -1,16 +1,13 @@
 """Products with an epilogue: each value within what its roundings explain, every element written."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import fdk
 from fdk import reference, testing
 from fdk.formats import parse
-from fdk.kernels.cuda import KERNEL, prefill
+from fdk.kernels.cuda import KERNEL
 from fdk.kernels.cuda.decode_config import Epilogue
-from fdk.kernels.cuda.prefill import Config as Tile
 
 FORMATS = ["lut1_g64", "lut3_g32", "lut4_g64", "int8_chan", "uint4_g48"]
 EPS = 1e-5
@@ -143,59 +140,3 @@ def test_a_wrong_norm_is_caught(where: str) -> None:
         expected = x.double() @ dense.T * scale
         bound = float32_bound(x, weight, expected) * scale + 1.02 * BF16 * expected.abs()
         assert (testing.violation(out, expected, bound) is None) == right
-
-
-TILES = [
-    Tile(64, 1, 6, k_groups=2),
-    Tile(48, 3, 6),
-    Tile(64, 1, 6, k_groups=2, split=2),
-    Tile(64, 2, 4, k_groups=2, split=3, ahead=False, turns=True),
-]
-
-
-def tiled(where: str, weight, tile: Tile, epilogue: Epilogue) -> prefill.Plan:
-    """A product of many rows with an epilogue."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    return prefill.Plan(weight, replace(tile, epilogue=epilogue))
-
-
-@pytest.mark.parametrize("tile", range(len(TILES)))
-@pytest.mark.parametrize("name", ["lut1_g64", "lut4_g64", "uint4_g32"])
-def test_residual_sum_of_many_rows(where: str, name: str, tile: int) -> None:
-    m, n, k = (33, 41, 48, 64)[tile] if TILES[tile].tokens == 64 else 37, 448, 1024
-    weight = weight_of(where, name, n, k, seed=m)
-    x, before = inputs(where, m, k), inputs(where, m, n, 1) * 16
-    gamma, bias = inputs(where, 1, n, 2)[0], inputs(where, 1, n, 3)[0]
-    product = testing.exact(x, weight, bias)
-    expected = product + before.double()
-    # The product is rounded before it is added, as where a norm has a kernel of its own.
-    bound = testing.error_bound(x, weight, product, torch.bfloat16) + 1.01 * BF16 * expected.abs()
-    bound += 2.0**-22 * (expected.abs() + bias.double().abs() + before.double().abs())
-    plan = tiled(where, weight, TILES[tile], Epilogue(residual=True))
-    for _ in range(2):
-        residual, out = before.clone(), testing.poisoned(m, n, torch.bfloat16, where)
-        squares = torch.full((m, plan.squares), torch.nan, device=where)
-        plan(x, bias, out, residual=residual, gamma=gamma, squares_out=squares)
-        assert testing.violation(residual, expected, bound) is None
-        assert torch.equal(out, (residual.float() * gamma.float()).bfloat16())
-        parts = residual.double().square().view(m, plan.squares, 64).sum(2)
-        # Eight terms of a lane one after the other, then three levels of a tree.
-        assert ((squares - parts).abs() <= 12 * 2.0**-24 * parts).all()
-
-
-@pytest.mark.parametrize("tile", range(len(TILES)))
-@pytest.mark.parametrize("name", ["lut1_g64", "lut4_g64"])
-def test_many_rows_still_to_be_normalised(where: str, name: str, tile: int) -> None:
-    m, n, k, count = min(61, TILES[tile].tokens), 448, 1024, 48
-    weight = weight_of(where, name, n, k, seed=m, tables=2)
-    x, bias = inputs(where, m, k), inputs(where, 1, n, 3)[0]
-    squares, total = norms(where, m, count)
-    scale = (total / k + EPS).rsqrt()
-    expected = testing.exact(x, weight) * scale + bias.double()
-    bound = float32_bound(x, weight, expected) * scale + 1.01 * BF16 * expected.abs()
-    bound += (count / 32 + 10) * 2.0**-23 * ((expected - bias.double()).abs() + bias.double().abs() + expected.abs())
-    plan = tiled(where, weight, TILES[tile], Epilogue(squares=count))
-    out = testing.poisoned(m, n, torch.bfloat16, where)
-    plan(x, bias, out, squares=squares, eps=EPS)
-    assert testing.violation(out, expected, bound) is None

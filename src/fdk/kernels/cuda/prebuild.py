@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -84,23 +83,9 @@ def chain_config(product: Product, epilogue: decode_config.Epilogue, target: Tar
     return decode_choice.choose_config(shape, product.m, blocks, target.sms, target.capability, epilogue)
 
 
-def source_of(product: Product, config: decode_config.Config | prefill.Config, target: Target) -> jit.Source:
-    """What a product with a configuration of `chain_config` or `tiled_config` is compiled from."""
-    kernel = prefill if isinstance(config, prefill.Config) else decode
-    return kernel.source(decode_config.shape_of(product.geometry, product.zeros), config, target.capability)
-
-
-def tiled_config(product: Product, epilogue: decode_config.Epilogue, target: Target) -> prefill.Config | None:
-    """The configuration of a product with an epilogue by the prefill kernel, None if another one serves it better."""
-    geometry, zeros, m = product
-    shape, blocks = decode_config.shape_of(geometry, zeros), block_counts(geometry)
-    route = routes.routes(shape, max(1, m), blocks, target.sms, target.capability)[0]
-    if route.name != "prefill" or m > route.config.tokens or route.config.stream or route.config.pair > 1:
-        return None
-    if epilogue.gated or (epilogue.residual and (geometry.n % 64 or len(blocks) > 1)):
-        return None
-    config = replace(route.config, epilogue=epilogue)
-    return config if config.shared_bytes(shape) <= decode_config.MAX_SHARED else None
+def source_of(product: Product, config: decode_config.Config, target: Target) -> jit.Source:
+    """What a product with a configuration of `chain_config` is compiled from."""
+    return decode.source(decode_config.shape_of(product.geometry, product.zeros), config, target.capability)
 
 
 def chain_us(product: Product, target: Target, gated: bool = False) -> tuple[float, float]:

@@ -111,7 +111,6 @@ class Config:
     unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
                 k_groups) and divide the units of a slice of k
     fresh       the kernel in front writes the codes, so that they are not fetched before it is done
-    epilogue    what becomes of the sums: `squares` and `residual` of decode_config.Epilogue, for a tile of all tokens
     """
 
     tokens: int
@@ -130,7 +129,6 @@ class Config:
     unrolled: bool = False
     codes_ahead: bool = False
     fresh: bool = False
-    epilogue: decode_config.Epilogue = decode_config.PLAIN
 
     @property
     def cluster(self) -> int:
@@ -161,7 +159,7 @@ class Config:
         all_barriers = 2 * self.stages + (1 + chunks if self.split > 1 else 0)
         x_bytes, codes_bytes = self.tokens * 128, self.blocks * self.block_bytes(shape)
         out = self.warpgroups * min(self.tokens, 64) * _OUT_STRIDE
-        barriers = -(-all_barriers * 8 // 16) * 16 + (4 * self.tokens if self.epilogue.squares else 0)
+        barriers = -(-all_barriers * 8 // 16) * 16
         receive = 0 if slices == 1 else self.k_groups * slices * share * self.blocks * 128 * 16
         stage = _whole(x_bytes + codes_bytes)
         head = _whole(out + barriers)
@@ -197,8 +195,6 @@ class Config:
             "FDK_WIDE": int(self.wide),
             "FDK_UNROLLED": int(self.unrolled),
             "FDK_FRESH": int(self.fresh),
-            "FDK_SQUARES": self.epilogue.squares,
-            "FDK_RESIDUAL": int(self.epilogue.residual),
             "FDK_SHARED_BYTES": self.shared_bytes(shape),
         }
 
@@ -475,13 +471,8 @@ class Params(ctypes.Structure):
         ("partial", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
         ("range", decode.Range * MAX_RANGES),
-        ("squares", ctypes.c_void_p),
-        ("squares_out", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("gamma", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
         # The kernel's struct is a multiple of 64 bytes, and a launch copies all of it.
-        ("pad", ctypes.c_uint64 * 7),
+        ("pad", ctypes.c_uint64 * 4),
     )
 
 
@@ -543,7 +534,6 @@ class Plan:
         self.maps: dict[tuple[int, int], driver.TensorMap] = {}
         with torch.cuda.device(self.device):
             self.function = load(self.shape, config, self.device.index)
-        self.squares = self.shape.n // BLOCK
         if config.stream:
             # After loading, which says what to do where a graph is being captured.
             self.flags = flags.of_device(self.device)
@@ -552,11 +542,10 @@ class Plan:
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor, **operands: Tensor | float) -> None:
         """out [m, n] = x [m, k] @ W.T + bias on the current stream of the weight's device.
 
-        operands: what the epilogue reads and writes, and codes if they are not the weight's, by the names of `Params`.
+        operands: codes if they are not the weight's, by the names of `Params`.
         """
         m, config = x.shape[0], self.config
         assert m > 0 and x.data_ptr() % 16 == 0 and x.is_contiguous()
-        assert config.epilogue == decode_config.PLAIN or m <= config.tokens
         params = Params.from_buffer_copy(self.template)
         for name, value in operands.items():
             setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)

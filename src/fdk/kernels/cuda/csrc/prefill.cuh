@@ -18,8 +18,6 @@
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
 //   FDK_AHEAD FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_FETCH_SUMS FDK_WIDE FDK_UNROLLED FDK_FRESH
-//   FDK_SQUARES FDK_RESIDUAL  what becomes of the sums in a decoding step, as in epilogue.cuh, with one partial sum of squares for
-//       64 rows and each token; all tokens in one tile
 #pragma once
 #include "operand.cuh"
 #include "wgmma.cuh"
@@ -50,10 +48,6 @@ constexpr bool UNROLLED = FDK_UNROLLED;
 constexpr bool FRESH = FDK_FRESH;  // the kernel in front writes the codes
 constexpr bool LANE_TABLE = KIND == 0 && BITS <= 5;  // each lane has one value of the table
 static_assert(TOKENS == 8 * TOKEN_TILES);
-constexpr int SQUARES = FDK_SQUARES;
-constexpr bool RESIDUAL = FDK_RESIDUAL;
-static_assert((SQUARES == 0 && !RESIDUAL) || (!STREAM && PAIR == 1), "whole tiles of all tokens");
-static_assert(!RESIDUAL || N % 64 == 0, "squares of whole blocks");
 static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
 // Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
 constexpr bool TURNS = FDK_TURNS && WARPGROUPS > 1;
@@ -104,8 +98,7 @@ struct Smem {
     // Of a cluster's slices: one barrier for the end of all loops, one for each chunk of a warpgroup's outputs.
     static constexpr int OUT_CHUNKS = (SHARE_TILES * 8 + CHUNK - 1) / CHUNK;
     static constexpr int MEETING_BARRIERS = SPLIT > 1 ? 1 + WARPGROUPS * OUT_CHUNKS : 0;
-    static constexpr int NORMS_AT = ((2 * STAGES + MEETING_BARRIERS) * 8 + 15) / 16 * 16;  // behind the barriers, one of each token
-    static constexpr int BARRIER_BYTES = NORMS_AT + (SQUARES > 0 ? TOKENS * 4 : 0);
+    static constexpr int BARRIER_BYTES = ((2 * STAGES + MEETING_BARRIERS) * 8 + 15) / 16 * 16;
     static constexpr int HEAD_BYTES = (OUT_BYTES + BARRIER_BYTES + 1023) / 1024 * 1024;
     static constexpr int LOW_HEAD = HEAD_BYTES <= TABLE ? HEAD_BYTES : 0;
     static constexpr int FITTING = (TABLE - LOW_HEAD) / STAGE;
@@ -116,7 +109,7 @@ struct Smem {
     // Sums of k slices replace the ring: each slice adds up its share of the tokens.
     static constexpr int RECEIVE = HIGH_STAGES;
     static constexpr int RECEIVE_BYTES = SLICES == 1 ? 0 : K_GROUPS * SLICES * SHARE_TILES * BLOCKS * 128 * 16;
-    static constexpr int BARRIERS = OUT + OUT_BYTES, NORMS = BARRIERS + NORMS_AT;
+    static constexpr int BARRIERS = OUT + OUT_BYTES;
     static constexpr int BYTES = RING_END > RECEIVE + RECEIVE_BYTES ? RING_END : RECEIVE + RECEIVE_BYTES;
 
     __device__ static __forceinline__ int stage(int i) {
@@ -145,11 +138,6 @@ struct __align__(64) Params {
     f32x4* partial;      // [CTAs, BLOCKS, TOKEN_TILES, 128]: sums of the tile that a share ends, of each thread (STREAM)
     u32* flags;          // [CTAs, BLOCKS]: 1 while they wait to be added up; 0 before and after a launch
     Range range[MAX_RANGES];
-    const float* squares;  // [m, SQUARES]
-    float* squares_out;    // [m, N / 64]
-    u16* residual;         // [m, N]
-    const u16* gamma;      // [N]
-    float eps;
 };
 
 // --- barriers and copies ---------------------------------------------------------------------------------------
@@ -548,61 +536,6 @@ __device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
-// 1 / sqrt(mean(h^2) + eps) of each token, from the partial sums of the kernel before.
-__device__ __forceinline__ void read_norms(const Params& p, float* norms, int warp, int lane) {
-    constexpr int WARPS = CONSUMERS / 32, TRIPS = (TOKENS + WARPS - 1) / WARPS, PIECES = SQUARES > 0 ? (SQUARES + 31) / 32 : 1;
-    float piece[TRIPS][PIECES];
-#pragma unroll
-    for (int trip = 0; trip < TRIPS; ++trip) {
-        const float* from = p.squares + i64(min(trip * WARPS + warp, p.m - 1)) * SQUARES;
-#pragma unroll
-        for (int i = 0; i < PIECES; ++i)
-            piece[trip][i] = i * 32 + lane < SQUARES ? load_latest_float(from + i * 32 + lane) : 0.f;
-    }
-#pragma unroll
-    for (int trip = 0; trip < TRIPS; ++trip) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < PIECES; ++i) sum += piece[trip][i];
-#pragma unroll
-        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        const int token = trip * WARPS + warp;
-        if (lane == 0 && token < TOKENS) norms[token] = rsqrtf(sum * (1.f / K) + p.eps);
-    }
-}
-
-// Staged products of a block added to the residual, which they become; out is that times gamma, and the squares are summed.
-__device__ __forceinline__ void add_block(const Params& p, const Range& range, int block, const char* staged, int token, int count, int thread) {
-    const i64 row = range.first_row + i64(block - range.first_block) * 64;
-    for (int i = thread; i < count * 8; i += 128) {
-        const int t = i / 8, first = i % 8 * 8;
-        const bool inside = token + t < p.m && block < range.end_block;
-        float square = 0;
-        if (inside) {
-            const i64 at = i64(token + t) * N + row + first;
-            const u32x4 product = *reinterpret_cast<const u32x4*>(staged + t * Smem::OUT_STRIDE + first * 2);
-            const u32x4 gamma = *reinterpret_cast<const u32x4*>(p.gamma + row + first);
-            const f32x4 old = load_partial(reinterpret_cast<const f32x4*>(p.residual + at));
-            const auto add = [&](u32 product, float old, u32 gamma, u32& sum) -> u32 {
-                const u32 before = __float_as_uint(old);
-                sum = round_pair<BF16>(low_half<BF16>(product) + low_half<BF16>(before), high_half<BF16>(product) + high_half<BF16>(before));
-                const float a = low_half<BF16>(sum), b = high_half<BF16>(sum);
-                square = fmaf(a, a, fmaf(b, b, square));
-                return round_pair<BF16>(a * low_half<BF16>(gamma), b * high_half<BF16>(gamma));
-            };
-            u32x4 sum, out;
-            out.x = add(product.x, old.x, gamma.x, sum.x), out.y = add(product.y, old.y, gamma.y, sum.y);
-            out.z = add(product.z, old.z, gamma.z, sum.z), out.w = add(product.w, old.w, gamma.w, sum.w);
-            *reinterpret_cast<u32x4*>(p.residual + at) = sum;
-            *reinterpret_cast<u32x4*>(p.out + at) = out;
-        }
-        // Eight lanes share a token; warps are whole, since tokens come in eights.
-#pragma unroll
-        for (int other = 4; other; other /= 2) square += __shfl_xor_sync(0xffffffffu, square, other);
-        if (inside && first == 0) p.squares_out[i64(token + t) * (N / 64) + row / 64] = square;
-    }
-}
-
 // Staged outputs of a block for `count` tokens from `token` on to global memory.
 __device__ __forceinline__ void write_block(const Params& p, const Range& range, int block, const char* staged, int token, int count,
                                             int thread) {
@@ -725,11 +658,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                         fill_table_from_lanes<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, table_value);
                     else
                         fill_table<BITS, CONSUMERS / 32, WIDE>(smem + Smem::TABLE, warp, lane, entry);
-                    named_barrier(WARPGROUPS + 1, CONSUMERS);
-                }
-                if (SQUARES > 0 && range_of_table < 0) {
-                    wait_for_previous_kernel();
-                    read_norms(p, reinterpret_cast<float*>(smem + Smem::NORMS), warp, lane);
                     named_barrier(WARPGROUPS + 1, CONSUMERS);
                 }
                 range_of_table = range;
@@ -1079,14 +1007,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 #pragma unroll
                 for (int j = first; j < first + CHUNK_TILES && j < MINE; ++j) {
                     const int at = 4 * (j % TOKEN_TILES);
-                    f32x4 v = {sum(at), sum(at + 1), sum(at + 2), sum(at + 3)};
-                    if constexpr (SQUARES > 0) {
-                        const int token = first_token - tile.token + j * 8 + lane % 4 * 2;
-                        const float* norm = reinterpret_cast<const float*>(smem + Smem::NORMS) + min(token, TOKENS - 2);
-                        v = {v.x * norm[0], v.y * norm[1], v.z * norm[0], v.w * norm[1]};
-                    }
-                    const u32 upper = round_pair<BF16>(fmaf(v.x, scale[0], bias[0]), fmaf(v.y, scale[0], bias[0]));
-                    const u32 lower = round_pair<BF16>(fmaf(v.z, scale[1], bias[1]), fmaf(v.w, scale[1], bias[1]));
+                    const u32 upper = round_pair<BF16>(fmaf(sum(at), scale[0], bias[0]), fmaf(sum(at + 1), scale[0], bias[0]));
+                    const u32 lower = round_pair<BF16>(fmaf(sum(at + 2), scale[1], bias[1]), fmaf(sum(at + 3), scale[1], bias[1]));
                     const u32 to = shared_address(staged) + ((j - first) * 8 + lane % 8) * Smem::OUT_STRIDE;
                     store_transposed(to + r * 32 + lane / 8 % 2 * 16, upper, lower);
                 }
@@ -1095,10 +1017,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 // The last share may be short.
                 const bool even = TOKEN_TILES % SLICES == 0;
                 const int limit = even ? count : tile.token + TOKENS - first_token - first * 8;
-                if constexpr (RESIDUAL)
-                    add_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
-                else
-                    write_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
+                write_block(p, range, block, staged, first_token + first * 8, min(count, limit), thread);
             }
             if constexpr (SLICES > 1) break;  // one tile
             named_barrier(1 + group_index, 128);
