@@ -49,7 +49,7 @@ def test_integer_products_are_exact_on_one_hot_inputs(where: str, name: str, m: 
     zeros = weight.parts.get("zeros")
     shape = decode_config.shape_of(weight.geometry, None if zeros is None else zeros.dtype)
     if not shape.allows_digits_of(m):
-        pytest.skip("four tokens and more: codes alone, not tables or masks, nor of 3 and 5 to 7 bits")
+        pytest.skip("four tokens and more: codes alone, not tables or masks")
     config = replace(decode_choice.choose_config(shape, m, 4, 132), digits=True, stage_units=1, stages=2, phases=1)
     config = replace(config, paired=shape.nested or shape.sparse or m > 1, x_chunks=1, x_sums=False)
     plan = decode.Plan(weight, config)

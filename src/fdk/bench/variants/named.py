@@ -71,6 +71,8 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "int3_g64 int6_g64", "4096x14336", "1"), bytes_of(14, 2, 1, (2, 2), (2, 1))),
             Trial(problems("decode", "uint3_g64 uint6_g64", "8192x8192", "1"), bytes_of(16, 1, 1, (2, 1))),
             Trial(problems("decode", "int5_g64 int7_g64", "8192x8192", "1"), bytes_of(16, 1, 1, (2, 1))),
+            Trial(problems("decode", "int3_g128", "8192x8192", "2 4"), bytes_of(16, 2, 2, (1, 2), late=False)),
+            Trial(problems("decode", "int6_g128", "8192x8192", "2 4"), bytes_of(16, 2, 2, (2, 1), late=False)),
         ),
     ),
     "large-integers": Named(
@@ -112,6 +114,10 @@ SETS: dict[str, Named] = {
             Trial(
                 problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128 int4_g128", "4096x4096", "2"),
                 bytes_of(8, 2, 1, (1, 2), (2, 2)),
+            ),
+            Trial(
+                problems("decode", "trunc8s2_g128", "8192x8192", "1"),
+                ({"stages": 2}, {"stages": 2, "stage_units": 1}, {"late": True}, {"ahead": 3}),
             ),
             Trial(problems("decode", "nest8_g128", "16384x16384", "4"), bytes_of(8, 2, 4, (2, 1), batch=1, late=False)),
             Trial(

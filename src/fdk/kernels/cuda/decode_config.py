@@ -125,9 +125,8 @@ class Shape:
 
     @property
     def allows_many_digits(self) -> bool:
-        """Whether csrc/digits_many.cuh can: not tables or masks; codes at one bit of a byte; k is even."""
-        aligned = self.nested or self.bits in (1, 2, 4, 8)
-        return self.kind != TABLE and not self.sparse and aligned and self.k % 2 == 0
+        """Whether csrc/digits_many.cuh can: neither tables nor masks, and k is even."""
+        return self.kind != TABLE and not self.sparse and self.k % 2 == 0
 
     @property
     def allows_indices(self) -> bool:

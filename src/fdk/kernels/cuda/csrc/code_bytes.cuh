@@ -11,11 +11,11 @@ __device__ constexpr int row_shift(int h) {
     return BITS == 1 ? 7 - h : BITS == 2 ? 2 + 4 * h : BITS == 4 ? 4 : 8 - BITS;
 }
 
-// The bit of its byte at which code_bytes leaves the codes of register `i` of step `step`; not of 3 and 5 to 7 bits.
-__device__ constexpr int code_bit(int step, int i) {
+// The bit of its byte at which code_bytes leaves the code of byte `byte` of register `i` of step `step`.
+__device__ constexpr int code_bit(int step, int i, int byte) {
     if (NESTED) return (step * 4 + i % 2 * 2 + i / 2) / FIELD * FIELD;
     if (BITS == 1) return 7 - i % 2 - 2 * (2 * step + i / 2);
-    return BITS == 2 ? 4 * (i % 2) + 2 * (i / 2) : BITS == 4 ? 4 * (i / 2) : 0;
+    return BITS == 2 ? 4 * (i % 2) + 2 * (i / 2) : BITS == 4 ? 4 * (i / 2) : (1 - byte % 2) * MAX_SHIFT;
 }
 
 // Codes e and e + 1 of a row tile of 3 or 5 to 7 bits at bit `to`, others around them.

@@ -83,6 +83,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
     if constexpr (Norms::LATER && W::BUSY_WARPS < SHARE_WARPS) norms.finish(p, smem, warp, lane);
 
     const int i = lane % W::LANES;
+    constexpr bool APART_BITS = !NESTED && BITS != 1 && !W::TWO;  // codes of a pair lie at bits of their own
     const int shift = NESTED ? MAX_SHIFT * (1 - i / 8) : BITS == 1 ? i / 4 * 2 : 0;  // besides a word's own, of TWO
     float power[W::TRIPS];
 #pragma unroll
@@ -109,7 +110,7 @@ __device__ __forceinline__ void prepare_activations(const Params& p, char* smem,
             for (int pair = 0; pair < W::PAIRS; ++pair) {
                 const u32 both = W::KEPT ? kept[W::KEPT ? n : 0][trip][pair] : x.load(n, trip, pair);
                 w[2 * pair] = fixed_point(low_half<BF16>(both), power[trip] * (W::TWO ? float(1 << BITS) : 1.f)) ^ 0x00808080u;
-                w[2 * pair + 1] = fixed_point(high_half<BF16>(both), power[trip]) ^ 0x00808080u;
+                w[2 * pair + 1] = fixed_point(high_half<BF16>(both), power[trip] * (APART_BITS ? float(1 << MAX_SHIFT) : 1.f)) ^ 0x00808080u;
             }
             u32 digits[4][W::TWO ? 2 : 1];
 #pragma unroll

@@ -50,7 +50,10 @@ constexpr u32 MAGIC = 0x4b400000u, NEXT = MAGIC + (8u << 23);
 __device__ __forceinline__ void add_start(u32 (&d)[4], const u32x4& b) {
     u32 middle[2][4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) middle[i / 4][i % 4] = 0x01010101u * (u32(-MIDDLE << code_bit(i / 4, i % 4)) & 0xff);
+    for (int i = 0; i < 8; ++i) {
+        const auto at = [&](int byte) { return 0x00010001u * (u32(-MIDDLE << code_bit(i / 4, i % 4, byte)) & 0xff) << 8 * byte; };
+        middle[i / 4][i % 4] = at(0) | at(1);
+    }
     mma_bytes<true>(d, middle[0], b.x, b.y, d);
     mma_bytes<true>(d, middle[1], b.z, b.w, d);
 }
