@@ -1,7 +1,9 @@
 """fdk eval, and fdk quantise with a budget: what they print, write and refuse."""
 
+import errno
 import importlib
 import json
+import os
 import re
 
 import pytest
@@ -200,3 +202,24 @@ def test_an_interrupted_training_is_one_line(capsys, monkeypatch, tmp_path):
     assert command.main(["--only-train", "--folder", str(tmp_path / "m")]) == 130
     assert capsys.readouterr().err == "fdk.models.tiny: interrupted; nothing half-written was kept\n"
     assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_training(capsys, monkeypatch, tmp_path):
+    command = importlib.import_module("fdk.models.tiny.__main__")
+    monkeypatch.setattr(command, "train", lambda *arguments: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    assert command.main(["--only-train", "--folder", str(tmp_path / "file" / "m")]) == 2
+    assert "file is a file; choose another folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_folder_and_leaves_nothing(capsys, monkeypatch, tmp_path, folder):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fdk.models.tensors.TensorWriter.write", full)
+    status, _, err = run(capsys, "quantise", folder, "--output", tmp_path / "low")
+    assert status == 1 and not (tmp_path / "low").exists()
+    assert err == (
+        f"fdk quantise: No space left on device: {tmp_path / 'low'}; free some space, or choose another folder; "
+        "nothing half-written was kept\n"
+    )

@@ -89,6 +89,7 @@ def test_names_of_rows_do_not_run_into_each_other():
     assert plots.spaced([1]) == {1}
     assert plots.spaced([1, 8, 64]) == {1, 8, 64}
     assert plots.spaced([1, 8, 64, 96, 128, 192, 256, 384, 8192]) == {1, 8, 64, 128, 256, 384, 8192}
+    assert plots.spaced([1, 384, 512, 768, 1024, 2048]) == {1, 384, 512, 1024, 2048}
 
 
 def test_a_single_record_is_enough_for_a_roofline(one, tmp_path):

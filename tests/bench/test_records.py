@@ -1,11 +1,14 @@
 """Records: the schema, whole lines, the environment inside and outside a checkout."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 from fdk.bench import records
+from fdk.errors import FdkError
 
 DEMANDED = {
     *("test", "m", "k", "n", "g", "bits", "format", "provider", "kernel", "copies", "reps", "bytes_rw", "ops"),
@@ -84,3 +87,19 @@ def test_missing_files_and_empty_folders_are_named(tmp_path):
         records.read([tmp_path / "no.jsonl"])
     with pytest.raises(records.RecordError, match=r"no \.jsonl files"):
         records.read([tmp_path])
+
+
+def test_a_folder_or_disk_that_takes_no_records_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FdkError, match=r"cannot write records into .*file \(File exists\); name another folder"):
+        records.Writer(tmp_path / "file", "x")
+
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = records.Writer(tmp_path / "out", "x")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(FdkError, match=r"bench-x.jsonl: a record could not be written \(No space left on device\)"):
+        writer.write({"test": "x"})
+    writer.close()
+    assert not list((tmp_path / "out").iterdir())

@@ -19,6 +19,7 @@ import fdk
 from fdk.bench import records, timing
 from fdk.bench.command import rebind
 from fdk.bench.report import significant
+from fdk.errors import FdkError
 from fdk.quantise import quantise
 
 CALLS, ROUNDS = 2000, 41
@@ -121,9 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     environment = records.environment(torch.device(args.device)) | {"threads": torch.get_num_threads()}
     try:
         writer = records.Writer(args.output_dir, f"host-{environment['id']}")
-    except OSError as error:
-        where = f"cannot write {args.output_dir} ({error.strerror})"
-        print(f"fdk.bench.host: {where}; name another --output-dir", file=sys.stderr)
+    except FdkError as error:
+        print(f"fdk.bench.host: {error}", file=sys.stderr)
         return 2
     with writer, torch.inference_mode():
         print(f"{environment['device']}, {environment['isa']}, {environment['threads']} threads")

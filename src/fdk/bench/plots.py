@@ -232,10 +232,15 @@ def speedup(plt, entries: list[Record]):
 
 def spaced(ms: Sequence[int]) -> set[int]:
     """Those of ms whose labels fit on a log axis beside each other, powers of two before others."""
-    gap = 0.036 * log2(ms[-1] / ms[0])
+    octaves = log2(ms[-1] / ms[0])
+
+    def apart(m: int, other: int) -> bool:
+        digits = len(str(m)) + len(str(other))
+        return abs(log2(m / other)) >= max(0.036, 0.006 * digits) * octaves
+
     found: set[int] = set()
     for m in sorted(ms, key=lambda m: (m & (m - 1) != 0, m)):
-        if all(abs(log2(m / other)) >= gap for other in found):
+        if all(apart(m, other) for other in found):
             found.add(m)
     return found
 
@@ -397,7 +402,7 @@ def drawable(test: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw figures; returns 0, or 2 if records or matplotlib are missing or the folder cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m fdk.bench.plots", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fdk plot", description=__doc__)
     parser.add_argument("records", nargs="+", type=Path, help=".jsonl files of the benchmark, or folders with them")
     parser.add_argument("--output-dir", type=Path, default=Path("out"), help="folder for the figures (out)")
     try:

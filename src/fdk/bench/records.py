@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from fdk.errors import FdkError
+
 FIELDS = (
     "test", "m", "k", "n", "g", "bits", "format", "dtype", "provider", "kernel", "status", "reason",
     "copies", "inner_reps", "reps", "settle", "launch", "bytes_rw", "ops",
@@ -142,18 +144,30 @@ def _driver() -> str | None:
 
 
 class Writer:
-    """Appends records to a file, a whole line at a time, so that an interrupted run leaves whole records."""
+    """Appends records to a file, a whole line at a time, so that an interrupted run leaves whole records.
+
+    FdkError, naming the file or folder, if it cannot be written.
+    """
 
     def __init__(self, folder: Path, id: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"bench-{id}.jsonl"
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.count = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise FdkError(
+                f"cannot write records into {folder} ({error.strerror}); name another folder with --output-dir"
+            ) from None
 
     def write(self, record: Record) -> None:
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        if os.write(self._file, line) != len(line):
-            raise OSError(f"{self.path}: a record could be written only in part; is the disk full?")
+        try:
+            written, reason = os.write(self._file, line), "only a part of it"
+        except OSError as error:
+            written, reason = 0, error.strerror
+        if written != len(line):
+            raise FdkError(f"{self.path}: a record could not be written ({reason}); free some space and run again")
         self.count += 1
 
     def close(self) -> None:

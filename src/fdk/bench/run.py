@@ -414,10 +414,8 @@ def _run(settings: Settings, report: Report) -> int:
     environment = records.environment(settings.device)
     try:
         writer = records.Writer(settings.output_dir, str(environment["id"]))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write records into {settings.output_dir} ({error.strerror}); name another folder with --output-dir"
-        ) from None
+    except FdkError as error:
+        raise UsageError(str(error)) from None
     points = [(s, t, m) for s in settings.shapes for t in settings.threads for m in settings.ms]
     failed = 0
     everything: list[records.Record] = []

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fdk.cli import convert, evaluate, explain, generate, info, interrupts, quantise, warmup
 from fdk.cli.flags import UsageError
-from fdk.cli.output import until_the_reader_leaves
+from fdk.cli.output import until_the_reader_leaves, unwritten
 from fdk.errors import FdkError
 
 COMMANDS = {
@@ -94,8 +94,7 @@ def _main(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        return _fail(arguments, f"{error.strerror or error}:{where}; nothing half-written was kept", 1, debug)
+        return _fail(arguments, unwritten(error), 1, debug)
     except KeyboardInterrupt:
         return _fail(arguments, "interrupted; nothing half-written was kept", 130, debug)
     except Exception as error:

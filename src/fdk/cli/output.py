@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+
+
+def unwritten(error: OSError) -> str:
+    """What to say of a file that could not be read or written."""
+    remedy = "free some space, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}; {remedy or 'check the path'}; nothing half-written was kept"
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None) -> None:

@@ -341,8 +341,11 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         _sync(target.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        # A write does not say to which file it went.
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            error.filename = str(target)
         raise
     finally:
         os.close(lock)

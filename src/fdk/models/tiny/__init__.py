@@ -141,16 +141,20 @@ def train(
 
 def save_dense(model: Llama, folder: Path) -> Path:
     """Write `model` as a new folder in Hugging Face's layout, which `fdk eval` and `fdk quantise` read. Its path."""
-    state = model.state_dict()
     with new_folder(folder) as work:
-        with TensorWriter(
-            work, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        ) as writer:
-            for name, tensor in state.items():
-                writer.write(name, tensor)
-            writer.finish()
-        (work / CONFIG_FILE).write_text(json.dumps(model.config.to_hf(), indent=1) + "\n", encoding="utf-8")
+        write_dense(model, work)
     return folder
+
+
+def write_dense(model: Llama, folder: Path) -> None:
+    """The same into a folder that is there."""
+    state = model.state_dict()
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    with TensorWriter(folder, specs) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor)
+        writer.finish()
+    (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_hf(), indent=1) + "\n", encoding="utf-8")
 
 
 def held_out(sequences: int = 512, course: Course = COURSES["tiny"]) -> Tensor:

@@ -6,13 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fdk.bench import records
-from fdk.cli.output import show, until_the_reader_leaves
+from fdk.cli.output import show, until_the_reader_leaves, unwritten
 from fdk.errors import FdkError
 from fdk.formats import parse
 from fdk.models import QuantisationConfig, quantise, set_precision
@@ -20,7 +21,8 @@ from fdk.models.budget import measure_model
 from fdk.models.evaluate import Estimate, score
 from fdk.models.folder import load_dense
 from fdk.models.llama import Llama
-from fdk.models.tiny import COURSES, Course, corpus, held_out, save_dense, train
+from fdk.models.tensors import new_folder
+from fdk.models.tiny import COURSES, Course, corpus, held_out, train, write_dense
 from fdk.nn import Linear
 from fdk.nn.report import measure
 
@@ -88,9 +90,11 @@ def trained(args: argparse.Namespace, course: Course) -> tuple[Llama, float | No
             shown[0] = time.perf_counter()
             print(f"step {step}: loss {loss.item():.3f}, {shown[0] - start:.0f} s", file=sys.stderr)
 
-    model = train(args.steps, args.seed, course, args.device, progress)
-    if args.folder:
-        save_dense(model, args.folder)
+    # The folder is begun before the training, which would be lost where it cannot be made.
+    with new_folder(args.folder) if args.folder else nullcontext() as work:
+        model = train(args.steps, args.seed, course, args.device, progress)
+        if work:
+            write_dense(model, work)
     return model, time.perf_counter() - start
 
 
@@ -159,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     except FdkError as error:
         print(f"fdk.models.tiny: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"fdk.models.tiny: {unwritten(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fdk.models.tiny: interrupted; nothing half-written was kept", file=sys.stderr)
         return 130
