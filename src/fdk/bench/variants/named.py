@@ -65,7 +65,7 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "int3_g128 int6_g128", "28672x8192", "1"), bytes_of(16, 2, 7, (2, 1), (3, 1))),
             Trial(
                 problems("decode", "int3_g128 int6_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 2), (4, 1), alone=False, late=False),
+                bytes_of(8, 2, 1, (2, 2), (4, 1), alone=False, late=False, min_ctas=2),
             ),
             Trial(problems("decode", "int3_g64 int6_g64", "14336x4096", "1"), bytes_of(16, 1, 2, (1, 2), (2, 1))),
             Trial(problems("decode", "int3_g64 int6_g64", "4096x14336", "1"), bytes_of(14, 2, 1, (2, 2), (2, 1))),
@@ -104,12 +104,14 @@ SETS: dict[str, Named] = {
         (
             Trial(
                 problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s4_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 2), (4, 1), alone=False, late=False)
+                bytes_of(8, 2, 1, (2, 2), alone=False, late=False)
+                + bytes_of(8, 2, 1, (2, 2), (4, 1), alone=False, late=False, min_ctas=2)
                 + bytes_of(8, 2, 1, (2, 2), alone=False, late=False, min_ctas=2, hold=2500),
             ),
             Trial(
                 problems("decode", "nest8s6_g128 nest8_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 2), (2, 1), alone=False, late=False),
+                bytes_of(8, 2, 1, (2, 2), (2, 1), alone=False, late=False)
+                + bytes_of(8, 2, 1, (2, 1), alone=False, late=False, min_ctas=2),
             ),
             Trial(
                 problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128 int4_g128", "4096x4096", "2"),
