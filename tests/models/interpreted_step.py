@@ -71,15 +71,15 @@ def test_logits_are_those_of_the_plain_path(changes, plan, length, dtype) -> Non
         step()
 
 
-@pytest.mark.parametrize(("batch", "changes"), [(1, {}), (3, {"attention_bias": True, "output_bias": False})])
+@pytest.mark.parametrize(("batch", "changes"), [(1, {}), (3, {"attention_bias": True, "output_bias": False}), (20, {})])
 def test_rows_by_dense_weights_in_the_chain(monkeypatch, batch, changes) -> None:
     monkeypatch.setattr("fdk.models.step._DENSE_ROW", (16, 256, 4))
-    monkeypatch.setattr("fdk.models.step._DENSE_ROWS", (64, 128, 4, 3))
+    monkeypatch.setattr("fdk.models.step._DENSE_ROWS", {16: (64, 128, 4, 3), 64: (32, 128, 4, 3)})
     monkeypatch.setattr("fdk.models.step._DENSE_ROWS_FROM", 0)
     model = random_llama(config(**changes), None, dtype=torch.float32, seed=1)
     sharpen(model)
     step, cache = Step(model, batch, 12), model.new_cache(batch, 12)
-    tokens = torch.tensor([[5, 17, 3], [9, 2, 40], [1, 0, 77]])[:batch]
+    tokens = torch.tensor([[5, 17, 3], [9, 2, 40], [1, 0, 77]])[torch.arange(batch) % 3]
     monkeypatch.setattr("torch.nn.Linear.forward", None)
     with torch.inference_mode():
         for column in tokens.T:

@@ -155,10 +155,9 @@ def test_attention_of_several_clusters_a_head(monkeypatch, splits) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("batch", [1, 7, 40])
 @pytest.mark.parametrize("plan", [None, "lut4_g64"])
 def test_rows_by_dense_weights(monkeypatch, plan, batch) -> None:
-    monkeypatch.setattr("fdk.models.step._DENSE_ROWS", (128, 128, 4, 3))
     monkeypatch.setattr("fdk.models.step._DENSE_ROWS_FROM", 0)
     model = random_llama(small_config(vocab_size=1003), plan and QuantisationConfig(format=plan), "cuda", seed=2)
     tokens = torch.randint(0, 512, (batch, 20), generator=torch.Generator().manual_seed(0)).cuda()

@@ -24,8 +24,9 @@ _SHORT, _LONG = (32, 4, 2), (64, 8, 3)
 _LOGITS = 2048
 # Outputs, columns at once and warps of a program that multiplies one row of x by dense weights.
 _DENSE_ROW = (4, 1024, 4)
-# The same of 2 to 16 rows, and stages of its loop, for as many outputs as a vocabulary has; torch multiplies others.
-_DENSE_ROWS, _DENSE_ROWS_FROM = (128, 128, 4, 3), 1 << 16
+# The same of 2 to 16 and of up to 64 rows, and stages of its loop, for as many outputs as a vocabulary has; torch
+# multiplies others.
+_DENSE_ROWS, _DENSE_ROWS_FROM = {16: (128, 128, 4, 3), 64: (64, 128, 4, 3)}, 1 << 16
 PADDED = "they are padded, and the kernels of the attention read every position up to the last"
 
 
@@ -196,7 +197,8 @@ class Step:
         """layer(x); one row by dense weights in this chain of launches: weights are on their way before x is."""
         dependent = self.common["PDL"] or self.common["INTERPRETED"]
         dense = type(layer) is nn.Linear and layer.weight.is_contiguous() and layer.in_features % 8 == 0
-        if not dense or not dependent or self.batch > (16 if layer.out_features >= _DENSE_ROWS_FROM else 1):
+        most = max(_DENSE_ROWS) if layer.out_features >= _DENSE_ROWS_FROM else 1
+        if not dense or not dependent or self.batch > most:
             return layer(x)
         if self.batch > 1:
             return self._multiply_rows(layer, x)
@@ -222,7 +224,8 @@ class Step:
     def _multiply_rows(self, layer: nn.Linear, x: Tensor) -> Tensor:
         from fdk.models.fused import multiply_rows
 
-        (n, k), (rows, block, warps, stages) = layer.weight.shape, _DENSE_ROWS
+        (n, k), most = layer.weight.shape, next(most for most in sorted(_DENSE_ROWS) if self.batch <= most)
+        rows, block, warps, stages = _DENSE_ROWS[most]
         out, bias = x.new_empty(self.batch, n), layer.bias
         multiply_rows[(-(-n // rows),)](
             x,
@@ -233,7 +236,7 @@ class Step:
             n,
             K=k,
             BIAS=bias is not None,
-            TOKENS=16,
+            TOKENS=max(16, 1 << (self.batch - 1).bit_length()),
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,

@@ -77,6 +77,20 @@ def test_epilogues(compiled, arch: str) -> None:
     check(compiled, problems, arch)
 
 
+def test_registers_keep_apart_what_shared_memory_does_not(compiled) -> None:
+    """Of one bit and one token in a chain a multiprocessor takes one CTA of each launch."""
+    problems = []
+    for k, wide in ((3072, 11264), (3584, 18944), (4096, 11008), (4096, 12288), (6144, 21504), (8192, 28672)):
+        gate_up, residual = decode_config.Epilogue(squares=k // 32, gated=True), decode_config.Epilogue(residual=True)
+        problems += [(Shape(2 * wide, k, 1, 64, True, decode_config.TABLE), 1, gate_up)]
+        problems += [(Shape(k, wide, 1, 64, True, decode_config.TABLE), 1, residual)]
+    found = [(config, source) for config, source in decode_sources(problems, "sm_90a") if not config.alone]
+    assert len(found) >= 6
+    for (config, source), result in zip(found, compiled(source for _, source in found), strict=True):
+        # Registers are given out eight a thread.
+        assert result.spilled == 0 and 2 * config.threads * -(-result.registers // 8) * 8 > 65536, source
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_one_token_of_nested_slices(compiled, arch: str) -> None:
     shapes = [Shape(4096, 4096, bits, 64, served % 3 > 0, kind, served) for bits, kind, served in NESTED]

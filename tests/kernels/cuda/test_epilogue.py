@@ -1,12 +1,14 @@
 """Products with an epilogue: each value within what its roundings explain, every element written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import fdk
 from fdk import reference, testing
 from fdk.formats import parse
-from fdk.kernels.cuda import KERNEL
+from fdk.kernels.cuda import KERNEL, prebuild
 from fdk.kernels.cuda.decode_config import Epilogue
 
 FORMATS = ["lut1_g64", "lut3_g32", "lut4_g64", "int8_chan", "uint4_g48"]
@@ -127,6 +129,26 @@ def test_gate_times_up(where: str, name: str, m: int, shape: tuple[int, int]) ->
     out = testing.poisoned(m, n // 2, torch.bfloat16, where)
     plan(x, bias, out, squares=squares, eps=EPS)
     assert testing.violation(out, silu * up, bound) is None
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_operands_ahead_of_activations(where: str, ahead: int, monkeypatch) -> None:
+    choose, used = prebuild.chain_config, []
+
+    def chosen(*problem):
+        config = choose(*problem)
+        one_step = replace(config, blocks=config.row_warps, batch=1, stage_units=1, stages=min(2, config.stages))
+        used.append(replace(one_step, ahead=ahead))
+        return used[-1]
+
+    if where != "cpu" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("chosen on compute capability 9.0")
+    monkeypatch.setattr(prebuild, "chain_config", chosen)
+    test_residual_sum_and_the_next_norm(where, "lut4_g64", 1, (70, 960))
+    test_a_product_between_others(where, "lut4_g64", 1)
+    test_a_product_of_what_is_still_to_be_normalised(where, "lut4_g64", 1, 6)
+    test_gate_times_up(where, "lut4_g64", 1, (640, 960))
+    assert used and all(config.steps == 1 for config in used)
 
 
 def test_a_wrong_norm_is_caught(where: str) -> None:

@@ -442,6 +442,9 @@ def _with_two_places(shape: Shape, config: Config, blocks: int) -> Config:
     Measured in the step of custom-llama-12B on an H200, 2026-11-22: there only, since it loses in other pairs of
     launches, and at 6144 x 21504; docs/findings.md.
     """
+    if config.paired and shape.kind in (TABLE, INT) and (shape.units, blocks) == (64, 96) and config.epilogue.squares:
+        # Query/key/value between *down*, whose places are held, and attention: beside either.
+        return replace(config, alone=False)
     measured = config.paired and shape.kind in (TABLE, INT) and (shape.units, blocks) in ((64, 448), (224, 64))
     if not measured or not shape.allows_stage_units(4, 14 if config.cluster == 2 else 4):
         return config
@@ -449,6 +452,18 @@ def _with_two_places(shape: Shape, config: Config, blocks: int) -> Config:
     if config.epilogue.gated and config.cluster == 1:
         return replace(beside, k_warps=4, row_warps=2, batch=2)
     return replace(beside, k_warps=7) if config.epilogue.residual and config.cluster == 2 else config
+
+
+def _kept_apart_by_registers(config: Config) -> Config:
+    """`config` of one bit and one token in a chain, not alone by shared memory where registers see to that.
+
+    That is where 11 warps and more have stages of four units, 88 to 96 registers a thread: gate/up begins beside the
+    output product, query/key/value beside *down*. Measured in the steps of custom-llama-4B (0.96) and 31B (1.00) on an
+    H200, 2026-11-22: docs/findings.md.
+    """
+    full = config.paired and config.warps >= 11 and config.stage_units == 4
+    fits = full and (config.epilogue.gated or config.epilogue.residual)
+    return replace(config, alone=False) if fits else config
 
 
 def _few_stages(shape: Shape, config: Config, blocks: int, at_once: int) -> Config:
@@ -618,7 +633,9 @@ def choose_config(
         config = replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
         if config.paired:
             config = _few_stages(shape, config, blocks, clusters_at_once(sms, 4))
-        return _with_two_places(shape, config, blocks) if capability == (9, 0) and sms == 132 else config
+        if capability != (9, 0) or sms != 132:
+            return config
+        return _kept_apart_by_registers(_with_two_places(shape, config, blocks))
     if best and chained and best[1].warps > 12:
         # 128 registers are not enough for what the compiler then keeps, but for one bit in look-ups of eight codes.
         return replace(best[1], uniform=best[1].octets)

@@ -170,8 +170,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #else
     const Share share = Share::of(units, warp, lane);
     Arriving x;
+    norms.fetch(p, warp, lane);
     x.load(p, share, cta_unit);
+    outputs.prepare(first_block, end_block);
     meanwhile();
+    norms.finish(p, smem, warp, lane);
     x.store(smem, share, warp);
     if constexpr (FDK_LATE) let_next_kernel_start();
 #endif

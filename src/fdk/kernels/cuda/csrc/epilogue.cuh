@@ -84,7 +84,7 @@ struct Outputs {
     int share;
     // Of this thread's outputs, fetched while the product runs; as they come, or the warp would wait for them at once.
     u16 residual[KEPT], gamma[KEPT];
-    static constexpr bool COMES_LATER = M > 1 || DIGITS;
+    static constexpr bool COMES_LATER = M > 1 || DIGITS || AHEAD;
     // Where those lie, null outside of the matrix: found before the dependency wait, for one token.
     static constexpr bool PLACED = EARLY && M == 1 && DIGITS;
     const u16 *residual_at[KEPT], *gamma_at[KEPT];

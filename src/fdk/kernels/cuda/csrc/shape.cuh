@@ -67,7 +67,7 @@ static_assert(!HALF_BLOCKS || (BITS % 2 == 0 && KIND <= 3 && STEPS_PER_CTA == 1 
 // Operands of a warp's first unit are made while its activations are on their way (1), or before the dependency wait: the
 // stage is then refilled behind it (2) or at once (3).
 constexpr int AHEAD = FDK_AHEAD;
-static_assert(!AHEAD || (M == 1 && OWN_X && K % 64 == 0 && SUBS == 1 && !INDICES && !HALF_BLOCKS && !SQUARES && !RESIDUAL), "operands need nothing else");
+static_assert(!AHEAD || (M == 1 && OWN_X && K % 64 == 0 && SUBS == 1 && !INDICES && !HALF_BLOCKS && !(DIGITS && (SQUARES || RESIDUAL))), "operands need nothing else");
 // Row tiles of a block that a warp multiplies.
 template <int COUNT>
 struct RowTiles {};
