@@ -81,8 +81,9 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     assert chosen(table, 384) == Config(192, 2, 4, rounds=True, wide=True, unrolled=True, codes_ahead=True)
     # Eight stages of two k groups leave no room for a wide table, and four are too few.
     assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
-    for bits, kind in ((8, decode_config.TABLE), (8, decode_config.INT)):
-        assert chosen(replace(table, bits=bits, kind=kind), 1024) == Config(256, 2, 4, rounds=True, unrolled=True)
+    for kind, ahead in ((decode_config.TABLE, True), (decode_config.INT, False)):
+        paired = Config(256, 2, 4, pair=2, rounds=True, unrolled=True, codes_ahead=ahead)
+        assert chosen(replace(table, bits=8, kind=kind), 1024) == paired
     assert chosen(table, 16) == Config(16, 2, 16, split=2, k_groups=2, wide=True, unrolled=True)
     assert chosen(table, 64) == Config(64, 2, 8, split=2, k_groups=2, rounds=True, unrolled=True)
     assert chosen(replace(table, bits=6), 1024).unrolled and chosen(replace(table, group=32), 128).unrolled
@@ -95,6 +96,22 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     # Cut tiles gain nothing, so that larger ones stay ahead.
     assert chosen(replace(table, n=28672), 768).tokens == 256
     assert three.blocks == 3 and not three.unrolled
+
+
+def test_pairs_share_activations_where_that_was_measured_to_win() -> None:
+    table = Shape(8192, 8192, 4, 64, True, decode_config.TABLE)
+    wide, long = replace(table, n=14336, k=4096), replace(table, n=4096, k=14336)
+    # Tiles in two waves and more; tables of 1 and 2 bits from four waves on.
+    assert [chosen(table, m).pair for m in (384, 512, 768, 1024)] == [1, 1, 2, 2]
+    assert [chosen(replace(table, bits=2), m).pair for m in (768, 1024)] == [1, 1]
+    assert [chosen(replace(long, bits=1), m).pair for m in (2048, 4096)] == [1, 2]
+    for shape, m in ((wide, 384), (wide, 2048), (replace(wide, bits=1), 1024), (replace(table, n=28672), 96)):
+        assert chosen(shape, m).stream and chosen(shape, m).pair == 2
+    # 27 tiles of three blocks would be 28 in pairs.
+    assert prefill.row_tiles((80,), Config(192, 3, 4)) == 27
+    for m in range(16, 4096, 16):
+        config = chosen(replace(table, n=5120, k=5120), m)
+        assert config.pair == 1 or config.blocks == 2
 
 
 def test_k_is_cut_into_more_slices_where_two_leave_multiprocessors_idle() -> None:

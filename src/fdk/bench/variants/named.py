@@ -129,15 +129,4 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
-    "slices": Named(
-        "Prefill: codes a unit earlier in four slices of three blocks, and these at other widths?",
-        20,
-        (
-            Trial(problems("prefill", "lut4_g64", "5120x5120", "64 96 128"), ({"codes_ahead": True},)),
-            Trial(
-                problems("prefill", "lut2_g64 lut8_g64", "5120x5120", "64"),
-                ({"blocks": 2, "split": 2, "k_groups": 2, "stages": 8, "wide": False},),
-            ),
-        ),
-    ),
 }

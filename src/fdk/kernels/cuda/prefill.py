@@ -68,8 +68,11 @@ _CUTS = ((1, False), (2, False), (3, False), (4, False), (5, False), (1, True))
 # More than two slices have been measured from so many rows on (fewer are the decode kernel's), where they fill so much
 # of the multiprocessors, up to so many blocks of a CTA; what each takes.
 _SLICES_ROWS, _SLICES_FILL, _SLICES_BLOCKS, _FURTHER_SLICE = 17, 0.75, {3: 2, 4: 3, 5: 2}, 0.35
-# From so many waves on CTAs share x in pairs: the multiprocessors then draw less power.
-_PAIR_WAVES = 8
+# CTAs share x in pairs from so many tokens a tile on, because the multiprocessors then draw less power; if so much more
+# of a weight's rows as the last pair may lack costs less than that.
+_PAIR_TOKENS, _PAIR_ROWS = 192, 1.02
+# From so many waves on tiles are cut although x is large.
+_LARGE_WAVES = 8
 # Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
 # where few are cut. Fewer tokens have not been measured.
 _STREAM_X_BYTES, _STREAM_TOKENS = 40e6, 96
@@ -347,9 +350,22 @@ def _unrolled_slices(shape: Shape, config: Config) -> Config:
 
 
 def _codes_ahead(shape: Shape, config: Config) -> bool:
-    """Whether codes leave the ring a unit earlier: measured with 2 and 4 bits, where one warpgroup has a block."""
+    """Whether codes leave the ring a unit earlier: measured with 2 and 4 bits, where one warpgroup has a block.
+
+    Tables of 8 bits gain where CTAs share x.
+    """
+    if shape.kind == TABLE and shape.bits == 8:
+        return config.pair == 2 and shape.subs == config.k_groups == config.parts == 1
     measured = (shape.bits in (2, 4) and shape.kind in (TABLE, INT)) or (shape.bits == 4 and shape.kind == UINT_U8)
     return measured and shape.subs == config.k_groups == config.parts == 1 and not config.stream and config.split <= 2
+
+
+def _pairs(shape: Shape, config: Config, waves: int) -> bool:
+    """Whether CTAs share x in pairs: where that was measured to win (docs/findings.md), each behind its own calls."""
+    if config.split * config.k_groups > 1:
+        return False
+    few = 4 if shape.bits < 3 or shape.nested else 2
+    return config.stream or (waves >= few and config.tokens >= _PAIR_TOKENS)
 
 
 def _fetches_sums(shape: Shape, config: Config) -> bool:
@@ -411,11 +427,12 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
             continue
         if split > 2 and (m < _SLICES_ROWS or tiles * split < _SLICES_FILL * sms):
             continue
-        many = waves >= _PAIR_WAVES
-        if stream and (tokens < _STREAM_TOKENS or (2 * m * shape.k > _STREAM_X_BYTES and not many)):
+        if stream and (tokens < _STREAM_TOKENS or (2 * m * shape.k > _STREAM_X_BYTES and waves < _LARGE_WAVES)):
             continue
-        if tokens == 256 and many and sms > 1 and not (stream and shape.kind == TABLE and shape.bits > 4):
-            config = replace(config, pair=2)
+        paired = replace(config, pair=2)
+        alike = 2 * row_tiles(blocks, paired) <= _PAIR_ROWS * row_tiles(blocks, config)
+        if sms > 1 and alike and _pairs(shape, config, waves):
+            config = paired
         plain = _fill(shape, config)
         wide = _fill(shape, replace(config, wide=True)) if _wide(shape, config) else None
         # A wide table that leaves fewer than four stages costs 3 to 4 %, more than it saves.

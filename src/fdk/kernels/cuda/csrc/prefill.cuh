@@ -73,7 +73,7 @@ static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or
 static_assert(!CODES_AHEAD || (UNROLLED && AHEAD && PARTS == 1 && STAGES >= 3 * K_GROUPS), "two units are prepared beside the one multiplied");
 // Stages that the sums of a tile take: f32x4 of SUM_TILES token tiles of every thread where else x lies.
 constexpr int SUM_TILES = FETCH_SUMS ? TOKENS / (16 * BLOCKS) : 1, SUM_STAGES = (TOKEN_TILES + SUM_TILES - 1) / SUM_TILES;
-static_assert(!FETCH_SUMS || (STREAM && PAIR == 1 && !LATE), "sums are left where tiles are cut, for one CTA");
+static_assert(!FETCH_SUMS || (STREAM && !LATE), "sums are left where tiles are cut");
 static_assert(!FETCH_SUMS || !UNROLLED || SUM_STAGES % STAGES == 0, "sums take whole rounds of the ring");
 constexpr int ISSUES = LATE ? SUBS : 1;                          // runs of wgmma of a unit
 constexpr int GROUP_UNITS = SUBS == 1 && LATE ? GROUP / 64 : 1;  // units that share a scale
