@@ -362,7 +362,7 @@ TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
 CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
 SLICED = prefill.Config(64, 2, 4, split=2, rounds=True)
 FAULTS = {
-    "no barrier behind the table": (ALONE, "decode.cuh", "    __syncthreads();  // table and barriers are ready\n", ""),
+    "no barrier behind the table": (ALONE, "decode.cuh", "__syncthreads();  // table and barriers are ready\n", ";\n"),
     "no wait for weights": (ALONE, "decode.cuh", "                    w.wait(stage, parity);\n", ""),
     "no barrier before sums": (ALONE, "decode.cuh", "BATCH == 1) {\n            __syncthreads();", "BATCH == 1) {"),
     "a slice of k is not added": (
@@ -380,8 +380,14 @@ FAULTS = {
     "no wait for the kernel in front": (
         ALONE,
         "decode.cuh",
-        "if constexpr (AHEAD < 2) wait_for_previous_kernel();",
+        "if constexpr (AHEAD < 2 && !X_FIRST) wait_for_previous_kernel();",
         "",
+    ),
+    "no wait in front of activations that are asked for first": (
+        SELECTED,
+        "decode.cuh",
+        "        wait_for_previous_kernel();\n        activations.load();\n",
+        "        activations.load();\n",
     ),
     "no wait for the cluster": (
         CLUSTERED,

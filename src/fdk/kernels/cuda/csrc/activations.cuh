@@ -22,9 +22,53 @@ __device__ __forceinline__ void wait_for_activations(const char* smem, int phase
     if (at == chunk * CHUNK) barrier_wait(x_barrier(smem, phase, k_warp, chunk), phase / X_BUFFERS % 2);
 }
 
+// Activations of a share of few columns on their way through registers: one load a piece of four columns, with nothing to be
+// worked out between the dependency wait and the first of them.
+struct Activations {
+    static constexpr int PIECES = (SHARE_UNITS * 16 + SHARE_THREADS - 1) / SHARE_THREADS;  // of a token, a thread
+    // Several plain steps are long, and the compiler made their loop longer by it.
+    static constexpr bool SHORT = STEPS_PER_CTA == 1 || SQUARES || GATED || RESIDUAL;
+    static constexpr bool FIT = OWN_X && K % 64 == 0 && ((M * PIECES <= 8 && SHORT) || AHEAD);
+    static constexpr bool WHOLE = EVEN_SHARES && SHARE_UNITS * 16 % SHARE_THREADS == 0;
+    static constexpr int TOKENS = FIT ? M : 1, KEPT = FIT ? PIECES : 1;
+
+    Share share;
+    const u16* from[TOKENS];  // this thread's first piece
+    u32x2 piece[TOKENS][KEPT];
+
+    __device__ static __forceinline__ Activations of(const Params& p, int first_unit, int units, int warp, int lane) {
+        Activations a = {Share::of(units, warp, lane), {}, {}};
+        if constexpr (FIT) {
+#pragma unroll
+            for (int token = 0; token < M; ++token) {
+                a.from[token] = p.x + (token < p.m ? token * K : 0) + (first_unit + a.share.first) * 64 + a.share.thread * 4;
+                keep_ahead(a.from[token]);
+            }
+        }
+        return a;
+    }
+    __device__ __forceinline__ bool has(int n) const { return WHOLE || share.thread + n * SHARE_THREADS < share.units * 16; }
+    // Behind the dependency wait.
+    __device__ __forceinline__ void load() {
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token)
+#pragma unroll
+            for (int n = 0; n < KEPT; ++n) piece[token][n] = has(n) ? load_8(from[token] + n * SHARE_THREADS * 4) : u32x2{};
+    }
+    __device__ __forceinline__ void store(char* smem, int warp) const {
+        char* to = smem + Smem::X + share.first * 128 + share.thread * 8;
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token)
+#pragma unroll
+            for (int n = 0; n < KEPT; ++n)
+                if (has(n)) *reinterpret_cast<u32x2*>(to + token * Smem::X_STRIDE + n * SHARE_THREADS * 8) = piece[token][n];
+        share.sync(warp);
+    }
+};
+
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
-// token, or by hand with zeros past K. Tokens past m repeat the last one.
-__device__ __forceinline__ void stage_activations(const Params& p, char* smem, Norms& norms, int phase, int first_unit, int units, int warp, int lane) {
+// token, through registers, or by hand with zeros past K. Tokens past m repeat one that there is.
+__device__ __forceinline__ void stage_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane) {
     char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
         // Each warp of a slice of k brings some tokens of every chunk, since a warp's copies are issued one by one; whoever
@@ -48,6 +92,10 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, N
         if (phase == 0) norms.read(p, smem, warp, lane);
         if constexpr (SUMS)
             for (int i = 0; i < K_WARPS * X_CHUNKS; ++i) barrier_wait(x_barrier(smem, phase, 0, i), phase % 2);
+    } else if constexpr (Activations::FIT) {
+        x.load();
+        norms.read(p, smem, warp, lane);
+        x.store(smem, warp);
     } else {
         if (phase == 0) norms.read(p, smem, warp, lane);
         // Pieces of four columns per thread in flight.
@@ -82,33 +130,5 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, N
         share.sync(warp);
     }
 }
-
-// One token's activations of a share on their way through registers, while their warps do something else.
-struct Arriving {
-    static constexpr int PIECES = (SHARE_UNITS * 16 + SHARE_THREADS - 1) / SHARE_THREADS;
-    u32x2 piece[PIECES];
-
-    __device__ __forceinline__ void load(const Params& p, const Share& share, int first_unit) {
-#pragma unroll
-        for (int a = 0; a < PIECES; ++a) {
-            const int i = share.thread + a * SHARE_THREADS;
-            piece[a] = {};
-            if (i < share.units * 16) piece[a] = load_8(p.x + (first_unit + share.first) * 64 + i * 4);
-        }
-    }
-    __device__ __forceinline__ void store(char* smem, const Share& share, int warp) const {
-#pragma unroll
-        for (int a = 0; a < PIECES; ++a) {
-            const int i = share.thread + a * SHARE_THREADS;
-            if (i < share.units * 16) *reinterpret_cast<u32x2*>(smem + Smem::X + share.first * 128 + i * 8) = piece[a];
-        }
-        share.sync(warp);
-    }
-};
-
-// Copies need nothing that is known before the dependency wait.
-struct Activations {
-    __device__ static __forceinline__ Activations of(const Params&, int, int, int, int) { return {}; }
-};
 
 }  // namespace fdk

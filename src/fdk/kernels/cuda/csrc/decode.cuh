@@ -26,6 +26,13 @@ constexpr bool COUNTED_SUMS = CLUSTER > 1 && (STEPS_PER_CTA == 1 || BATCH > 1);
 // Then the other CTAs need only have begun, which they have before the kernel in front has ended.
 constexpr bool MET_EARLY = COUNTED_SUMS && !Smem::SINGLE;
 
+#if FDK_INDICES
+// Activations are asked for behind the ring: there is no table to make first, and no barrier of the CTA for it.
+constexpr bool X_FIRST = FDK_HOPPER && Activations::FIT && !SQUARES && !RESIDUAL;
+#else
+constexpr bool X_FIRST = false;
+#endif
+
 // What a table holds is asked for in front of the ring, whose bytes it would come behind, where that is faster (docs/findings.md).
 constexpr bool VALUES_FIRST = FDK_HOPPER && TABLE && !INDICES && !DIGITS && (BITS == 4 || (BITS == 8 && M == 1));
 
@@ -57,6 +64,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 #pragma unroll
         for (int i = 0; i < TABLES; ++i) values[i].load(p.table + ((which + i) << BITS), warp, lane);
     }
+    const int own_table = TABLES > 1 ? row_warp % 2 : 0;
+#if FDK_INDICES
+    const LaneValues lane_values = LaneValues::of(p.table + ((which + own_table) << BITS), lane);
+#endif
     const u32 sums_barrier = shared_address(smem) + Smem::BARRIERS + Smem::SUMS_BARRIER;
     const Warp w = {p,
                     smem + Smem::ring(warp),
@@ -72,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
         if (warp == 0) {
-            for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, ROW_WARPS);
+            if constexpr (!X_FIRST)
+                for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, ROW_WARPS);
             barrier_init(sums_barrier);
             if constexpr (COUNTED_SUMS) barrier_expect(sums_barrier, (STEPS_PER_CTA == 1 ? 1 : steps) * ROW_WARPS * 64 * M * 4);
         }
@@ -94,12 +106,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if constexpr (!FDK_LATE) let_next_kernel_start();
     // Waited for before the first store to another CTA.
     if constexpr (CLUSTER > 1 && !Smem::SINGLE) cluster_arrive_relaxed();
+#if FDK_INDICES
+    auto activations = Activations::of(p, cta_unit, units, warp, lane);
+    if constexpr (X_FIRST) {
+        wait_for_previous_kernel();
+        activations.load();
+    }
+#endif
     const u16* table = p.table + (which << (SPARSE ? 4 : BITS));
-    const int own_table = TABLES > 1 ? row_warp % 2 : 0;
     float low = -1.f, high = 0.f;
     u32 pair = 0;
 #if FDK_INDICES
-    pair = pair_of_lane(table + (own_table << BITS), lane);
+    pair = lane_values.pair(lane);
 #endif
     if constexpr (BITS == 1 || (DIGITS && !SPARSE)) {
         if constexpr (TABLE) low = low_half<BF16>(table[own_table << BITS]), high = low_half<BF16>(table[(own_table << BITS) + 1]);
@@ -124,7 +142,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
             });
     }
 
-    const Activations activations = Activations::of(p, cta_unit, units, warp, lane);
+#if !FDK_INDICES
+    auto activations = Activations::of(p, cta_unit, units, warp, lane);
+#endif
     if constexpr (Smem::NO_DIGIT_BYTES > 0) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < Smem::NO_DIGIT_BYTES / 16; i += THREADS) *reinterpret_cast<u32x4*>(smem + Smem::NO_DIGITS + i * 16) = {};
@@ -133,9 +153,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     outputs.find(first_block, end_block);
     Norms norms;
     norms.find(p, lane);
-    __syncthreads();  // table and barriers are ready
+    if constexpr (!X_FIRST) __syncthreads();  // table and barriers are ready
     if constexpr (MET_EARLY) cluster_wait();
-    if constexpr (AHEAD < 2) wait_for_previous_kernel();
+    if constexpr (AHEAD < 2 && !X_FIRST) wait_for_previous_kernel();
     const u32 lane_offset = OCTETS ? lane % 8 * 16 : BITS == 2 || (SPARSE && DIGITS) ? lane % 16 * 8 : lane * 4;
     const u32 table_at = shared_address(smem) + Smem::TABLE + own_table * Smem::TABLE_BYTES;
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
@@ -168,20 +188,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     static_assert(IN_PAIRS, "see digit_pairs.cuh");
     make_digits(p, smem, activations, norms, warp, lane, meanwhile);
 #else
-    const Share share = Share::of(units, warp, lane);
-    Arriving x;
     norms.fetch(p, warp, lane);
-    x.load(p, share, cta_unit);
+    activations.load();
     outputs.prepare(first_block, end_block);
     meanwhile();
     norms.finish(p, smem, warp, lane);
-    x.store(smem, share, warp);
+    activations.store(smem, warp);
     if constexpr (FDK_LATE) let_next_kernel_start();
 #endif
 #else
     // Whatever takes longer to come is asked for first.
     if constexpr (!X_MEANWHILE) outputs.prepare(first_block, end_block);
-    for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
+#if FDK_INDICES
+    if constexpr (X_FIRST) {
+        activations.store(smem, warp);
+        if constexpr (FDK_LATE) let_next_kernel_start();
+    } else
+#endif
+        for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
     if constexpr (X_MEANWHILE) outputs.prepare(first_block, end_block);
 #endif
 

@@ -260,8 +260,8 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 }
 
 // Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations&, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
-    stage_activations(p, smem, norms, phase, first_unit, units, warp, lane);
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
+    stage_activations(p, smem, x, norms, phase, first_unit, units, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
     if constexpr (SUMS) {
         sum_activations(reinterpret_cast<float*>(smem + Smem::SUM), smem + Smem::X, units, warp, lane, lookup);

@@ -21,12 +21,21 @@ namespace fdk {
 
 constexpr int SLOTS = STAGE_UNITS;  // units whose sums lie side by side
 
-// Table values that a lane has of B's rows 2t and 2t+1 of eight: in its column of 2 bits, of every other four rows.
-__device__ __forceinline__ u32 pair_of_lane(const u16* table, int lane) {
-    const int g = lane / 4, t = lane % 4, first = BITS == 1 ? 0 : 2 * (t % 2);
-    const auto value = [&](int code) { return u32(TABLE ? table[code] : round_half<BF16>(float(code - (KIND == 1 ? 1 << (BITS - 1) : 0)))); };
-    return BITS == 2 && t / 2 != g % 2 ? 0 : value(first) | value(first + 1) << 16;
-}
+// Table values that a lane has of B's rows 2t and 2t+1 of eight: in its column of 2 bits, of every other four rows. They are
+// asked for in front of the ring.
+struct LaneValues {
+    u16 values[2];
+
+    __device__ static __forceinline__ LaneValues of(const u16* table, int lane) {
+        const int first = BITS == 1 ? 0 : lane % 2 * 2;
+        const auto value = [&](int code) { return TABLE ? load_2(table + code) : round_half<BF16>(float(code - (KIND == 1 ? 1 << (BITS - 1) : 0))); };
+        return {{value(first), value(first + 1)}};
+    }
+    __device__ __forceinline__ u32 pair(int lane) const {
+        const int g = lane / 4, t = lane % 4;
+        return BITS == 2 && t / 2 != g % 2 ? 0 : arrived(values[0]) | u32(arrived(values[1])) << 16;
+    }
+};
 
 // Sums of one block over a warp's slice: row 16*tile + 8*h + g, of units t, t + SLOTS, .. of each stage.
 // d: sums of the stage that are not scaled yet, in two parts.
@@ -155,8 +164,8 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 }
 
 // Brings the activations of the CTA's slice into shared memory.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, const Activations&, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup&) {
-    stage_activations(p, smem, norms, phase, first_unit, units, warp, lane);
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup&) {
+    stage_activations(p, smem, x, norms, phase, first_unit, units, warp, lane);
     if constexpr (FDK_LATE) let_next_kernel_start();
 }
 
