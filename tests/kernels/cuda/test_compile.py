@@ -114,9 +114,17 @@ def test_large_weights(compiled, arch: str) -> None:
     kinds += [(bits, decode_config.TABLE, 8) for bits in (1, 2, 3, 4, 8)]
     kinds += [(bits, decode_config.TABLE, m) for bits, m in ((1, 2), (2, 1), (8, 16))]
     kinds += [(bits, decode_config.TABLE, 1) for bits in (3, 4, 8)]
-    kinds += [(4, decode_config.INT, 1), (3, decode_config.SPARSE_INT, 1)]
+    kinds += [(bits, decode_config.INT, 1) for bits in range(3, 8)] + [(3, decode_config.SPARSE_INT, 1)]
+    kinds += [(bits, decode_config.UINT_U8, 1) for bits in (3, 7)]
     sizes = [(8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192), (20480, 5120)]
     problems = [(Shape(n, k, bits, 64, True, kind), m) for bits, kind, m in kinds for n, k in sizes]
+    problems += [
+        (Shape(16384, 16384, bits, group, group == 64, kind), 1)
+        for kind in (decode_config.INT, decode_config.UINT_U8)
+        for bits in range(2, 9)
+        for group in (64, 128)
+    ]
+    problems += [(Shape(8192, 8192, bits, 128, True, decode_config.INT), 1) for bits in (3, 5, 6, 7)]
     slices = [(bits, decode_config.ROUNDED, served) for bits, served in ((3, 2), (5, 4), (8, 8))]
     slices += [(bits, decode_config.CUT, bits) for bits in (2, 7)]
     problems += [(Shape(n, k, bits, 128, True, kind, served), 1) for bits, kind, served in slices for n, k in sizes]
@@ -126,13 +134,14 @@ def test_large_weights(compiled, arch: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_several_tokens_of_slices(compiled, arch: str) -> None:
     """By integer products of two and four tokens, and in two stages of sixteen, as they are chosen by size."""
-    sizes = [(4096, 4), (8192, 2), (8192, 4), (8192, 16), (12288, 4), (16384, 2), (16384, 4)]
+    sizes = [(4096, 2), (4096, 4), (8192, 2), (8192, 4), (8192, 16), (12288, 4), (16384, 2), (16384, 4)]
     problems = [
         (Shape(n, n, bits, 128, bits % 2 > 0, kind, served), m) for bits, kind, served in NESTED for n, m in sizes
     ]
     problems += [(Shape(28672, 8192, bits, 128, True, kind, served), 4) for bits, kind, served in NESTED]
     problems += [(Shape(n, n, 8, 64, True, decode_config.INT), 4) for n in (4096, 8192)]
-    problems += [(Shape(8192, 8192, bits, 64, True, decode_config.INT), 2) for bits in (2, 4, 8)]
+    problems += [(Shape(8192, 8192, bits, 64, True, decode_config.INT), 2) for bits in range(2, 9)]
+    problems += [(Shape(8192, 8192, bits, 128, False, decode_config.INT), m) for bits in range(5, 8) for m in (2, 4)]
     check(compiled, problems, arch)
 
 

@@ -40,8 +40,14 @@ def _bytes_pay(shape: Shape, tokens: int, blocks: int, cta_units: int) -> bool:
     """
     if tokens > 1 or not shape.allows_digits:
         return False
-    # Digits cost what bytes save on the planes of 4096^2.
-    return shape.sparse or (shape.nested and cta_units * blocks >= 112 and blocks <= 8)
+    # Of fewer weights digits cost what bytes save.
+    enough = _small_slices(shape, blocks, cta_units) or (cta_units * blocks >= 112 and blocks <= 8)
+    return shape.sparse or (shape.nested and enough)
+
+
+def _small_slices(shape: Shape, blocks: int, cta_units: int) -> bool:
+    """Whether a CTA has one block of at most 32 units of slices, as at 4096^2, where they have been measured."""
+    return shape.nested and blocks == 1 and cta_units <= 32 and shape.n * shape.k >= 1 << 24
 
 
 def _few_codes_and_zeros(shape: Shape) -> bool:
@@ -66,7 +72,7 @@ def _warps(shape: Shape, config: Config, cta_units: int, hopper: bool) -> tuple[
             # Two steps would leave a quarter of the warps with the second one.
             warps, row_warps = 20, 5
         elif shape.nested and config.digits:
-            warps, row_warps = 16, 1
+            warps, row_warps = 8 if _small_slices(shape, blocks, cta_units) else 16, 1
         elif shape.nested:
             # Codes that are computed hide no latency: more warps only keep more of few planes on their way.
             warps = 16 if tokens == 1 and shape.bits <= 4 and blocks == 1 and cta_units > 32 else 8
@@ -75,7 +81,8 @@ def _warps(shape: Shape, config: Config, cta_units: int, hopper: bool) -> tuple[
         ):
             # Look-ups of one code each hide their latency better behind more warps than behind more units per warp. Two
             # blocks go at once where scales come in one piece.
-            at_once = replace(config, k_warps=8, row_warps=2).allows_scales_once(shape) and not shape.sparse
+            at_once = replace(config, k_warps=8, row_warps=2).allows_scales_once(shape)
+            at_once &= config.digits or not shape.sparse
             in_turn = blocks == 2 and not shape.zeros and not (hopper and at_once and cta_units <= 64)
             warps, row_warps = 16, 1 if in_turn else row_warps
         elif _zeros_fill_16_warps(shape, config, cta_units):
@@ -96,12 +103,32 @@ def _warps(shape: Shape, config: Config, cta_units: int, hopper: bool) -> tuple[
     return max(1, min(warps // row_warps, cta_units)), row_warps
 
 
-def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: bool) -> bool:
+def _in_turn(shape: Shape, blocks: int, cta_units: int) -> bool:
+    """Whether 16 warps take several blocks of a CTA one after the other in integer products of one token.
+
+    Measured on an H200, 2026-11-22, at 14336 x 4096, 16384^2 and 28672 x 8192; at 20480 x 5120 eight warps do, but for
+    4 bits: docs/findings.md.
+    """
+    if shape.kind not in (INT, UINT_U8) or shape.bits == 1:
+        return False
+    if (blocks, cta_units) == (2, 64):
+        return shape.kind == INT and shape.bits >= 3
+    if (blocks, cta_units) == (5, 40):
+        return shape.kind == INT and shape.bits != 4
+    return 2 <= blocks <= 7 and cta_units >= 64 and 384 <= cta_units * blocks <= 512
+
+
+def _digits_pay(shape: Shape, cluster: int, blocks: int, cta_units: int, large: bool, hopper: bool) -> bool:
     """Whether integer products serve one token of a weight faster, outside of chains; where not measured, not."""
     if shape.bits == 1:
         return large or shape.kind in (TABLE, INT)
     if shape.bits not in (2, 4, 8):
-        return False
+        # Codes that lie across bytes: as those of 8 bits, where they have been measured.
+        if not hopper or shape.kind not in (INT, UINT_U8) or shape.n * shape.k < 1 << 24:
+            return False
+        return (blocks == 1 and (large or cta_units <= 32)) or _in_turn(shape, blocks, cta_units)
+    if hopper and large and _in_turn(shape, blocks, cta_units):
+        return True
     if not large:
         if shape.kind == UINT_U8 and shape.bits < 8:
             return cta_units <= 32 and blocks == 1 and shape.n * shape.k >= 1 << 24
@@ -130,8 +157,8 @@ def _digit_warps(shape: Shape, blocks: int, cta_units: int, hopper: bool) -> tup
         few = 128 if shape.bits <= 2 else 64
         even = 112 <= cta_units < 128 and (one_bit or shape.bits > 1)
         return (14 if even else 16 if cta_units >= few else min(8, cta_units)), 1
-    if hopper and (blocks, shape.kind, cta_units) == (2, INT, 64) and shape.bits >= 4:
-        return 16, 1  # one block after the other
+    if hopper and _in_turn(shape, blocks, cta_units):
+        return 16 if cta_units % 16 == 0 else 8, 1
     row_warps = blocks if blocks <= (8 if one_bit else 4) else 4
     return min(16 // row_warps, cta_units), row_warps
 
@@ -175,9 +202,35 @@ def _alone(shape: Shape, config: Config, cta_units: int) -> bool:
     return shape.nested and large and config.tokens <= 4
 
 
+def _rings_of_bytes(shape: Shape, config: Config) -> list[tuple[int, int]] | None:
+    """(stage_units, stages) in order of preference of integers of one token by integer products, where measured.
+
+    That is of blocks in turn, at 14336 x 4096, 16384^2, 28672 x 8192 and 20480 x 5120, and of 3 and 5 to 7 bits.
+    """
+    bits, aligned = shape.bits, shape.bits in (1, 2, 4, 8)
+    if config.blocks > 1:
+        if config.row_warps > 1 or bits == 1:
+            return None
+        if config.k_warps == 8:
+            return [(1, 3), (1, 2), (1, 1)]
+        whole_slices = config.cluster == 1 and not shape.zeros
+        first = {2: [(4, 2), (2, 2)] if whole_slices else [(2, 2)], 3: [(2, 1)] if whole_slices else [], 4: [(2, 2)]}
+        return [*first.get(bits, []), (1, 2), (1, 1)]
+    if aligned:
+        return None
+    if shape.zeros or (bits == 3 and config.k_warps == 14):
+        return [(1, 2), (1, 1)]
+    if config.k_warps > 14:
+        return [(2, 1), (1, 2), (1, 1)] if bits == 3 else [(1, 3), (1, 2), (1, 1)]
+    return [(2, 2), (1, 2), (1, 1)]
+
+
 def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
     """(stage_units, stages) in order of preference."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
+    integers = config.digits and shape.kind in (INT, UINT_U8) and config.epilogue == PLAIN and config.tokens == 1
+    if integers and (rings := _rings_of_bytes(shape, config)):
+        return rings
     if config.indices:
         if shape.bits == 2 and (per_warp <= 4 or per_warp % 4):
             return [(2, 2)]
@@ -196,6 +249,8 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             return [(1, 4), (1, 2), (1, 1)]  # everything is on its way before the launch in front has ended
         return [(1, 1)] if config.warps > 8 and config.steps == 1 else [(1, 2), (1, 1)]
     if config.digits and shape.nested:
+        if _small_slices(shape, config.blocks, -(-shape.units // config.cluster)):
+            return [(2, 2), (1, 2), (1, 1)] if shape.bits <= 5 else [(1, 2), (1, 1)]
         # Registers of 16 warps do not hold two units of seven planes beside where the next block starts.
         return [(2, 1), (1, 2), (1, 1)][shape.bits > 6 and config.steps > 1 :]
     if config.digits and not shape.sparse:
@@ -214,8 +269,6 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             return [(4, 1), (2, 1), (1, 2), (1, 1)]
         if single and (config.k_warps <= 14 or shape.bits == 4):
             return [(1 if shape.bits == 8 else 2, 2), (1, 2), (1, 1)]
-        if config.blocks == 2 and shape.bits >= 4 and config.warps == 16:
-            return [*([(2, 2)] if shape.bits == 4 else []), (1, 2), (1, 1)]
         return [(2, 1) if single else (1, 3) if shape.bits == 4 else (2, 2), (1, 3), (1, 2), (1, 1)]
     if config.warps > 8 and (config.row_warps <= 2 or config.warps > 16) and (config.tokens == 1 or config.alone):
         return [(1, 1)]
@@ -281,7 +334,9 @@ def _x_chunks(shape: Shape, config: Config, hopper: bool) -> int:
 def _with_loads(shape: Shape, config: Config) -> Config:
     """`config` with how its scales, codes and sums of activations come to its warps; on an H200: docs/findings.md."""
     if config.digits and (shape.nested or shape.sparse):
-        return replace(config, scales_once=config.allows_scales_once(shape), bulk=not shape.sparse)
+        small = _small_slices(shape, config.blocks, -(-shape.units // config.cluster))
+        once = config.allows_scales_once(shape) and not small
+        return replace(config, scales_once=once, bulk=not shape.sparse)
     if config.epilogue != PLAIN or config.digits or config.indices or config.tokens > 8:
         return config
     slices = config.cluster * config.phases * config.k_warps
@@ -506,14 +561,15 @@ def _many_digits_pay(shape: Shape, tokens: int, per_pair: int, cta_units: int) -
     """
     small, middle = (per_pair, cta_units) == (1, 32), (per_pair, cta_units) == (2, 64)
     if tokens == 2 and middle and shape.kind == INT:
-        return shape.bits in (2, 4, 8) and shape.subs == 1
+        return shape.bits > 1 and shape.subs == 1
     if shape.kind == INT:
         tall = 2 <= per_pair <= 7 and cta_units == 64
-        return tokens == 4 and shape.bits == 8 and shape.subs == 1 and (small or tall)
+        wide = (shape.bits == 8 and (small or tall)) or (5 <= shape.bits <= 7 and middle)
+        return tokens == 4 and wide and shape.subs == 1
     if not shape.nested or shape.group % 128:
         return False
     if small:
-        return tokens == 4
+        return tokens == 4 or (shape.bits >= 5 and shape.n * shape.k >= 1 << 24)
     # Four planes of four tokens take as long either way.
     few = middle or (2 < per_pair <= 4 and 64 < cta_units <= 128)
     many = shape.bits >= 5 and 2 <= per_pair <= 7 and cta_units == 64
@@ -530,6 +586,10 @@ def _with_many_digits(shape: Shape, config: Config, blocks: int, sms: int) -> Co
         return config
     digits = Config(tokens, 2, 8 if per_pair == 1 else 16, 1, 1, 2, per_pair, 1, 1, digits=True, paired=True)
     digits = replace(digits, uniform=True, alone=True, batch=per_pair if per_pair <= 2 else 1)
+    if shape.kind == INT and 5 <= shape.bits <= 7:
+        # Two units of codes that lie across bytes are more than registers hold beside the sums of four tokens.
+        return replace(digits, stages=2, stage_units=1)
+    digits = replace(digits, late=tokens == 2 and per_pair == 1)
     # What memory has no room for, and two planes of four blocks, go side by side.
     beside = replace(digits, k_warps=4, row_warps=per_pair, batch=1)
     # Two units of other slices are more than the 128 registers of 16 warps hold.
@@ -588,7 +648,7 @@ def choose_config(
             if chained:
                 digits = shape.bits == 1 or (shape.bits == 8 and not large)
             else:
-                digits = _digits_pay(shape, cluster, per_cluster, cta_units, large)
+                digits = _digits_pay(shape, cluster, per_cluster, cta_units, large, hopper)
             if digits:
                 start = replace(start, digits=True, paired=shape.bits == 1 or not chained)
                 # Not where that lets more CTAs of small weights with zeros share a multiprocessor.
@@ -614,7 +674,8 @@ def choose_config(
             filled = _fill(shape, config, capability)
             if filled is None:
                 continue
-            if filled.paired and filled.min_ctas == 1 and cluster == 1 and not coded:
+            turns = filled.steps > 1 and filled.row_warps == 1
+            if filled.paired and filled.min_ctas == 1 and (cluster == 1 or turns) and not coded:
                 # Where CTAs of two launches fit beside each other, some launches took 1.4 times as long.
                 filled = replace(filled, alone=hopper)
             score = blocks / (per_cluster * at_once)
