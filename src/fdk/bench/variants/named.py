@@ -53,79 +53,48 @@ def bytes_of(
     return tuple({**fields, "stages": stages, "stage_units": units} for stages, units in rings)
 
 
+def looked_up(**other: int | bool) -> tuple[Change, ...]:
+    """The same by look-ups or in 16 bits."""
+    fields = {"digits": False, "paired": False, "uniform": False, "alone": False, "late": False, "row_warps": 1}
+    return ({**fields, "batch": 1, "hold": 0, **other},)
+
+
 SETS: dict[str, Named] = {
-    "odd-widths": Named(
-        "One token of integers of 3 and 5 to 7 bits by integer products?",
+    "bytes-again": Named(
+        "Integers that took their configuration from measured neighbours: right?",
         45,
         (
-            Trial(problems("decode", "int6_g128", "8192x8192", "1"), bytes_of(16, 1, 1, (1, 2), (2, 1), (3, 1))),
-            Trial(problems("decode", "int3_g128", "8192x8192", "1"), bytes_of(16, 1, 1, (1, 2), (2, 2), (3, 1))),
-            Trial(problems("decode", "int6_g128", "16384x16384", "1"), bytes_of(16, 1, 2, (1, 2), (2, 1), (3, 1))),
-            Trial(problems("decode", "int3_g128", "16384x16384", "1"), bytes_of(16, 1, 2, (1, 2), (2, 2), (3, 1))),
-            Trial(problems("decode", "int3_g128 int6_g128", "28672x8192", "1"), bytes_of(16, 2, 7, (2, 1), (3, 1))),
-            Trial(
-                problems("decode", "int3_g128 int6_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 2), (4, 1), alone=False, late=False, min_ctas=2),
-            ),
-            Trial(problems("decode", "int3_g64 int6_g64", "14336x4096", "1"), bytes_of(16, 1, 2, (1, 2), (2, 1))),
-            Trial(problems("decode", "int3_g64 int6_g64", "4096x14336", "1"), bytes_of(14, 2, 1, (2, 2), (2, 1))),
-            Trial(problems("decode", "uint3_g64 uint6_g64", "8192x8192", "1"), bytes_of(16, 1, 1, (2, 1))),
             Trial(problems("decode", "int5_g64 int7_g64", "8192x8192", "1"), bytes_of(16, 1, 1, (2, 1))),
-            Trial(problems("decode", "int3_g128", "8192x8192", "2 4"), bytes_of(16, 2, 2, (1, 2), late=False)),
-            Trial(problems("decode", "int6_g128", "8192x8192", "2 4"), bytes_of(16, 2, 2, (2, 1), late=False)),
-        ),
-    ),
-    "large-integers": Named(
-        "One token of large integers by integer products, blocks in turn by 16 warps as slices have them?",
-        45,
-        (
+            Trial(problems("decode", "uint4_g64", "16384x16384", "1"), bytes_of(16, 1, 2, (2, 1))),
+            Trial(problems("decode", "int3_g128", "28672x8192", "1"), bytes_of(16, 2, 7, (1, 2), (2, 2))),
             Trial(
-                problems("decode", "int8_g128", "16384x16384", "1"),
-                bytes_of(16, 1, 2, (2, 1)) + bytes_of(16, 1, 2, (2, 1), late=False),
-            ),
-            Trial(problems("decode", "int2_g128", "16384x16384", "1"), bytes_of(16, 1, 2, (1, 2), (2, 2), (2, 4))),
-            Trial(problems("decode", "int4_g128", "16384x16384", "1"), bytes_of(16, 1, 2, (1, 2), (2, 2), (3, 1))),
-            Trial(problems("decode", "uint2_g64", "16384x16384", "1"), bytes_of(16, 1, 2, (2, 1), (2, 2))),
-            Trial(problems("decode", "uint4_g64 uint8_g64", "16384x16384", "1"), bytes_of(16, 1, 2, (2, 1))),
-            Trial(problems("decode", "int8_g64 uint8_g64", "28672x8192", "1"), bytes_of(16, 2, 7, (2, 1))),
-            Trial(
-                problems("decode", "int4_g64 int2_g64 uint4_g64 uint2_g64", "28672x8192", "1"),
-                bytes_of(16, 2, 7, (2, 1), (2, 2)),
+                problems("decode", "int3_g64", "20480x5120", "1"),
+                looked_up(k_warps=4, row_warps=4, stages=1, stage_units=2, batch=2),
             ),
             Trial(
-                problems("decode", "int8_g64 int4_g64 int2_g64", "20480x5120", "1"),
-                bytes_of(8, 2, 5, (2, 1), (3, 1)) + bytes_of(10, 2, 5, (2, 1)),
-            ),
-        ),
-    ),
-    "small-slices": Named(
-        "One and two tokens of slices at 4096^2 by integer products, whose digits cost less since they come in pairs?",
-        30,
-        (
-            Trial(
-                problems("decode", "trunc8s2_g128 nest8s2_g128 nest8s4_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 2), alone=False, late=False)
-                + bytes_of(8, 2, 1, (2, 2), (4, 1), alone=False, late=False, min_ctas=2)
-                + bytes_of(8, 2, 1, (2, 2), alone=False, late=False, min_ctas=2, hold=2500),
+                problems("decode", "int6_g64", "20480x5120", "1"),
+                looked_up(k_warps=4, row_warps=4, stages=2, stage_units=1, batch=2),
             ),
             Trial(
-                problems("decode", "nest8s6_g128 nest8_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 2), (2, 1), alone=False, late=False)
-                + bytes_of(8, 2, 1, (2, 1), alone=False, late=False, min_ctas=2),
+                problems("decode", "uint2_g64 uint4_g64 uint8_g64 uint6_g64", "20480x5120", "1"),
+                bytes_of(8, 2, 5, (3, 1)),
             ),
             Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128 int4_g128", "4096x4096", "2"),
-                bytes_of(8, 2, 1, (1, 2), (2, 2)),
+                problems("decode", "uint3_g64 uint6_g64", "4096x14336", "1"),
+                (*looked_up(k_warps=16, stages=1, stage_units=1), *bytes_of(14, 2, 1, (1, 2))),
             ),
             Trial(
-                problems("decode", "trunc8s2_g128", "8192x8192", "1"),
-                ({"stages": 2}, {"stages": 2, "stage_units": 1}, {"late": True}, {"ahead": 3}),
+                problems("decode", "uint3_g64 uint6_g64", "4096x4096", "1"),
+                (*looked_up(k_warps=8, stages=2, stage_units=1), *bytes_of(8, 2, 1, (4, 1), alone=False, late=False)),
             ),
-            Trial(problems("decode", "nest8_g128", "16384x16384", "4"), bytes_of(8, 2, 4, (2, 1), batch=1, late=False)),
+            Trial(problems("decode", "uint3_g64 uint6_g64", "14336x4096", "1"), bytes_of(16, 1, 2, (2, 1))),
             Trial(
-                problems("decode", "int8_g128", "4096x4096", "1"),
-                bytes_of(8, 2, 1, (2, 1), (4, 1), alone=False, late=False)
-                + bytes_of(8, 2, 1, (2, 1), alone=False, late=False, min_ctas=2, hold=2500),
+                problems("decode", "nest8s4_g128", "8192x2048", "1"),
+                looked_up(k_warps=8, stages=1, stage_units=1, scales_once=True),
+            ),
+            Trial(
+                problems("decode", "int4_g64_sp16of32", "8192x8192 14336x4096", "1"),
+                each({}, {"ahead": 2}, {"ahead": 0}, bulk=True, uniform=True),
             ),
         ),
     ),
