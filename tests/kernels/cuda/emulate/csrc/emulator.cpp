@@ -1,6 +1,7 @@
 // Runs a kernel: which warp and which of its lanes come next, what ends a launch, and the library's two functions.
 #include <algorithm>
-#include <sstream>
+#include <charconv>
+#include <string_view>
 #include "machine.hpp"
 
 namespace emulator {
@@ -18,52 +19,62 @@ const Table& handlers() {
     return table;
 }
 
+// What comes before the next `end`, which goes too. No streams: their locales are those of whichever libstdc++ the process
+// loaded first, which need not be the one that this was compiled for.
+std::string_view take(std::string_view& rest, char end) {
+    const std::string_view taken = rest.substr(0, rest.find(end));
+    rest.remove_prefix(std::min(taken.size() + 1, rest.size()));
+    return taken;
+}
+
+template <class T>
+T number(std::string_view& rest) {
+    const std::string_view word = take(rest, ' ');
+    T value = 0;
+    const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+    if (error != std::errc() || end != word.data() + word.size()) throw Fault("cannot read the number " + std::string(word));
+    return value;
+}
+
 // Lines of text: "words N", "constant AT 32|64|pred VALUE", "special AT NAME", "code NAME GUARD NEGATED OPERANDS...".
-std::unique_ptr<Program> parse(const char* source) {
+std::unique_ptr<Program> parse(std::string_view source) {
     auto program = std::make_unique<Program>();
-    std::vector<std::pair<size_t, size_t>> operands;
-    std::istringstream lines(source);
-    std::string line, kind;
-    while (std::getline(lines, line)) {
-        std::istringstream in(line);
-        in >> kind;
+    std::vector<size_t> first;  // operand of each instruction
+    while (!source.empty()) {
+        std::string_view line = take(source, '\n');
+        const std::string_view kind = take(line, ' ');
         if (kind == "words") {
-            in >> program->words;
+            program->words = number<int>(line);
             program->initial.assign(program->words, ALL);
         } else if (kind == "constant") {
-            int at;
-            std::string width;
-            u64 value;
-            in >> at >> width >> value;
+            const int at = number<int>(line);
+            const std::string_view width = take(line, ' ');
+            const u64 value = number<u64>(line);
             for (int l = 0; l < 32; ++l) {
                 if (width == "64") set<u64>(program->initial.data(), at, l, value);
                 else if (width == "32") set<u32>(program->initial.data(), at, l, u32(value));
                 else program->initial[at] = value ? ALL : 0;
             }
         } else if (kind == "special") {
-            int at;
-            std::string name;
-            in >> at >> name;
-            program->specials.emplace_back(at, name);
+            const int at = number<int>(line);
+            program->specials.emplace_back(at, line);
         } else if (kind == "code") {
-            std::string name;
-            Instruction instruction;
-            int negated;
-            in >> name >> instruction.guard >> negated;
-            instruction.negated = negated;
+            const std::string name(take(line, ' '));
             const auto found = handlers().find(name);
             if (found == handlers().end()) throw Fault("unknown operation " + name);
+            Instruction instruction;
             instruction.run = found->second.run, instruction.kind = found->second.kind;
-            const size_t first = program->operands.size();
-            for (i32 value; in >> value;) program->operands.push_back(value);
-            instruction.count = int(program->operands.size() - first);
-            operands.emplace_back(first, 0);
+            instruction.guard = number<i32>(line);
+            instruction.negated = number<int>(line);
+            first.push_back(program->operands.size());
+            while (!line.empty()) program->operands.push_back(number<i32>(line));
+            instruction.count = int(program->operands.size() - first.back());
             program->code.push_back(instruction);
         } else {
-            throw Fault("cannot read " + line);
+            throw Fault("cannot read " + std::string(kind));
         }
     }
-    for (size_t i = 0; i < program->code.size(); ++i) program->code[i].at = program->operands.data() + operands[i].first;
+    for (size_t i = 0; i < program->code.size(); ++i) program->code[i].at = program->operands.data() + first[i];
     return program;
 }
 
