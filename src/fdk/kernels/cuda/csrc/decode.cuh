@@ -222,9 +222,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const auto reduce = [&](int step) {
         if constexpr (CLUSTER == 1) {
             outputs.write(first_block + step * ROW_WARPS, end_block, [&](int rw, int row, int token) {
-                float sum = slot(step, rw, 0)[row * M + token];
+                const int at = turned(row, token);
+                float sum = slot(step, rw, 0)[row * M + at];
 #pragma unroll
-                for (int kw = 1; kw < K_WARPS; ++kw) sum += slot(step, rw, kw)[row * M + token];
+                for (int kw = 1; kw < K_WARPS; ++kw) sum += slot(step, rw, kw)[row * M + at];
                 return sum;
             });
         } else {
@@ -250,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     };
     const auto finish = [&](int step) {
         outputs.write(first_block + step * ROW_WARPS, end_block, [&](int rw, int row, int token) {
-            const float* from = receive + (slots(step) + rw) * SLOT + row * M + token;
+            const float* from = receive + (slots(step) + rw) * SLOT + row * M + (TURNED ? turned(rank * SHARE_ROWS + row, token) : token);
             float sum = from[0];
 #pragma unroll
             for (int source = 1; source < CLUSTER; ++source) sum += from[source * SHARE];

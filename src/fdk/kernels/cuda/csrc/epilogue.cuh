@@ -15,6 +15,16 @@ namespace fdk {
 constexpr int SHARE_ROWS = 64 / CLUSTER, SQUARE_ROWS = SHARE_ROWS < 32 ? SHARE_ROWS : 32;
 constexpr i64 SQUARES_OUT = (N + 63) / 64 * 64 / SQUARE_ROWS;
 
+// Where a slot of partial sums [64 rows][M tokens] has a token of a row: rows are turned, in pairs of tokens, so that 32 rows of
+// a token, which a warp reads at once, lie in 16 banks and not in 32 / M of them. Fewer tokens gained nothing by it.
+constexpr bool TURNED = M >= 16;
+__device__ __forceinline__ int turned(int row, int token) {
+    if constexpr (!TURNED) return token;
+    constexpr int EIGHTS = TURNED ? M / 8 : 1;
+    const int turn = row / (M < 32 ? 32 / M : 1);
+    return token ^ (turn * 8 % M + turn / EIGHTS % 4 * 2);
+}
+
 // Block of rows of the weight that row warp `row_warp` starts with, where its CTA starts with `first` of those that its
 // cluster counts: a gated product takes gate and up in turn.
 __device__ __forceinline__ int block_of(int first, int row_warp) {

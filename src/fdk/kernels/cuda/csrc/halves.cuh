@@ -247,14 +247,15 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
                     else if constexpr (SPLIT_BIT)
                         v[c] *= 0.5f;
                 }
-                float* to = slot + (tile * 16 + h * 8 + g) * M;
+                const int row = tile * 16 + h * 8 + g;
+                float* to = slot + row * M;
                 const int token = nt * 8 + t * 2;
                 if constexpr (M % 2 == 0) {
-                    if (M % 8 == 0 || token < M) *reinterpret_cast<f32x2*>(to + token) = {v[0], v[COLUMNS - 1]};
+                    if (M % 8 == 0 || token < M) *reinterpret_cast<f32x2*>(to + turned(row, token)) = {v[0], v[COLUMNS - 1]};
                 } else {
 #pragma unroll
                     for (int c = 0; c < COLUMNS; ++c)
-                        if (token + c < M) to[token + c] = v[c];
+                        if (token + c < M) to[turned(row, token + c)] = v[c];
                 }
             }
 }
