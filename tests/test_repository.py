@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -193,10 +194,33 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<img[^>]*\bsrc=\
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 
+def headings(markdown: str) -> list[tuple[int, str, str]]:
+    """(level, text, anchor) of a Markdown text's headings, anchors made as GitHub makes them."""
+    found, seen = [], Counter()
+    for marks, text in re.findall(r"^(#+) +(.+?) *#*$", FENCE.sub("", markdown), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found.append((len(marks), text, f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor))
+        seen[anchor] += 1
+    return found
+
+
 def anchors(markdown: str) -> set[str]:
-    """The anchors of a Markdown text's headings, made as GitHub makes them."""
-    headings = re.findall(r"^#+ +(.+?) *#*$", FENCE.sub("", markdown), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The anchors of a Markdown text's headings."""
+    return {anchor for _, _, anchor in headings(markdown)}
+
+
+def test_the_table_of_the_findings_leads_to_all_of_them():
+    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    table = text[text.index("## Where to look") : text.index("## Decisions")]
+    linked = {target for target, _ in LINK.findall(table)}
+    reached: dict[str, bool] = {}  # sections, whether a link leads to them or into them
+    for level, name, anchor in headings(text):
+        if level == 2:
+            section = name
+        if level > 1:
+            reached[section] = reached.get(section, section == "Where to look") or f"#{anchor}" in linked
+    lost = [section for section, known in reached.items() if not known]
+    assert not lost, f"docs/findings.md: the table under 'Where to look' has no link to {lost}"
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=relative)
