@@ -98,4 +98,26 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "bytes-between": Named(
+        "One token of middle sizes by integer products, which small and large weights have?",
+        30,
+        (
+            Trial(
+                problems("decode", "int3_g128 int4_g64 int6_g128", "5120x5120", "1"),
+                bytes_of(16, 1, 1, (2, 1)) + bytes_of(10, 1, 1, (2, 2)),
+            ),
+            Trial(
+                problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128", "5120x5120", "1"),
+                bytes_of(16, 1, 1, (2, 1), late=False) + bytes_of(10, 1, 1, (2, 2), late=False),
+            ),
+            Trial(
+                problems("decode", "nest8s2_g128 nest8s4_g128", "4096x11008", "1"),
+                bytes_of(16, 2, 1, (2, 1), (3, 1), late=False),
+            ),
+            Trial(
+                problems("decode", "nest8s4_g128 int4_g64 int6_g128", "6144x4096", "1"),
+                bytes_of(16, 1, 1, (2, 1), late=False) + bytes_of(8, 1, 1, (2, 2), late=False),
+            ),
+        ),
+    ),
 }
