@@ -65,6 +65,10 @@ SETS: dict[str, Named] = {
         45,
         (
             Trial(problems("decode", "int5_g64 int7_g64", "8192x8192", "1"), bytes_of(16, 1, 1, (2, 1))),
+            Trial(
+                problems("decode", "int3_g128 int6_g128", "8192x8192", "1"),
+                ({"ahead": 1}, {"ahead": 2}, {"ahead": 2, "late": False}),
+            ),
             Trial(problems("decode", "uint4_g64", "16384x16384", "1"), bytes_of(16, 1, 2, (2, 1))),
             Trial(problems("decode", "int3_g128", "28672x8192", "1"), bytes_of(16, 2, 7, (1, 2), (2, 2))),
             Trial(
