@@ -144,6 +144,8 @@ PRODUCTS = (
     Product("lut1_g64", 16, one(16, 2, 2, row_warps=2, blocks=2, octets=True, uniform=True, x_chunks=2)),
     Product("lut4_g64", 16, one(16, 4, 4, wide=True, uniform=True)),
     Product("lut4_g64", 8, one(8, 2, 2, row_warps=2, blocks=2, half_blocks=True, uniform=True)),
+    Product("lut4_g64", 8, one(8, 2, 2, row_warps=2, blocks=2, interleaved=True, x_chunks=2, x_ahead=1, uniform=True)),
+    Product("lut1_g64", 16, one(16, 1, 2, octets=True, selected=1, interleaved=True, phases=4, x_buffers=3)),
     Product("int8_g128", 64, one(64, 4, 1, row_warps=2, blocks=2)),
     Product("lut4_g64", 64, replace(TILE, split=2, stages=6, wide=True)),
     Product("lut1_g64", 40, TILE),

@@ -143,6 +143,15 @@ OPTIONS = [
     ("lut4_g64", config(16, 2, 2, 2, 2, uniform=True, stages=2, x_chunks=2)),
     ("lut1_g64", config(16, 2, 1, 5, 5, uniform=True, octets=True, x_chunks=2)),
     ("lut4_g64", config(16, 2, 2, 2, 2, uniform=True, wide=True, phases=2)),
+    ("lut2_g64", config(8, 2, 2, 2, 2, x_chunks=2, x_ahead=1)),
+    ("lut4_g64", config(16, 2, 2, 2, 2, interleaved=True, x_chunks=2, x_ahead=1, uniform=True)),
+    ("lut3_g128", config(8, 1, 2, 2, 2, interleaved=True, x_chunks=4, x_ahead=2, stages=2)),
+    ("lut1_g64", config(16, 2, 2, 2, 2, interleaved=True, octets=True, selected=1, x_chunks=2)),
+    ("lut8_g64", config(16, 2, 2, 2, 2, interleaved=True, phases=2)),
+    ("lut2_g64", config(16, 2, 2, 2, 2, interleaved=True, phases=4, x_buffers=3)),
+    ("lut1_g64", config(8, 1, 4, 1, 1, interleaved=True, octets=True, phases=4, x_buffers=2)),
+    ("nest8s4_g128", config(16, 2, 2, 2, 2, interleaved=True)),
+    ("int1_g64", config(8, 1, 4, 1, 1, octets=True, selected=2)),
     ("uint4_g64", config(8, 1, 4, 1, 1, uniform=True, stages=2)),
     ("lut3_g64", config(1, 2, 4, 1, 1, uniform=True, scales_once=True)),
     ("int2_g64", config(1, 2, 4, 1, 2, uniform=True, digits=True, stages=2)),
@@ -374,8 +383,8 @@ FAULTS = {
     "slices of k overlap": (
         ALONE,
         "decode.cuh",
-        "first_unit = units * k_warp / K_WARPS;",
-        "first_unit = (units * k_warp - 1) / K_WARPS;",
+        "STAGE_UNITS : units * k_warp / K_WARPS;",
+        "STAGE_UNITS : (units * k_warp - 1) / K_WARPS;",
     ),
     "no wait for the kernel in front": (
         ALONE,
@@ -434,8 +443,15 @@ FAULTS = {
     "no wait for activations": (
         ALONE,
         "decode.cuh",
-        "                    wait_for_activations(smem, phase, unit - first_unit, k_warp);\n",
+        "                    wait_for_activations(p, smem, phase, unit - first_unit, cta_unit + phase * units,"
+        " units, warp, lane);\n",
         "",
+    ),
+    "activations of a later phase in use": (
+        config(8, 1, 4, 1, 1, stages=2, interleaved=True, phases=4, x_buffers=2),
+        "activations.cuh",
+        "    if (phase >= X_BUFFERS) barrier_wait",
+        "    if (phase < 0) barrier_wait",
     ),
     "activations of the next phase in use": (
         replace(ALONE, k_warps=2, row_warps=2, blocks=2, stages=1, phases=4),

@@ -604,6 +604,57 @@ def _with_many_digits(shape: Shape, config: Config, blocks: int, sms: int) -> Co
     return config
 
 
+# (tokens, bits, units of a CTA, blocks of a pair): pieces of activations that serve all warps of a slice of k, and how
+# many of them are asked for before the products (0: all).
+_PIECES = {
+    (8, 1, 32, 1): (2, 0),
+    (8, 1, 32, 4): (4, 2),
+    (8, 1, 112, 1): (7, 2),
+    (8, 2, 64, 7): (16, 2),
+    (8, 2, 112, 1): (7, 2),
+    (8, 3, 32, 4): (4, 0),
+    (8, 3, 64, 2): (2, 0),
+    (8, 3, 64, 7): (8, 0),
+    (8, 3, 112, 1): (7, 2),
+    (8, 4, 64, 2): (8, 2),
+    (8, 4, 112, 1): (7, 2),
+    (8, 8, 32, 1): (4, 0),
+    (8, 8, 64, 2): (8, 2),
+    (8, 8, 64, 7): (8, 2),
+    (8, 8, 112, 1): (7, 2),
+    (16, 3, 64, 7): (8, 2),
+}
+
+
+def _with_pieces(shape: Shape, config: Config) -> Config:
+    """`config` of eight or sixteen tokens with activations that arrive as its products go on, where that pays.
+
+    Measured on an H200, 2026-11-22, at 4096^2 to 28672 x 8192: docs/findings.md.
+    """
+    plain = shape.kind in (TABLE, INT) and shape.subs == 1 and shape.k % 64 == 0
+    if not plain or config.cluster != 2 or config.half_blocks:
+        return config
+    tokens, bits, cta_units = config.tokens, shape.bits, -(-shape.units // 2)
+    if tokens == 16 and bits == 1 and config.octets and config.phases == 1:
+        # A row tile of four selected bit by bit leaves the look-ups of the others room.
+        spills = config.row_warps > 4 and cta_units < 64
+        return replace(config, selected=0 if spills else 1, x_ahead=2 if cta_units >= 64 else 0)
+    found = config
+    if tokens == 16 and 2 <= bits <= 4 and (cta_units, config.blocks) == (112, 1):
+        found = replace(config, k_warps=8, stage_units=2, stages=1, phases=7, x_buffers=4, x_chunks=1)
+    elif pieces := _PIECES.get((tokens, bits, cta_units, config.blocks)):
+        found = replace(config, x_chunks=pieces[0], x_ahead=pieces[1])
+        if bits == 1:
+            found = replace(found, octets=True, selected=1, x_sums=False)
+    else:
+        return config
+    found = replace(found, interleaved=True, scales_once=False)
+    slices = found.cluster * found.phases * found.k_warps * found.x_chunks
+    whole = shape.units % (slices * found.stage_units) == 0
+    whole &= shape.allows_stage_units(found.stage_units, slices)
+    return found if whole and found.shared_bytes(shape) <= MAX_SHARED else config
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     shape: Shape,
@@ -720,4 +771,6 @@ def choose_config(
         # Registers of 10.0 do not hold what the compiler otherwise keeps for three bits in two steps.
         crowded = (tokens, shape.bits, config.steps, shape.kind) == (1, 3, 2, TABLE)
         return replace(config, uniform=config.uniform or crowded)
+    if tokens in (8, 16):
+        return _with_pieces(shape, config)
     return _with_operands_ahead(shape, _beside(shape, config, sms // config.cluster - -(-blocks // config.blocks)))

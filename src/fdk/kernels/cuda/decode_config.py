@@ -192,6 +192,9 @@ class Config:
     uniform    tell the compiler that a warp's lanes agree on what they copy: fewer instructions a copy
     phases     parts of the CTA's share of k whose activations are in shared memory one after the other
     x_chunks   pieces that a warp's slice of a phase's activations arrives in, so that it starts with the first
+    x_ahead    of those, how many are asked for before the products, the others as these go on; 0: all
+    x_buffers  phases of interleaved warps whose activations are in shared memory at once, as a ring; 0: two by barriers
+    interleaved  warps that split k take its stages in turn, so that each piece of activations is one for all of them
     half_blocks  each two clusters share a block of rows: half a block less for each of them
     epilogue   what becomes of the sums
     bulk         fill rings by bulk copies, else by cp.async as before Hopper
@@ -201,6 +204,7 @@ class Config:
     hold       clocks for which CTAs without work stay, so that each multiprocessor has a place for the next launch
     wide       rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     octets     look up one bit eight codes at a time, which needs no sums of activations
+    selected   row tiles of those, of four, whose operands are selected bit by bit instead of looked up
     ahead      make operands of a warp's first unit while its activations come (1), or before the dependency wait,
                with its stage refilled behind that (2) or at once (3)
     """
@@ -231,6 +235,10 @@ class Config:
     indices: bool = False
     half_blocks: bool = False
     ahead: int = 0
+    x_ahead: int = 0
+    x_buffers: int = 0
+    interleaved: bool = False
+    selected: int = 0
 
     @property
     def squares_per_block(self) -> int:
@@ -290,7 +298,7 @@ class Config:
             summed = not self.many_digits(shape)
         else:
             summed = not (self.x_sums or self.indices) and (shape.zeros or one_bit_sums)
-        x_buffers = 2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1
+        x_buffers = self.x_buffers or (2 if self.phases > 1 and hopper and shape.k % 64 == 0 and not summed else 1)
         row = cta_units * 128 + (16 if self.tokens >= 8 else 32)
         head = self.tokens * (cta_units * 256 if self.digits else x_buffers * row)
         head += 256 * self.stage_units - 240 if self.digits and self.paired and self.tokens == 1 else 0
@@ -346,6 +354,10 @@ class Config:
             "FDK_INDICES": int(self.indices),
             "FDK_HALF_BLOCKS": int(self.half_blocks),
             "FDK_AHEAD": self.ahead,
+            "FDK_X_AHEAD": self.x_ahead,
+            "FDK_X_BUFFERS": self.x_buffers,
+            "FDK_INTERLEAVED": int(self.interleaved),
+            "FDK_SELECTED": self.selected,
             "FDK_PAIRED": int(self.digits and self.paired),
             "FDK_SCALES_ONCE": int(self.scales_once),
             "FDK_SHARED_BYTES": self.shared_bytes(shape, hopper),

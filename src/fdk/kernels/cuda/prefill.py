@@ -42,8 +42,8 @@ _TIMES = {
 # The same where scales multiply sums and the loop over units is unrolled.
 _UNROLLED_TIMES = {
     (2, 1): (0.99, 0.236, 0.00112, 2.01, 0.0098),
-    (1, 2): (0.89, 0.25, 0.0015, 1.76, 0.0158),
-    (2, 2): (1.37, 0.249, 0.0052, 1.45, 0.0219),
+    (1, 2): (0.31, 0.231, 0.0015, 1.76, 0.0158),
+    (2, 2): (1.37, 0.249, 0.0052, 0.75, 0.0219),
     (3, 1): (1.51, 0.223, 0.00156, 1.91, 0.0100),
     (4, 1): (2.52, 0.245, 0.0043, 1.92, 0.0079),
 }
@@ -56,8 +56,9 @@ _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
 # scales on sums, of each token.
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
-# What one of 3 bits takes more in an unrolled loop with scales on sums.
-_THREE_BITS = 0.008
+# What one takes more in an unrolled loop with scales on sums: of 3 bits, of 2 bits, and of 1 and 2 bits in CTAs of four
+# blocks.
+_THREE_BITS, _TWO_BITS, _FEW_BITS_OF_FOUR = 0.006, -0.004, -0.0125
 # What a unit of bit planes takes more for each of them beyond 2.5.
 _PLANE = 0.012
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
@@ -258,10 +259,12 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
         extra = _PLANE * max(0, shape.bits - 2.5)
     elif shape.bits > 4:
         # Three warpgroups wait for each other's look-ups.
-        crowded = (1.15 if unrolled_late else 1.3) if config.warpgroups > 2 else 1
+        crowded = (1.03 if unrolled_late else 1.3) if config.warpgroups > 2 else 1
+        crowded = 0.5 if unrolled_late and (config.blocks, config.k_groups) == (1, 2) else crowded
         extra = _SINGLE_LOOKUPS * crowded if shape.kind == TABLE else _ARITHMETIC
-    elif shape.bits == 3 and unrolled_late:
-        extra = _THREE_BITS
+    elif unrolled_late:
+        extra = {2: _TWO_BITS, 3: _THREE_BITS}.get(shape.bits, 0.0)
+        extra += _FEW_BITS_OF_FOUR if config.blocks == 4 and shape.bits <= 2 else 0.0
     extra += _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
@@ -316,6 +319,9 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     even = shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8)
     narrow = shape.kind == TABLE and shape.bits in (2, 3) and config.blocks == config.k_groups == 2
     narrow = narrow and shape.n * shape.k <= 1 << 26  # larger weights have not been measured
+    # Two bits of sixteen tokens have a wide table besides, by which four blocks, too, are faster.
+    two_bits = shape.kind == TABLE and shape.bits == 2 and config.tokens == 16
+    narrow |= two_bits and (config.blocks, config.k_groups) in ((2, 2), (4, 1))
     if late and shape.group == 64 and (even or narrow):
         return _unrolled_few(shape, config, (16,) if narrow else (16, 12, 8))
     # Registers of three and four blocks last for eight units in a row of the widths that lie in whole words.
@@ -385,7 +391,10 @@ def _unrolled_few(shape: Shape, config: Config, most: tuple[int, ...]) -> Config
     for stages, wide in ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False)):
         filled = replace(config, stages=stages, wide=wide, unrolled=True)
         whole = _whole_rounds(shape, config, stages)
-        measured = stages in most and (not wide or (shape.bits == 4 and config.tokens <= 32))
+        wide_pays = shape.bits == 4 and config.tokens <= 32
+        two_or_eight = shape.bits == 2 or (shape.bits == 8 and config.blocks < 4)
+        wide_pays |= config.tokens == 16 and shape.kind == TABLE and two_or_eight
+        measured = stages in most and (not wide or wide_pays)
         if whole and measured and filled.shared_bytes(shape) <= MAX_SHARED:
             return filled
     return config

@@ -28,7 +28,9 @@ _SPARSE_CLOCKS = {decode_config.SPARSE_INT: 195, decode_config.SPARSE_TABLE: 300
 _NESTED_BYTES_CLOCKS, _PLANE_BYTES_CLOCKS, _SPARSE_BYTES_CLOCKS = 22, 24.5, 115  # of integer products
 _EIGHT_BITS_BYTES_CLOCKS = 200
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
-_ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 46, 16: 68, 32: 190, 64: 510}
+_ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 30, 16: 55, 32: 190, 64: 510}
+_THREE_BITS_CLOCKS_16 = 10
+_HALF_BLOCK = 0.2  # of a block, which clusters that share one save of its time
 _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide products of more tokens
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
@@ -85,7 +87,11 @@ def decode_us(
     more = tokens_clocks[config.tokens]
     if config.tokens == 16 and shape.bits > 4 and not shape.nested:
         more = _SINGLE_LOOKUP_CLOCKS_16
-    clocks = config.blocks * cta_units * (_unit_clocks(shape, config.digits) + more)
+    if config.tokens == 16 and shape.bits == 3 and not shape.nested:
+        more += _THREE_BITS_CLOCKS_16
+    clocks = (
+        (config.blocks - _HALF_BLOCK * config.half_blocks) * cta_units * (_unit_clocks(shape, config.digits) + more)
+    )
     if shape.sparse:
         clocks *= max(1.0, _SPARSE_WARPS / config.warps)
     x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US

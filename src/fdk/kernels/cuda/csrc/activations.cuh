@@ -13,13 +13,59 @@ __device__ __forceinline__ u32 x_barrier(const char* smem, int phase, int k_warp
     return shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + ((phase % X_BUFFERS * K_WARPS + k_warp) * X_CHUNKS + chunk) * 8;
 }
 
+static_assert(!INTERLEAVED || (BULK_X && !SUMS), "nobody else needs activations by slices of a warp");
+constexpr int X_WARPS = INTERLEAVED ? WARPS : ROW_WARPS;  // that bring a piece
+
+// Pieces that a warp asks for before the products; at the first unit of each it asks for another one.
+constexpr int X_AHEAD = FDK_X_AHEAD > 0 && FDK_X_AHEAD < X_CHUNKS && BULK_X && !SUMS && PHASES == 1 && STEPS_PER_CTA == 1 ? FDK_X_AHEAD : X_CHUNKS;
+
+// Of STREAMED phases: how many are asked for ahead, the barrier of warps that are done with one, and a warp that asks for its
+// tokens of one, of `busy` warps that do.
+constexpr int PHASES_AHEAD = X_BUFFERS > 2 ? X_BUFFERS - 2 : 1;
+
+__device__ __forceinline__ u32 done_barrier(const char* smem, int phase) { return x_barrier(smem, phase, 1, 0); }
+
+__device__ __forceinline__ void ask_for_phase(const Params& p, char* smem, int phase, int cta_unit, int busy, int warp, int lane) {
+    if (phase >= PHASES || warp >= M) return;
+    if (phase >= X_BUFFERS) barrier_wait(done_barrier(smem, phase), (phase / X_BUFFERS + 1) % 2);
+    const u32 barrier = x_barrier(smem, phase, 0, 0), to = shared_address(smem) + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
+    if (lane == 0) barrier_expect(barrier, (M - warp + busy - 1) / busy * Smem::CTA_UNITS * 128);
+    __syncwarp();
+    const int token = lane * busy + warp;
+    if (token < M)
+        copy_bulk_shared(to + token * Smem::X_STRIDE, p.x + i64(min(token, p.m - 1)) * K + (cta_unit + phase * Smem::CTA_UNITS) * 64, Smem::CTA_UNITS * 128, barrier);
+}
+
+// Each warp of a slice of k brings some tokens of every piece, since a warp's copies are issued one by one; whoever multiplies
+// waits for the pieces that he needs.
+__device__ __forceinline__ void bring_piece(const Params& p, char* smem, int phase, int chunk, int first_unit, int units, int warp, int lane) {
+    const int k_warp = INTERLEAVED ? 0 : warp % K_WARPS, which = INTERLEAVED ? warp : warp / K_WARPS;
+    if (INTERLEAVED && M < WARPS && which >= M) return;
+    const int first = INTERLEAVED ? 0 : units * k_warp / K_WARPS;
+    const int count = INTERLEAVED ? Smem::CTA_UNITS / X_CHUNKS : (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS;
+    const int tokens = (M - which + X_WARPS - 1) / X_WARPS;
+    const u32 barrier = x_barrier(smem, phase, k_warp, chunk), to = shared_address(smem) + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
+    const int at = first + chunk * count;
+    if (lane == 0) barrier_expect(barrier, tokens * count * 128);
+    __syncwarp();
+#pragma unroll
+    for (int base = 0; base < (M + X_WARPS - 1) / X_WARPS; base += 32) {
+        const int token = (base + lane) * X_WARPS + which;
+        if (token >= M) continue;
+        copy_bulk_shared(to + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64, count * 128, barrier);
+    }
+}
+
 // Before a warp multiplies unit `at` of its slice. Pieces are counted at compile time: a division here costs each unit more
 // than the wait.
-__device__ __forceinline__ void wait_for_activations(const char* smem, int phase, int at, int k_warp) {
+__device__ __forceinline__ void wait_for_activations(const Params& p, char* smem, int phase, int at, int cta_unit, int units, int warp, int lane) {
     if constexpr (!BULK_X || SUMS) return;
-    constexpr int CHUNK = UNITS / (CLUSTER * PHASES * K_WARPS * X_CHUNKS);
+    constexpr int CHUNK = UNITS / (CLUSTER * PHASES * (INTERLEAVED ? 1 : K_WARPS) * X_CHUNKS);
     const int chunk = X_CHUNKS == 1 ? 0 : at / CHUNK;
-    if (at == chunk * CHUNK) barrier_wait(x_barrier(smem, phase, k_warp, chunk), phase / X_BUFFERS % 2);
+    if (at != chunk * CHUNK) return;
+    if constexpr (X_AHEAD < X_CHUNKS)
+        if (chunk + X_AHEAD < X_CHUNKS) bring_piece(p, smem, phase, chunk + X_AHEAD, cta_unit, units, warp, lane);
+    barrier_wait(x_barrier(smem, phase, INTERLEAVED ? 0 : warp % K_WARPS, chunk), phase / X_BUFFERS % 2);
 }
 
 // Activations of a share of few columns on their way through registers: one load a piece of four columns, with nothing to be
@@ -67,28 +113,14 @@ struct Activations {
 };
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
-// token, through registers, or by hand with zeros past K. Tokens past m repeat one that there is.
-__device__ __forceinline__ void stage_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane) {
-    char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
+// token and piece, through registers, or by hand with zeros past K. Tokens past m repeat one that there is. `busy` warps ask
+// for later pieces themselves.
+__device__ __forceinline__ void stage_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane, bool busy = false) {
+    [[maybe_unused]] char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     if constexpr (BULK_X) {
-        // Each warp of a slice of k brings some tokens of every chunk, since a warp's copies are issued one by one; whoever
-        // multiplies waits for the chunks that he needs.
-        const int k_warp = warp % K_WARPS, row_warp = warp / K_WARPS, first = units * k_warp / K_WARPS;
-        const int count = (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS, tokens = (M - row_warp + ROW_WARPS - 1) / ROW_WARPS;
+        const int pieces = busy ? X_AHEAD : X_CHUNKS;
 #pragma unroll 1
-        for (int chunk = 0; chunk < X_CHUNKS; ++chunk) {
-            const u32 barrier = x_barrier(smem, phase, k_warp, chunk);
-            const int at = first + chunk * count;
-            if (lane == 0) barrier_expect(barrier, tokens * count * 128);
-            __syncwarp();
-#pragma unroll
-            for (int base = 0; base < (M + ROW_WARPS - 1) / ROW_WARPS; base += 32) {
-                const int token = (base + lane) * ROW_WARPS + row_warp;
-                if (token >= M) continue;
-                copy_bulk_shared(shared_address(to) + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64,
-                                 count * 128, barrier);
-            }
-        }
+        for (int chunk = 0; chunk < pieces; ++chunk) bring_piece(p, smem, phase, chunk, first_unit, units, warp, lane);
         if (phase == 0) norms.read(p, smem, warp, lane);
         if constexpr (SUMS)
             for (int i = 0; i < K_WARPS * X_CHUNKS; ++i) barrier_wait(x_barrier(smem, phase, 0, i), phase % 2);

@@ -56,9 +56,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
 
     const int cta_unit = UNITS * rank / CLUSTER;
     const int units = UNITS % (CLUSTER * PHASES) == 0 ? UNITS / (CLUSTER * PHASES) : UNITS * (rank + 1) / CLUSTER - cta_unit;
-    const int first_unit = units * k_warp / K_WARPS;
+    const int first_unit = INTERLEAVED ? k_warp * STAGE_UNITS : units * k_warp / K_WARPS;
     const bool mine = row_warp < blocks;
-    const int end_unit = mine ? units * (k_warp + 1) / K_WARPS : first_unit;
+    const int busy = min(ROW_WARPS, blocks) * K_WARPS;  // warps, the first ones
+    const int end_unit = !mine ? first_unit : INTERLEAVED ? units : units * (k_warp + 1) / K_WARPS;
     TableValues<BITS, WARPS> values[VALUES_FIRST ? TABLES : 1];
     if constexpr (VALUES_FIRST) {
 #pragma unroll
@@ -84,7 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
         if (warp == 0) {
             if constexpr (!X_FIRST)
-                for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, ROW_WARPS);
+                for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) {
+                    const int count = STREAMED ? i % K_WARPS ? busy : min(busy, M) : INTERLEAVED ? min(WARPS, M) : ROW_WARPS;
+                    barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, max(count, 1));
+                }
             barrier_init(sums_barrier);
             if constexpr (COUNTED_SUMS) barrier_expect(sums_barrier, (STEPS_PER_CTA == 1 ? 1 : steps) * ROW_WARPS * 64 * M * 4);
         }
@@ -161,7 +165,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const Lookup lookup = {(table_at + lane_offset) ^ p.zero, p.one_bit[0], p.one_bit[1], p.one_bit[2],
                            round_half<BF16>(low) * 0x10001u, u32(round_half<BF16>(low) ^ round_half<BF16>(high)) * 0x10001u, p.zero, pair};
     const auto prepare_phase = [&](int phase) {
+#if FDK_DIGITS || FDK_INDICES
         if (blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, norms, phase, cta_unit + phase * units, units, warp, lane, lookup);
+#else
+        if (STREAMED && mine) ask_for_phase(p, smem, phase, cta_unit, busy, warp, lane);
+        if (!STREAMED && blocks > 0 && phase < PHASES) prepare_activations(p, smem, activations, norms, phase, cta_unit + phase * units, units, warp, lane, lookup, mine);
+#endif
     };
 #if FDK_AHEAD
     MadeUnit made[STAGE_UNITS];
@@ -205,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         if constexpr (FDK_LATE) let_next_kernel_start();
     } else
 #endif
-        for (int phase = 0; phase < X_BUFFERS; ++phase) prepare_phase(phase);
+        for (int phase = 0; phase < (STREAMED ? PHASES_AHEAD : X_BUFFERS); ++phase) prepare_phase(phase);
     if constexpr (X_MEANWHILE) outputs.prepare(first_block, end_block);
 #endif
 
@@ -278,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         const int from = first_unit;
 #endif
         for (int phase = 0; phase < PHASES; ++phase) {
-            if (phase > 0) {
+            if (STREAMED) prepare_phase(phase + PHASES_AHEAD);
+            if (phase > 0 && !STREAMED) {
                 order_before_bulk_copies();
                 __syncthreads();
                 prepare_phase(phase + X_BUFFERS - 1);
@@ -291,9 +301,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 constexpr WholeBlock tiles;
 #endif
 #pragma unroll 1
-                for (int unit = from; unit < end_unit; unit += STAGE_UNITS) {
+                for (int unit = from; unit < end_unit; unit += UNIT_STEP) {
                     w.wait(stage, parity);
-                    wait_for_activations(smem, phase, unit - first_unit, k_warp);
+                    wait_for_activations(p, smem, phase, unit - first_unit, cta_unit + phase * units, units, warp, lane);
                     Unit loaded[STAGE_UNITS];
 #pragma unroll
                     for (int i = 0; i < STAGE_UNITS; ++i)
@@ -311,6 +321,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 else
                     multiply(WholeBlock{});
 #endif
+                if constexpr (STREAMED) {
+                    order_before_bulk_copies();
+                    __syncwarp();
+                    if (lane == 0) barrier_expect(done_barrier(smem, phase), 0);
+                }
             }
         }
 #if FDK_AHEAD

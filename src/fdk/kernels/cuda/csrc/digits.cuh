@@ -36,7 +36,9 @@ using Activations = Chosen<IN_PAIRS>::Type;
 constexpr bool IDLE_WARPS = Activations::BUSY_WARPS < SHARE_WARPS;  // while others make digits: the last among those of a share
 constexpr bool X_MEANWHILE = false;
 
-__device__ __forceinline__ void wait_for_activations(const char*, int, int, int) {}
+__device__ __forceinline__ void wait_for_activations(const Params&, char*, int, int, int, int, int, int) {}
+constexpr int PHASES_AHEAD = 0;
+__device__ __forceinline__ u32 done_barrier(const char*, int) { return 0; }
 
 // Sums of one block over a warp's slice, row 16*tile + 8*h + g: of scale * digits for columns 2t and 2t+1, that is
 // digits 2*(t%2) and one more of token t/2 (one token, not sharing: t < 2 only), and of scale * (zero *) sum(x) of that

@@ -17,7 +17,9 @@ constexpr int MIDDLE = NESTED ? int(Planes::MIDDLE) : 1 << (BITS - 1);
 constexpr bool OFF_CENTRE = ZEROS || KIND == 5;  // values are not code - MIDDLE, but by so much more
 constexpr int PRODUCTS = M / 2;
 
-__device__ __forceinline__ void wait_for_activations(const char*, int, int, int) {}
+__device__ __forceinline__ void wait_for_activations(const Params&, char*, int, int, int, int, int, int) {}
+constexpr int PHASES_AHEAD = 0;
+__device__ __forceinline__ u32 done_barrier(const char*, int) { return 0; }
 
 // Sums of one block over a warp's slice, row 16*tile + 8*h + g, of token 2*product + t/2 those of digits 2*(t%2) and one more:
 // of scale * (code - MIDDLE) * digits, and of scale * more * digits, as those of rows g.

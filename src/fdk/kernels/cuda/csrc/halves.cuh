@@ -130,10 +130,10 @@ __device__ __forceinline__ void load_unit(Unit& u, const char* stage, StageGroup
 
 // The A operands of the four steps of a row tile.
 __device__ __forceinline__ void make_operand(u32 (&a)[4][4], const Unit& u, int tile, const Lookup& lookup) {
-    if constexpr (OCTETS)
+    if (OCTETS && tile >= SELECTED)
         octets_to_operand(a, u.words[tile], lookup);
     else
-        to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT, WIDE>(a, u.words, tile, lookup);
+        to_operand<KIND, BITS, FDK_SLICE, BF16, SELECT || OCTETS, WIDE>(a, u.words, tile, lookup);
 }
 
 // `unit` counts from the CTA's first; `operand(a, tile)` gives the A operands of a row tile.
@@ -261,8 +261,8 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
 }
 
 // Brings the activations of the CTA's slice into shared memory, with what else the product needs of them.
-__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup) {
-    stage_activations(p, smem, x, norms, phase, first_unit, units, warp, lane);
+__device__ __forceinline__ void prepare_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane, const Lookup& lookup, bool busy) {
+    stage_activations(p, smem, x, norms, phase, first_unit, units, warp, lane, busy);
     if constexpr (FDK_LATE) let_next_kernel_start();
     if constexpr (SUMS) {
         sum_activations(reinterpret_cast<float*>(smem + Smem::SUM), smem + Smem::X, units, warp, lane, lookup);

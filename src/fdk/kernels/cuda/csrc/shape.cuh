@@ -6,7 +6,8 @@
 //   16:32 sparse, which take FDK_BITS = 3 with their masks)
 //   FDK_M FDK_DIGITS FDK_MANY_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
-//   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS FDK_AHEAD, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
+//   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS FDK_AHEAD FDK_INTERLEAVED FDK_X_AHEAD FDK_X_BUFFERS
+//   FDK_SELECTED, and FDK_SQUARES FDK_GATED FDK_TABLES FDK_RESIDUAL (epilogue.cuh)
 #pragma once
 #include "operand.cuh"
 
@@ -68,6 +69,10 @@ static_assert(!HALF_BLOCKS || (BITS % 2 == 0 && KIND <= 3 && STEPS_PER_CTA == 1 
 // stage is then refilled behind it (2) or at once (3).
 constexpr int AHEAD = FDK_AHEAD;
 static_assert(!AHEAD || (M == 1 && OWN_X && K % 64 == 0 && SUBS == 1 && !INDICES && !HALF_BLOCKS && !(DIGITS && (SQUARES || RESIDUAL))), "operands need nothing else");
+// Warps that split a slice of k take its stages in turn, so that few large pieces of activations serve all of them.
+constexpr bool INTERLEAVED = FDK_INTERLEAVED;
+constexpr int UNIT_STEP = (INTERLEAVED ? K_WARPS : 1) * STAGE_UNITS;
+static_assert(!INTERLEAVED || (!SCALES_ONCE && !DIGITS && !INDICES && UNITS % (CLUSTER * PHASES * UNIT_STEP) == 0), "turns are whole, each with its scales");
 // Row tiles of a block that a warp multiplies.
 template <int COUNT>
 struct RowTiles {};
@@ -78,13 +83,17 @@ constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a
 // Affine values need sums of activations per unit and scale change: floats[SUM_KINDS][SUM_COLUMNS] of each.
 constexpr bool OCTETS = FDK_OCTETS;  // one bit by look-ups of eight codes, see dequantise.cuh
 static_assert(!OCTETS || (BITS == 1 && KIND <= 1 && !DIGITS && !FDK_X_SUMS), "values of two codes, as they are");
+constexpr int SELECTED = OCTETS ? FDK_SELECTED : 0;  // row tiles whose operands are selected bit by bit instead
 constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS;  // see dequantise.cuh
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS && !INDICES;
 // A warp adds up the activations of a unit itself, by one more product of each step, or finds them in shared memory.
 constexpr bool X_SUMS = FDK_X_SUMS && (ZEROS || SPLIT_BIT) && !DIGITS && !INDICES;
 constexpr bool SUMS = (DIGITS ? !FDK_MANY_DIGITS : ZEROS || SPLIT_BIT) && !X_SUMS && !INDICES;
 // Phases whose activations are in shared memory at once: those of the next arrive under the products of this one.
-constexpr int X_BUFFERS = PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
+constexpr int X_BUFFERS = FDK_X_BUFFERS ? FDK_X_BUFFERS : PHASES > 1 && FDK_HOPPER && K % 64 == 0 && !SUMS ? 2 : 1;
+// Their buffers are a ring: a warp that is done with a phase goes on, and whoever asks for a later one waits for all of them.
+constexpr bool STREAMED = FDK_X_BUFFERS > 0;
+static_assert(!STREAMED || (INTERLEAVED && PHASES >= X_BUFFERS && X_BUFFERS > 1 && X_CHUNKS == 1 && K_WARPS > 1), "phases are pieces of all warps");
 constexpr int SUM_COLUMNS = DIGITS || M == 1 ? M : NT * 8;
 constexpr int SUM_KINDS = SPLIT_BIT ? 3 : 1;
 
@@ -213,16 +222,17 @@ struct Warp {
                 first_block * GROUPS};
     }
     __device__ __forceinline__ void advance(Cursor& c) const {
-        c.codes += STAGE_UNITS * Smem::UNIT_STRIDE;
-        c.unit += STAGE_UNITS;
-        if (STEPS_PER_CTA > 1 && c.unit == end_unit) {
+        c.codes += UNIT_STEP * Smem::UNIT_STRIDE;
+        c.unit += UNIT_STEP;
+        const int last = INTERLEAVED ? first_unit + Smem::CTA_UNITS : end_unit;
+        if (STEPS_PER_CTA > 1 && c.unit == last) {
             c.unit = first_unit;
             c.step += 1;
-            c.codes += (ROW_STRIDE * UNITS - (end_unit - first_unit)) * i64(Smem::UNIT_STRIDE);
+            c.codes += (ROW_STRIDE * UNITS - (last - first_unit)) * i64(Smem::UNIT_STRIDE);
             c.group_row += ROW_STRIDE * GROUPS;
         }
-        if (PHASES > 1 && c.unit == c.step * Smem::CTA_UNITS + end_unit) {
-            const int skipped = Smem::CTA_UNITS - (end_unit - first_unit);
+        if (PHASES > 1 && c.unit == c.step * Smem::CTA_UNITS + last) {
+            const int skipped = Smem::CTA_UNITS - (last - first_unit);
             c.unit += skipped;
             c.step += 1;
             c.codes += skipped * Smem::UNIT_STRIDE;
