@@ -53,59 +53,15 @@ def bytes_of(
     return tuple({**fields, "stages": stages, "stage_units": units} for stages, units in rings)
 
 
-def looked_up(**other: int | bool) -> tuple[Change, ...]:
-    """The same by look-ups or in 16 bits."""
-    fields = {"digits": False, "paired": False, "uniform": False, "alone": False, "late": False, "row_warps": 1}
-    return ({**fields, "batch": 1, "hold": 0, **other},)
-
-
 SETS: dict[str, Named] = {
-    "bytes-again": Named(
-        "Integers that took their configuration from measured neighbours: right?",
-        45,
+    "bytes-between": Named(
+        "One token of middle sizes by integer products, which small and large weights have, and with operands ahead?",
+        35,
         (
-            Trial(problems("decode", "int5_g64 int7_g64", "8192x8192", "1"), bytes_of(16, 1, 1, (2, 1))),
             Trial(
                 problems("decode", "int3_g128 int6_g128", "8192x8192", "1"),
                 ({"ahead": 1}, {"ahead": 2}, {"ahead": 2, "late": False}),
             ),
-            Trial(problems("decode", "uint4_g64", "16384x16384", "1"), bytes_of(16, 1, 2, (2, 1))),
-            Trial(problems("decode", "int3_g128", "28672x8192", "1"), bytes_of(16, 2, 7, (1, 2), (2, 2))),
-            Trial(
-                problems("decode", "int3_g64", "20480x5120", "1"),
-                looked_up(k_warps=4, row_warps=4, stages=1, stage_units=2, batch=2),
-            ),
-            Trial(
-                problems("decode", "int6_g64", "20480x5120", "1"),
-                looked_up(k_warps=4, row_warps=4, stages=2, stage_units=1, batch=2),
-            ),
-            Trial(
-                problems("decode", "uint2_g64 uint4_g64 uint8_g64 uint6_g64", "20480x5120", "1"),
-                bytes_of(8, 2, 5, (3, 1)),
-            ),
-            Trial(
-                problems("decode", "uint3_g64 uint6_g64", "4096x14336", "1"),
-                (*looked_up(k_warps=16, stages=1, stage_units=1), *bytes_of(14, 2, 1, (1, 2))),
-            ),
-            Trial(
-                problems("decode", "uint3_g64 uint6_g64", "4096x4096", "1"),
-                (*looked_up(k_warps=8, stages=2, stage_units=1), *bytes_of(8, 2, 1, (4, 1), alone=False, late=False)),
-            ),
-            Trial(problems("decode", "uint3_g64 uint6_g64", "14336x4096", "1"), bytes_of(16, 1, 2, (2, 1))),
-            Trial(
-                problems("decode", "nest8s4_g128", "8192x2048", "1"),
-                looked_up(k_warps=8, stages=1, stage_units=1, scales_once=True),
-            ),
-            Trial(
-                problems("decode", "int4_g64_sp16of32", "8192x8192 14336x4096", "1"),
-                each({}, {"ahead": 2}, {"ahead": 0}, bulk=True, uniform=True),
-            ),
-        ),
-    ),
-    "bytes-between": Named(
-        "One token of middle sizes by integer products, which small and large weights have?",
-        30,
-        (
             Trial(
                 problems("decode", "int3_g128 int4_g64 int6_g128", "5120x5120", "1"),
                 bytes_of(16, 1, 1, (2, 1)) + bytes_of(10, 1, 1, (2, 2)),

@@ -107,14 +107,14 @@ def _in_turn(shape: Shape, blocks: int, cta_units: int) -> bool:
     """Whether 16 warps take several blocks of a CTA one after the other in integer products of one token.
 
     Measured on an H200, 2026-11-22, at 14336 x 4096, 16384^2 and 28672 x 8192; at 20480 x 5120 eight warps do, but for
-    4 bits: docs/findings.md.
+    4 bits without zeros: docs/findings.md.
     """
     if shape.kind not in (INT, UINT_U8) or shape.bits == 1:
         return False
     if (blocks, cta_units) == (2, 64):
-        return shape.kind == INT and shape.bits >= 3
+        return shape.bits >= 3 and (shape.kind == INT or shape.bits not in (4, 8))
     if (blocks, cta_units) == (5, 40):
-        return shape.kind == INT and shape.bits != 4
+        return shape.zeros or shape.bits != 4
     return 2 <= blocks <= 7 and cta_units >= 64 and 384 <= cta_units * blocks <= 512
 
 
@@ -214,12 +214,13 @@ def _rings_of_bytes(shape: Shape, config: Config) -> list[tuple[int, int]] | Non
         if config.k_warps == 8:
             return [(1, 3), (1, 2), (1, 1)]
         whole_slices = config.cluster == 1 and not shape.zeros
-        first = {2: [(4, 2), (2, 2)] if whole_slices else [(2, 2)], 3: [(2, 1)] if whole_slices else [], 4: [(2, 2)]}
+        first = {2: [(4, 2), (2, 2)] if whole_slices else [(2, 2)], 3: [] if shape.zeros else [(2, 1)], 4: [(2, 2)]}
         return [*first.get(bits, []), (1, 2), (1, 1)]
     if aligned:
         return None
     if shape.zeros or (bits == 3 and config.k_warps == 14):
-        return [(1, 2), (1, 1)]
+        few = shape.units <= 4 * config.cluster * config.k_warps
+        return [*([(1, 4)] if few else []), (1, 2), (1, 1)]
     if config.k_warps > 14:
         return [(2, 1), (1, 2), (1, 1)] if bits == 3 else [(1, 3), (1, 2), (1, 1)]
     return [(2, 2), (1, 2), (1, 1)]
@@ -477,6 +478,8 @@ def _beside(shape: Shape, config: Config, idle: int) -> Config:
     """
     if idle <= 0 or config.tokens > 1 or shape.kind not in (TABLE, UINT_U8) or shape.n * shape.k < 1 << 24:
         return config
+    if config.digits and shape.zeros and shape.bits not in (1, 2, 4, 8):
+        return replace(config, min_ctas=1)
     selected = shape.kind == TABLE and (config.digits or config.indices) and shape.allows_stage_units(4, 8)
     if selected and config.cluster == config.blocks == 1 and shape.units == 128:
         stages = 3 if config.digits else 2
@@ -703,7 +706,7 @@ def choose_config(
             if digits:
                 start = replace(start, digits=True, paired=shape.bits == 1 or not chained)
                 # Not where that lets more CTAs of small weights with zeros share a multiprocessor.
-                uniform_pays = hopper and (large or not shape.zeros or shape.bits == 8)
+                uniform_pays = hopper and (large or not shape.zeros or shape.bits not in (1, 2, 4))
                 start = start if chained else replace(start, uniform=uniform_pays, late=large)
         elif not chained and tokens == 2 and _two_digits_pay(shape, cluster, per_cluster, cta_units):
             start = replace(start, digits=True, paired=True, uniform=hopper, late=True)
