@@ -78,14 +78,15 @@ def test_epilogues(compiled, arch: str) -> None:
 
 
 def test_registers_keep_apart_what_shared_memory_does_not(compiled) -> None:
-    """Of one bit and one token in a chain a multiprocessor takes one CTA of each launch."""
+    """Of one bit, or a table of 4 bits, and one token in a chain a multiprocessor takes one CTA of each launch."""
     problems = []
     for k, wide in ((3072, 11264), (3584, 18944), (4096, 11008), (4096, 12288), (6144, 21504), (8192, 28672)):
         gate_up, residual = decode_config.Epilogue(squares=k // 32, gated=True), decode_config.Epilogue(residual=True)
-        problems += [(Shape(2 * wide, k, 1, 64, True, decode_config.TABLE), 1, gate_up)]
-        problems += [(Shape(k, wide, 1, 64, True, decode_config.TABLE), 1, residual)]
+        for bits in (1, 4):
+            problems += [(Shape(2 * wide, k, bits, 64, True, decode_config.TABLE), 1, gate_up)]
+            problems += [(Shape(k, wide, bits, 64, True, decode_config.TABLE), 1, residual)]
     found = [(config, source) for config, source in decode_sources(problems, "sm_90a") if not config.alone]
-    assert len(found) >= 6
+    assert {source[1]["FDK_BITS"] for _, source in found} == {1, 4}
     for (config, source), result in zip(found, compiled(source for _, source in found), strict=True):
         # Registers are given out eight a thread.
         assert result.spilled == 0 and 2 * config.threads * -(-result.registers // 8) * 8 > 65536, source

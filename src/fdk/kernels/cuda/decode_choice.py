@@ -183,7 +183,8 @@ def _chain_warps(config: Config, shape: Shape, cta_units: int) -> tuple[int, int
     whole = [r for r in range(least, min(blocks, 8) + 1, least) if -(-blocks // r) * r <= blocks] or [least]
     row_warps = max(whole, key=lambda r: (most // r * r if tokens > 4 else 0, r))
     most = min(max(1, most // row_warps), cta_units)
-    if config.digits and most > 8 and (even := [w for w in range(most, 7, -1) if cta_units % (4 * w) == 0]):
+    stage = 4 if shape.bits == 1 else 1
+    if config.digits and most > 8 and (even := [w for w in range(most, 7, -1) if cta_units % (stage * w) == 0]):
         # Stages of four units are waited for a quarter as often.
         return even[0], row_warps
     # The fewest warps with which the longest share of k is as short.
@@ -244,6 +245,8 @@ def _stages(shape: Shape, config: Config) -> list[tuple[int, int]]:
             return [first, (1, 2), (1, 1)]
         if _few_codes_and_zeros(shape) and config.tokens in (2, 4) and per_warp == 4 and config.epilogue == PLAIN:
             return [(1, 4 if shape.bits == 2 else 3), (1, 2), (1, 1)]
+        if config.digits and config.epilogue.gated and config.warps <= 12:
+            return [(1, 3), (1, 2), (1, 1)]
         if shape.subs > 1 or config.tokens > 8 or config.digits or config.epilogue != PLAIN:
             return [(1, 2), (1, 1)]
         if config.tokens == 1 and per_warp <= 4 and shape.bits <= 4:
@@ -500,10 +503,12 @@ def _with_two_places(shape: Shape, config: Config, blocks: int) -> Config:
     Measured in the step of custom-llama-12B on an H200, 2026-11-22: there only, since it loses in other pairs of
     launches, and at 6144 x 21504; docs/findings.md.
     """
-    if config.paired and shape.kind in (TABLE, INT) and (shape.units, blocks) == (64, 96) and config.epilogue.squares:
+    if not config.paired or shape.bits > 1:
+        return config
+    if shape.kind in (TABLE, INT) and (shape.units, blocks) == (64, 96) and config.epilogue.squares:
         # Query/key/value between *down*, whose places are held, and attention: beside either.
         return replace(config, alone=False)
-    measured = config.paired and shape.kind in (TABLE, INT) and (shape.units, blocks) in ((64, 448), (224, 64))
+    measured = shape.kind in (TABLE, INT) and (shape.units, blocks) in ((64, 448), (224, 64))
     if not measured or not shape.allows_stage_units(4, 14 if config.cluster == 2 else 4):
         return config
     beside = replace(config, stage_units=4, stages=2, alone=False, min_ctas=2, hold=2000)
@@ -522,6 +527,40 @@ def _kept_apart_by_registers(config: Config) -> Config:
     full = config.paired and config.warps >= 11 and config.stage_units == 4
     fits = full and (config.epilogue.gated or config.epilogue.residual)
     return replace(config, alone=False) if fits else config
+
+
+def _with_operands_ahead_in_chain(shape: Shape, config: Config) -> Config:
+    """`config` of a table of 4 bits and one token in a chain whose warps make first operands ahead of activations.
+
+    Measured in the steps of custom-llama-4B (gate/up 0.957, output 0.986), 12B (0.963) and 31B (0.978) on an H200,
+    2026-11-22: docs/findings.md.
+    """
+    single = config.steps == config.tokens == config.phases == shape.subs == 1 and shape.k % 64 == 0
+    if not single or config.digits or (shape.bits, shape.kind) != (4, TABLE):
+        return config
+    if config.epilogue.gated:
+        # Registers, 80 and 96 a thread, keep its CTAs apart, so that they begin beside the output product's.
+        beside = replace(config, stage_units=1, alone=False)
+        if config.warps == 16 and shape.units <= 64:
+            return replace(beside, stages=1)
+        few = config.warps == 12 and shape.units <= 16 * config.cluster * config.k_warps
+        return replace(beside, stages=2, ahead=3) if few else config
+    if not config.epilogue.residual or config.stage_units > 1 or config.k_warps not in (8, 16):
+        return config
+    # Seven units a warp were measured with scales beside each.
+    once = replace(config, scales_once=True, ahead=3)
+    few = once.allows_scales_once(shape) and (config.cluster == 1 or config.k_warps == 8)
+    return once if few and once.shared_bytes(shape) <= MAX_SHARED else replace(config, ahead=3)
+
+
+def _integers_pay_in_chain(shape: Shape, cluster: int, cta_units: int) -> bool:
+    """Whether integer products serve one token of integers of 4 bits faster in a chain.
+
+    Measured in the steps of custom-llama-4B (0.89, with zeros 0.87), 12B (0.99, 0.93) and 31B (1.007: not there) on an
+    H200, 2026-11-22: docs/findings.md.
+    """
+    integers = shape.bits == 4 and shape.kind in (INT, UINT_U8, UINT_FLOAT)
+    return integers and cta_units <= (64 if cluster == 1 else 112)
 
 
 def _few_stages(shape: Shape, config: Config, blocks: int, at_once: int) -> Config:
@@ -701,10 +740,11 @@ def choose_config(
             large = shape.n * shape.k >= 1 << 25
             if chained:
                 digits = shape.bits == 1 or (shape.bits == 8 and not large)
+                digits |= capability == (9, 0) and _integers_pay_in_chain(shape, cluster, cta_units)
             else:
                 digits = _digits_pay(shape, cluster, per_cluster, cta_units, large, hopper)
             if digits:
-                start = replace(start, digits=True, paired=shape.bits == 1 or not chained)
+                start = replace(start, digits=True, paired=shape.bits in (1, 4) or not chained)
                 # Not where that lets more CTAs of small weights with zeros share a multiprocessor.
                 uniform_pays = hopper and (large or not shape.zeros or shape.bits not in (1, 2, 4))
                 start = start if chained else replace(start, uniform=uniform_pays, late=large)
@@ -745,12 +785,13 @@ def choose_config(
                 best = (score, filled)
     if best and chained and hopper and tokens == 1:
         # Fewer instructions; here registers decide nothing about where CTAs run.
-        config = replace(best[1], uniform=True, paired=best[1].digits and shape.bits == 1)
-        if config.paired:
+        config = replace(best[1], uniform=True, paired=best[1].digits and shape.bits in (1, 4))
+        if config.paired and shape.bits == 1:
             config = _few_stages(shape, config, blocks, clusters_at_once(sms, 4))
         if capability != (9, 0) or sms != 132:
             return config
-        return _kept_apart_by_registers(_with_two_places(shape, config, blocks))
+        config = _kept_apart_by_registers(_with_two_places(shape, config, blocks))
+        return _with_operands_ahead_in_chain(shape, config)
     if best and chained and best[1].warps > 12:
         # 128 registers are not enough for what the compiler then keeps, but for one bit in look-ups of eight codes.
         return replace(best[1], uniform=best[1].octets)
