@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,22 @@ def _shared_folder(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FDK_TEST_SHARED", str(base / "shared"))
         yield
+
+
+@pytest.fixture
+def pass_in_the_interpreter():
+    """Runs a file of tests in a process whose Triton kernels are interpreted; all must pass and none be skipped."""
+
+    def run(cases: Path) -> None:
+        if find_spec("triton") is None:
+            pytest.skip("the triton package is not installed")
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, text
+
+    return run
 
 
 def _skip_without_gpu(items):

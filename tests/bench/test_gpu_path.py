@@ -143,17 +143,6 @@ def test_a_kernel_that_fails_later_makes_the_floor_unavailable(fake_kernel, monk
     assert found.prepare([(4096, 64)]) == found.unavailable == "RuntimeError: NVRTC failed"
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(roofline, "POOL_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(roofline, "READ_BYTES", {"cpu": 1 << 18})
-    monkeypatch.setattr(roofline, "PEAK_SIZE", {"cpu": 64})
-    monkeypatch.setattr(command, "cold_bytes", lambda device: 50_000)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 TINY = ["--device", "cpu", "-m", "1", "--inner-reps", "1", "--outer-reps", "2", "--threads", "1"]
 
 

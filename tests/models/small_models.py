@@ -13,6 +13,14 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def of_transformers(family: str = "Llama", head: str = "ForCausalLM", sharp: bool = False, **settings):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from small_models import of_transformers
+from small_models import LLAMA3, of_transformers
 
 import fdk
 from fdk.errors import UnsupportedError
@@ -17,14 +17,6 @@ from fdk.models.generate import generate
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: transformers)")
 
 TOKENS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 CASES = [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import LLAMA3
 
 from fdk.errors import FormatError, UnsupportedError
 from fdk.models import QuantisationConfig, quantise
@@ -15,14 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 500000.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
+    "llama3": LLAMA3,
 }
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,13 +26,8 @@ CASES = Path(__file__).with_name("interpreted_step.py")
 
 
 @pytest.mark.slow
-def test_the_step_in_the_interpreter() -> None:
-    if find_spec("triton") is None:
-        pytest.skip("the triton package is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout + run.stderr
+def test_the_step_in_the_interpreter(pass_in_the_interpreter) -> None:
+    pass_in_the_interpreter(CASES)
 
 
 @pytest.mark.parametrize("fmt", ["lut3_g64", "lut4_g16", "nf4_g64", "int4_g64", "uint2_g64", "lut1_chan"])

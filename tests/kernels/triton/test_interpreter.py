@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,13 +14,8 @@ CASES = Path(__file__).with_name("interpreted_cases.py")
 
 
 @pytest.mark.slow
-def test_contract_in_the_interpreter() -> None:
-    if find_spec("triton") is None:
-        pytest.skip("the triton package is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout + run.stderr
+def test_contract_in_the_interpreter(pass_in_the_interpreter) -> None:
+    pass_in_the_interpreter(CASES)
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter(monkeypatch) -> None:

@@ -6,6 +6,7 @@ decode_config.py  what it is compiled for;  decode_choice.py  which configuratio
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -24,6 +25,7 @@ from fdk.kernels.cuda.decode_config import (
 )
 from fdk.packing.bits import pack_codes
 from fdk.packing.fragments import block_counts
+from fdk.packing.layouts import Geometry
 from fdk.weight import QuantisedWeight
 
 
@@ -40,14 +42,31 @@ class Range(ctypes.Structure):
     )
 
 
+WEIGHT_FIELDS = tuple((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "table"))
+"""Of every kernel's argument; `weight_values` has what belongs there."""
+
+
+def weight_values(weight: QuantisedWeight) -> dict[str, int | None]:
+    """Addresses of a weight's tensors, None for those that its format has not, and how many ranges of rows it has."""
+    found = {name: weight.parts[name].data_ptr() if name in weight.parts else None for name, _ in WEIGHT_FIELDS}
+    return {**found, "ranges": len(weight.geometry.row_ends)}
+
+
+def fill_ranges(ranges: ctypes.Array, geometry: Geometry, places: Callable[[int], int]) -> int:
+    """Write blocks and rows of each range of rows; how many clusters or row tiles they take, `places(blocks)` each."""
+    place = block = 0
+    for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
+        ranges[i] = Range(place, block, block + count, 0, start, end)
+        place += places(count)
+        block += count
+    return place
+
+
 class Params(ctypes.Structure):
     """Twin of fdk::Params in csrc/decode.cuh."""
 
     _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
+        *WEIGHT_FIELDS,
         ("x", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -70,13 +89,9 @@ _ONE_BIT = {True: (0x3F803F80, 0x40004000, 0x40804080), False: (0x3C003C00, 0x4C
 
 def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
     """The kernel's argument without the operands of a call, and the number of CTAs."""
-    geometry, parts = weight.geometry, weight.parts
+    geometry = weight.geometry
     params = Params(
-        codes=parts["codes"].data_ptr(),
-        scales=parts["scales"].data_ptr(),
-        zeros=parts["zeros"].data_ptr() if "zeros" in parts else None,
-        table=parts["table"].data_ptr() if "table" in parts else None,
-        ranges=len(geometry.row_ends),
+        **weight_values(weight),
         blocks_per_cluster=config.blocks,
         one_bit=_ONE_BIT[geometry.dtype == torch.bfloat16],
     )
@@ -86,12 +101,7 @@ def params_for(weight: QuantisedWeight, config: Config) -> tuple[Params, int]:
         params.ranges = 1
         params.range[0] = Range(0, 0, count, 0, 0, geometry.n)
         return params, config.clusters(count) * config.cluster
-    cluster = block = 0
-    for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
-        params.range[i] = Range(cluster, block, block + count, 0, start, end)
-        cluster += config.clusters(count)
-        block += count
-    return params, cluster * config.cluster
+    return params, fill_ranges(params.range, geometry, config.clusters) * config.cluster
 
 
 def source(shape: Shape, config: Config, capability: tuple[int, int]) -> jit.Source:

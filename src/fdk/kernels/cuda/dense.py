@@ -66,10 +66,7 @@ class Params(ctypes.Structure):
     """Twin of fdk::Params in csrc/dequantise_weights.cuh."""
 
     _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
+        *decode.WEIGHT_FIELDS,
         ("out", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
         ("origin", ctypes.c_int64),
@@ -127,23 +124,10 @@ class Plan:
         shape = decode_config.shape_of(geometry, None if zeros is None else zeros.dtype)
         self.geometry, self.device = geometry, weight.device
         self.counts = block_counts(geometry)
-        self.params = Params(
-            codes=parts["codes"].data_ptr(),
-            scales=parts["scales"].data_ptr(),
-            zeros=None if zeros is None else zeros.data_ptr(),
-            table=parts["table"].data_ptr() if "table" in parts else None,
-            units=shape.units,
-            groups=shape.groups,
-            ranges=len(geometry.row_ends),
-        )
-        block = 0
+        self.params = Params(**decode.weight_values(weight), units=shape.units, groups=shape.groups)
+        decode.fill_ranges(self.params.range, geometry, lambda count: 0)
         # First row of every block, and the end of the last one.
-        self.rows = []
-        for i, ((start, end), count) in enumerate(zip(geometry.ranges, self.counts, strict=True)):
-            self.params.range[i] = decode.Range(0, block, block + count, 0, start, end)
-            self.rows += range(start, end, BLOCK)
-            block += count
-        self.rows.append(geometry.n)
+        self.rows = [row for start, end in geometry.ranges for row in range(start, end, BLOCK)] + [geometry.n]
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         with torch.cuda.device(self.device):
             self.function = load(variant_of(shape), self.device.index)

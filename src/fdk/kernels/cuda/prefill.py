@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdk.kernels.cuda import decode, decode_config, driver, flags, jit
 from fdk.kernels.cuda.decode_config import INT, MAX_RANGES, MAX_SHARED, TABLE, UINT_FLOAT, UINT_U8, Shape
-from fdk.packing.fragments import BLOCK, block_counts
+from fdk.packing.fragments import BLOCK
 from fdk.weight import QuantisedWeight
 
 TOKENS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -481,10 +481,7 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         ("x_map", ctypes.c_uint64 * 16),
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
+        *decode.WEIGHT_FIELDS,
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("m", ctypes.c_int),
@@ -504,20 +501,8 @@ class Params(ctypes.Structure):
 
 def params_for(weight: QuantisedWeight, config: Config) -> Params:
     """The kernel's argument without what a call brings: x, bias, out, m."""
-    geometry, parts = weight.geometry, weight.parts
-    params = Params(
-        codes=parts["codes"].data_ptr(),
-        scales=parts["scales"].data_ptr(),
-        zeros=parts["zeros"].data_ptr() if "zeros" in parts else None,
-        table=parts["table"].data_ptr() if "table" in parts else None,
-        ranges=len(geometry.row_ends),
-        row_tiles=row_tiles(block_counts(geometry), config),
-    )
-    tile = block = 0
-    for i, ((start, end), count) in enumerate(zip(geometry.ranges, block_counts(geometry), strict=True)):
-        params.range[i] = decode.Range(tile, block, block + count, 0, start, end)
-        tile += -(-count // (config.blocks * config.pair))
-        block += count
+    params = Params(**decode.weight_values(weight))
+    params.row_tiles = decode.fill_ranges(params.range, weight.geometry, lambda count: row_tiles((count,), config))
     return params
 
 
