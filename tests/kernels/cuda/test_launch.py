@@ -1,10 +1,12 @@
 """Host arithmetic of the decode kernel: configurations fit, and their CTAs cover every block of rows once."""
 
+import re
+
 import pytest
 
 from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, decode_choice, decode_config
+from fdk.kernels.cuda import decode, decode_choice, decode_config, jit
 from fdk.kernels.cuda.decode_config import Shape
 
 SHAPES = [
@@ -211,3 +213,8 @@ def test_tiles_serve_every_count_of_tokens() -> None:
     for m in range(1, 65):
         assert decode_choice.token_tile(m) >= m
     assert decode.Params.range.offset % 8 == 0
+
+
+def test_kinds_are_called_as_in_the_sources() -> None:
+    names = re.findall(r"^    ([A-Z_0-9]+),", jit.sources()["kinds.cuh"], re.MULTILINE)
+    assert len(names) == 8 and [getattr(decode_config, name) for name in names] == list(range(8))

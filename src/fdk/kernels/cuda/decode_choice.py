@@ -588,11 +588,11 @@ def _halves_pay(shape: Shape, config: Config, blocks: int, at_once: int) -> bool
     Measured on an H200, 2026-11-22, at 14336 x 4096: 8 tokens of 2, 4 and 8 bits, 16 of 8; 8 of 4 bits with three
     blocks (10240 x 4096) and five (18944 x 3584), too.
     """
-    planes = shape.bits in (2, 4, 8) and shape.kind in (TABLE, INT) and shape.subs == 1
+    even = shape.bits in (2, 4, 8) and shape.kind in (TABLE, INT) and shape.subs == 1
     measured = config.tokens == 8 or (config.tokens, shape.bits) == (16, 8)
     counts = (3, 4, 5) if (config.tokens, shape.bits) == (8, 4) else (4,)
     one_step = config.cluster == 2 and config.row_warps == config.blocks in counts and config.phases == 1
-    return planes and measured and one_step and replace(config, half_blocks=True).clusters(blocks) <= at_once
+    return even and measured and one_step and replace(config, half_blocks=True).clusters(blocks) <= at_once
 
 
 def _many_digits_pay(shape: Shape, tokens: int, per_pair: int, cta_units: int) -> bool:

@@ -33,6 +33,7 @@ def shared_for_places(places: int, capability: tuple[int, int]) -> int:
 
 
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)
+"""Kinds of codes, as csrc/kinds.cuh has them."""
 
 OCTET_TABLE_BYTES = 256 * 128
 """Bytes of the table of eight one-bit codes (csrc/dequantise.cuh)."""
@@ -52,6 +53,11 @@ def table_bytes(bits: int, kind: int) -> int:
     return table_aligned(bits, kind) + (32 * 128 if kind == SPARSE_TABLE else 0)
 
 
+def format_defines(bits: int, group: int, bf16: bool, kind: int, served: int) -> dict[str, int]:
+    """Macros that say what a weight's codes mean, for every kernel that reads them."""
+    return {"FDK_BITS": bits, "FDK_GROUP": group, "FDK_BF16": int(bf16), "FDK_KIND": kind, "FDK_SLICE": served}
+
+
 @dataclass(frozen=True)
 class Shape:
     """What is fixed at compile time about a weight; `group` is k for one scale per row.
@@ -67,6 +73,11 @@ class Shape:
     bf16: bool
     kind: int
     served: int = 0
+
+    def defines(self) -> dict[str, int]:
+        """Macros that every product of such a weight is compiled with."""
+        means = format_defines(self.bits, self.group, self.bf16, self.kind, self.served)
+        return {"FDK_N": self.n, "FDK_K": self.k, **means}
 
     @property
     def nested(self) -> bool:
@@ -320,13 +331,7 @@ class Config:
     def defines(self, shape: Shape, hopper: bool = True) -> dict[str, int]:
         """Macros that the kernel is compiled with."""
         return {
-            "FDK_N": shape.n,
-            "FDK_K": shape.k,
-            "FDK_BITS": shape.bits,
-            "FDK_GROUP": shape.group,
-            "FDK_BF16": int(shape.bf16),
-            "FDK_KIND": shape.kind,
-            "FDK_SLICE": shape.served,
+            **shape.defines(),
             "FDK_M": self.tokens,
             "FDK_CLUSTER": self.cluster,
             "FDK_K_WARPS": self.k_warps,

@@ -48,11 +48,7 @@ class Variant:
     def defines(self, hopper: bool) -> dict[str, int]:
         """Macros that the kernel is compiled with."""
         return {
-            "FDK_BITS": self.bits,
-            "FDK_GROUP": self.group,
-            "FDK_BF16": int(self.bf16),
-            "FDK_KIND": self.kind,
-            "FDK_SLICE": self.served,
+            **decode_config.format_defines(self.bits, self.group, self.bf16, self.kind, self.served),
             "FDK_SHARED_BYTES": self.shared_bytes(hopper),
         }
 

@@ -175,13 +175,7 @@ class Config:
     def defines(self, shape: Shape) -> dict[str, int]:
         """Macros that the kernel is compiled with."""
         return {
-            "FDK_N": shape.n,
-            "FDK_K": shape.k,
-            "FDK_BITS": shape.bits,
-            "FDK_GROUP": shape.group,
-            "FDK_BF16": int(shape.bf16),
-            "FDK_KIND": shape.kind,
-            "FDK_SLICE": shape.served,
+            **shape.defines(),
             "FDK_TOKENS": self.tokens,
             "FDK_TOKEN_TILES": self.tokens // 8,
             "FDK_BLOCKS": self.blocks,

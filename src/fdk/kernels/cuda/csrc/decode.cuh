@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         for (int i = 0; i < TABLES; ++i)
             fill_table<BITS, WARPS, WIDE>(smem + Smem::TABLE + i * Smem::TABLE_BYTES, warp, lane, [&](int code) -> u16 {
                 if constexpr (TABLE) return table[(i << BITS) + code];
-                return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
+                return round_half<BF16>(float(KIND == kind::INT ? code - (1 << (BITS - 1)) : code));
             });
     }
 

@@ -12,8 +12,8 @@
 namespace fdk {
 
 constexpr int BITS = FDK_BITS, GROUP = FDK_GROUP, KIND = FDK_KIND;
-constexpr bool BF16 = FDK_BF16, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND == 4 || KIND == 5;
-constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
+constexpr bool BF16 = FDK_BF16, ZEROS = kind::has_zeros(KIND), NESTED = kind::is_nested(KIND);
+constexpr bool SPARSE = kind::is_sparse(KIND), SPARSE_TABLE = KIND == kind::SPARSE_TABLE;
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SUBS = GROUP % 64 == 0 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit, at most
 constexpr int ROW = 144, BUFFER = 16 * ROW;                           // rows start in different banks
@@ -76,16 +76,16 @@ struct Unit {
             const int group = GROUP == 0 ? 0 : min((unit * 64 + sub * (64 / SUBS)) / (GROUP ? GROUP : 1), p.groups - 1);
             const i64 at = (i64(block) * p.groups + group) * 64 + lane / 4 * 8;
             scales[sub].pairs = stream_16(p.scales + at * 2, policy);
-            if constexpr (KIND == 2) {
+            if constexpr (KIND == kind::UINT_U8) {
                 const u32x2 v = *reinterpret_cast<const u32x2*>(p.zeros + at);
                 zeros[sub] = {v.x, v.y, 0, 0};
-            } else if constexpr (KIND == 3) {
+            } else if constexpr (KIND == kind::UINT_FLOAT) {
                 zeros[sub] = stream_16(p.zeros + at * 2, policy);
             }
         }
     }
     __device__ __forceinline__ float zero(int sub, int tile, int h) const {
-        if constexpr (KIND == 2) return float((tile < 2 ? zeros[sub].x : zeros[sub].y) >> (tile % 2 * 16 + h * 8) & 0xff);
+        if constexpr (KIND == kind::UINT_U8) return float((tile < 2 ? zeros[sub].x : zeros[sub].y) >> (tile % 2 * 16 + h * 8) & 0xff);
         return Rows{zeros[sub]}.at(tile, h);
     }
 };
@@ -136,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) fdk_dequantise(const __
             which = now;
             const u16* table = p.table + (which << (SPARSE ? 4 : BITS));
             const auto entry = [&](int code) -> u16 {
-                if constexpr (KIND == 0) return table[code];
-                return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
+                if constexpr (KIND == kind::TABLE) return table[code];
+                return round_half<BF16>(float(KIND == kind::INT ? code - (1 << (BITS - 1)) : code));
             };
             if constexpr (BITS == 1) {
                 lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;

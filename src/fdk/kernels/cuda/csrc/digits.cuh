@@ -144,7 +144,7 @@ __device__ __forceinline__ void store_partial(float* slot, const Accumulator& ac
             if constexpr (TABLE)
                 v = fmaf(high, v, low * (x - v));
             else if constexpr (NESTED)
-                v = float(Planes::STEP) * (v - float(Planes::MIDDLE - (KIND == 5 ? 0.5 : 0)) * x);
+                v = float(Planes::STEP) * (v - float(Planes::MIDDLE - (KIND == kind::CUT ? 0.5 : 0)) * x);
             else if constexpr (!SPARSE)
                 v -= ZEROS ? x : float(1 << (BITS - 1)) * x;
             const int row = (share_of(lane) * LANE_TILES + tile) * 16 + h * 8 + g;

@@ -14,7 +14,7 @@ using Activations = Words;
 constexpr bool IDLE_WARPS = Activations::BUSY_WARPS < SHARE_WARPS;  // while others make digits: the last among those of a share
 constexpr bool X_MEANWHILE = false;
 constexpr int MIDDLE = NESTED ? int(Planes::MIDDLE) : 1 << (BITS - 1);
-constexpr bool OFF_CENTRE = ZEROS || KIND == 5;  // values are not code - MIDDLE, but by so much more
+constexpr bool OFF_CENTRE = ZEROS || KIND == kind::CUT;  // values are not code - MIDDLE, but by so much more
 constexpr int PRODUCTS = M / 2;
 
 __device__ __forceinline__ void wait_for_activations(const Params&, char*, int, int, int, int, int, int) {}
@@ -82,7 +82,7 @@ __device__ __forceinline__ void multiply_units(Accumulator& acc, const Unit* uni
     }
     float x[PRODUCTS];
 #pragma unroll
-    for (int p = 0; OFF_CENTRE && p < PRODUCTS; ++p) x[p] = sum_of(start[p][0], start[p][1]) * (KIND == 5 ? -0.5f / MIDDLE : 1.f);
+    for (int p = 0; OFF_CENTRE && p < PRODUCTS; ++p) x[p] = sum_of(start[p][0], start[p][1]) * (KIND == kind::CUT ? -0.5f / MIDDLE : 1.f);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
         u32 d[PRODUCTS][4];

@@ -9,7 +9,7 @@ namespace fdk {
 
 constexpr int COLUMNS_USED = 4 * M;
 // Nested weights: bits of the fields that planes become (planes.cuh), a byte of which holds codes of rows g and g + 8.
-using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == 5, BF16>;
+using Planes = Slice<NESTED ? FDK_SLICE : 2, KIND == kind::CUT, BF16>;
 constexpr int FIELD = Planes::FIELD;
 constexpr int MAX_SHIFT = SPARSE ? 0 : NESTED ? (FIELD < 8 ? 4 : 0) : BITS == 1 ? 6 : BITS == 2 ? 2 : BITS == 4 ? 4 : 8 - BITS;
 

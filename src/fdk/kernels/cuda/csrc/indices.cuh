@@ -28,7 +28,7 @@ struct LaneValues {
 
     __device__ static __forceinline__ LaneValues of(const u16* table, int lane) {
         const int first = BITS == 1 ? 0 : lane % 2 * 2;
-        const auto value = [&](int code) { return TABLE ? load_2(table + code) : round_half<BF16>(float(code - (KIND == 1 ? 1 << (BITS - 1) : 0))); };
+        const auto value = [&](int code) { return TABLE ? load_2(table + code) : round_half<BF16>(float(code - (KIND == kind::INT ? 1 << (BITS - 1) : 0))); };
         return {{value(first), value(first + 1)}};
     }
     __device__ __forceinline__ u32 pair(int lane) const {

@@ -15,7 +15,7 @@
 // others leave of it in global memory, in the order of k. No result depends on timing.
 //
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
-//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (kinds 3, 6 and 7 are not served)
+//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (not UINT_FLOAT, not sparse)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
 //   FDK_AHEAD FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_FETCH_SUMS FDK_WIDE FDK_UNROLLED FDK_FRESH
 #pragma once
@@ -28,9 +28,9 @@ constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP;
 constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
-constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2, NESTED = KIND == 4 || KIND == 5;
+constexpr bool TABLE = KIND == kind::TABLE, ZEROS = KIND == kind::UINT_U8, NESTED = kind::is_nested(KIND);
 constexpr bool WIDE = FDK_WIDE;
-constexpr bool INTEGERS = (KIND == 1 || KIND == 2) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
+constexpr bool INTEGERS = (KIND == kind::INT || KIND == kind::UINT_U8) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
 constexpr bool AHEAD = FDK_AHEAD, CODES_AHEAD = FDK_CODES_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
@@ -46,7 +46,7 @@ constexpr int SLICES = SPLIT * K_GROUPS;  // parts of k whose sums are added up 
 // The loop over units is unrolled over the ring, whose places are constants then: fewer instructions stand beside wgmma.
 constexpr bool UNROLLED = FDK_UNROLLED;
 constexpr bool FRESH = FDK_FRESH;  // the kernel in front writes the codes
-constexpr bool LANE_TABLE = KIND == 0 && BITS <= 5;  // each lane has one value of the table
+constexpr bool LANE_TABLE = KIND == kind::TABLE && BITS <= 5;  // each lane has one value of the table
 static_assert(TOKENS == 8 * TOKEN_TILES);
 static_assert(!STREAM || SLICES == 1, "tiles are cut along k in one way");
 // Warpgroups multiply in turn: left alone they fall into step, and all scale their sums while the tensor cores idle.
@@ -56,7 +56,7 @@ static_assert(WARPGROUPS <= (TURNS ? 6 : 7), "named barriers 1 to 15: one of a w
 static_assert(SLICES == 1 || PAIR == 1, "CTAs that share x take many tiles");
 static_assert(PAIR == 1 || SPLIT == 1, "a cluster either shares x or splits k");
 static_assert(TOKENS % (8 * PAIR) == 0, "x is fetched in atoms of 8 tokens");
-static_assert(KIND != 3, "fractional zero points are not served");
+static_assert(KIND != kind::UINT_FLOAT, "fractional zero points are not served");
 
 constexpr int UNITS = (K + 63) / 64, GROUPS = (K + GROUP - 1) / GROUP;
 constexpr int SUBS = GROUP % 64 == 0 || GROUPS == 1 ? 1 : GROUP % 32 == 0 ? 2 : 4;  // scale changes inside a unit
@@ -500,7 +500,7 @@ __device__ __forceinline__ void expand(Operand& o, const Codes& c, int part, con
     const int first = part * COUNT;
     u32 a[4][4];  // what other parts hold of it is not computed
     if constexpr (NESTED)
-        dequantise_planes<BITS, FDK_SLICE, KIND == 5, BF16>(a, c.words, 0, lookup);
+        dequantise_planes<BITS, FDK_SLICE, KIND == kind::CUT, BF16>(a, c.words, 0, lookup);
     else if constexpr (INTEGERS)
         to_integers<BITS, BF16>(a, c.words, 0);
     else
@@ -648,7 +648,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 const auto entry = [&](int code) -> u16 {
                     if constexpr (LANE_TABLE) return __shfl_sync(0xffffffffu, u32(table_value), code);
                     if constexpr (TABLE) return table[code];
-                    return round_half<BF16>(float(KIND == 1 ? code - (1 << (BITS - 1)) : code));
+                    return round_half<BF16>(float(KIND == kind::INT ? code - (1 << (BITS - 1)) : code));
                 };
                 if constexpr (BITS == 1) {
                     lookup.low = entry(0) * 0x10001u, lookup.differ = u32(entry(0) ^ entry(1)) * 0x10001u;

@@ -1,9 +1,7 @@
 // What the host fixes at compile time, the shared-memory layout that follows from it, and a warp's stream of units.
 //
 // The host passes the shape as macros (see fdk/kernels/cuda/decode_config.py, whose Config.shared_bytes mirrors `Smem`):
-//   FDK_N FDK_K FDK_BITS FDK_GROUP  FDK_BF16  FDK_KIND (0 table, 1 int, 2 uint with u8 zeros, 3 uint with 16-bit zeros,
-//   4 rounded and 5 cut slices of FDK_SLICE bits, of whose master codes FDK_BITS planes are read; 6 int and 7 table of 4 bits,
-//   16:32 sparse, which take FDK_BITS = 3 with their masks)
+//   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16, FDK_KIND and FDK_SLICE (kinds.cuh)
 //   FDK_M FDK_DIGITS FDK_MANY_DIGITS FDK_CLUSTER FDK_K_WARPS FDK_ROW_WARPS FDK_PHASES FDK_STAGES FDK_HOLD FDK_STAGE_UNITS FDK_STEPS
 //   FDK_X_CHUNKS FDK_BATCH FDK_MIN_CTAS FDK_LATE FDK_BULK FDK_SCALES_ONCE FDK_X_SUMS FDK_WIDE FDK_OCTETS
 //   FDK_UNIFORM FDK_PAIRED FDK_INDICES FDK_HALF_BLOCKS FDK_AHEAD FDK_INTERLEAVED FDK_X_AHEAD FDK_X_BUFFERS
@@ -17,8 +15,8 @@ constexpr int K = FDK_K, BITS = FDK_BITS, GROUP = FDK_GROUP, M = FDK_M;
 constexpr i64 N = FDK_N;
 constexpr bool BF16 = FDK_BF16;
 constexpr int KIND = FDK_KIND;
-constexpr bool TABLE = KIND == 0, ZEROS = KIND == 2 || KIND == 3, NESTED = KIND == 4 || KIND == 5;
-constexpr bool SPARSE = KIND >= 6, SPARSE_TABLE = KIND == 7;
+constexpr bool TABLE = KIND == kind::TABLE, ZEROS = kind::has_zeros(KIND), NESTED = kind::is_nested(KIND);
+constexpr bool SPARSE = kind::is_sparse(KIND), SPARSE_TABLE = KIND == kind::SPARSE_TABLE;
 constexpr int CLUSTER = FDK_CLUSTER, K_WARPS = FDK_K_WARPS, ROW_WARPS = FDK_ROW_WARPS, STAGES = FDK_STAGES;
 constexpr int STAGE_UNITS = FDK_STAGE_UNITS, STEPS_PER_CTA = FDK_STEPS, PHASES = FDK_PHASES;
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = WARPS * 32;
@@ -43,7 +41,7 @@ constexpr int SQUARES = FDK_SQUARES;  // partial sums of squares per token that 
 constexpr bool GATED = FDK_GATED, RESIDUAL = FDK_RESIDUAL;
 constexpr int TABLES = FDK_TABLES;  // tables that a CTA looks codes up in: gate and up may have their own
 constexpr bool WIDE = FDK_WIDE;  // the table has rows 256 bytes apart, see dequantise.cuh
-static_assert(!WIDE || (KIND <= 3 && !FDK_DIGITS && TABLES == 1 && (BITS == 2 || BITS == 4 || BITS == 8)), "one table, 64 KB of it");
+static_assert(!WIDE || (!NESTED && !SPARSE && !FDK_DIGITS && TABLES == 1 && (BITS == 2 || BITS == 4 || BITS == 8)), "one table, 64 KB of it");
 constexpr int ROW_STRIDE = ROW_WARPS / (GATED ? 2 : 1);  // blocks from one step of a row warp to the next
 static_assert(!GATED || (ROW_WARPS % 2 == 0 && N % 128 == 0 && !RESIDUAL), "gate and up are whole blocks, side by side");
 // With few tokens the warps of a slice of k bring its activations themselves, by plain loads, and wait for no others.
@@ -63,7 +61,7 @@ constexpr int UNITS_AT_ONCE = FDK_MANY_DIGITS && STAGE_UNITS / STAGE_GROUPS % 2 
 constexpr bool INDICES = FDK_INDICES;   // codes as the indices of sparse products, see indices.cuh
 // Two clusters share a block of rows: each has ROW_WARPS - 1 of its own, and half of one behind or in front of them.
 constexpr bool HALF_BLOCKS = FDK_HALF_BLOCKS;
-static_assert(!HALF_BLOCKS || (BITS % 2 == 0 && KIND <= 3 && STEPS_PER_CTA == 1 && PHASES == 1 && BULK && !DIGITS && !INDICES && !GATED && !RESIDUAL),
+static_assert(!HALF_BLOCKS || (BITS % 2 == 0 && !NESTED && !SPARSE && STEPS_PER_CTA == 1 && PHASES == 1 && BULK && !DIGITS && !INDICES && !GATED && !RESIDUAL),
               "whole planes of codes are half a block's, in one step");
 // Operands of a warp's first unit are made while its activations are on their way (1), or before the dependency wait: the
 // stage is then refilled behind it (2) or at once (3).
@@ -82,7 +80,7 @@ constexpr int COLUMNS = M == 1 ? 1 : 2; // columns of an accumulator tile that a
 
 // Affine values need sums of activations per unit and scale change: floats[SUM_KINDS][SUM_COLUMNS] of each.
 constexpr bool OCTETS = FDK_OCTETS;  // one bit by look-ups of eight codes, see dequantise.cuh
-static_assert(!OCTETS || (BITS == 1 && KIND <= 1 && !DIGITS && !FDK_X_SUMS), "values of two codes, as they are");
+static_assert(!OCTETS || (BITS == 1 && (KIND == kind::TABLE || KIND == kind::INT) && !DIGITS && !FDK_X_SUMS), "values of two codes, as they are");
 constexpr int SELECTED = OCTETS ? FDK_SELECTED : 0;  // row tiles whose operands are selected bit by bit instead
 constexpr bool SELECT = BITS == 1 && !ZEROS && M >= 16 && !FDK_X_SUMS && !OCTETS;  // see dequantise.cuh
 constexpr bool SPLIT_BIT = BITS == 1 && !SELECT && !OCTETS && !DIGITS && !INDICES;
@@ -113,7 +111,7 @@ struct Smem {
     static constexpr int SUM_BYTES = SUMS ? (CTA_UNITS * SUBS * SUM_KINDS * SUM_COLUMNS * 4 + 15) / 16 * 16 : 0;
     static constexpr int BARRIER_BYTES = (WARPS * STAGES * 8 + 8 + X_BUFFERS * K_WARPS * X_CHUNKS * 8 + 15) / 16 * 16;  // rings, sums, x
     static constexpr int CODE_BYTES = BITS * 512, UNIT_STRIDE = (NESTED ? 8 : BITS) * 512;  // read, and stored
-    static constexpr int GROUP_ZERO_BYTES = KIND == 2 ? 64 : KIND == 3 ? 128 : 0;
+    static constexpr int GROUP_ZERO_BYTES = KIND == kind::UINT_U8 ? 64 : KIND == kind::UINT_FLOAT ? 128 : 0;
     static constexpr int SCALES = STAGE_UNITS * CODE_BYTES, ZEROS_AT = SCALES + (SCALES_ONCE ? 0 : STAGE_GROUPS * 128);
     static constexpr int STAGE = ZEROS_AT + (SCALES_ONCE ? 0 : STAGE_GROUPS * GROUP_ZERO_BYTES);
     static constexpr int SLICE_SCALES = STAGES * STAGE, SLICE_ZEROS = SLICE_SCALES + SLICE_GROUPS * 128;  // in a ring
@@ -160,7 +158,7 @@ struct Smem {
 static_assert(Smem::BYTES == FDK_SHARED_BYTES, "host and device disagree on the shared memory layout");
 static_assert(!DIGITS || (SUBS == 1 && M <= 8 && (!TABLE || BITS == 1) && !SPARSE_TABLE), "see digits.cuh");
 static_assert(!FDK_MANY_DIGITS || (PAIRED && !TABLE && !SPARSE && K % 2 == 0), "see digits_many.cuh");
-static_assert(!INDICES || (BITS <= 2 && KIND <= 3 && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
+static_assert(!INDICES || (BITS <= 2 && !NESTED && !SPARSE && SUBS == 1 && M <= 2 && STAGE_UNITS <= 4 && !DIGITS && !WIDE && !OCTETS), "see indices.cuh");
 static_assert(64 / CLUSTER * M % 4 == 0 && CLUSTER <= 16, "a CTA's share of a block's sums is whole 16-byte pieces");
 
 constexpr int MAX_RANGES = 16;
@@ -358,7 +356,7 @@ struct ByteRows {
 __device__ __forceinline__ ByteRows half_of(const ByteRows& rows, int half) { return {{half ? rows.words[1] : rows.words[0]}}; }
 
 __device__ __forceinline__ auto load_zeros(const char* from, int g, int share = 0) {
-    if constexpr (KIND == 2) {
+    if constexpr (KIND == kind::UINT_U8) {
         if constexpr (TILES_SHARING > 1)
             return ByteRows{{*reinterpret_cast<const u32*>(from + g * 8 + share * 4)}};
         const u32x2 v = *reinterpret_cast<const u32x2*>(from + g * 8);
