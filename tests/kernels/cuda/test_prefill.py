@@ -79,8 +79,10 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
 def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     table = Shape(8192, 8192, 4, 64, True, decode_config.TABLE)
     assert chosen(table, 384) == Config(192, 2, 4, rounds=True, wide=True, unrolled=True, codes_ahead=True)
+    halves = Config(128, 2, 4, split=2, rounds=True, wide=True, unrolled=True, codes_ahead=True)
+    assert chosen(table, 128) == halves and chosen(replace(table, n=4096, k=14336), 256) == halves
     # Eight stages of two k groups leave no room for a wide table, and four are too few.
-    assert chosen(table, 128) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
+    assert chosen(replace(table, n=4096, k=4096), 256) == Config(128, 1, 8, k_groups=2, rounds=True, unrolled=True)
     for kind, ahead in ((decode_config.TABLE, True), (decode_config.INT, False)):
         paired = Config(256, 2, 4, pair=2, rounds=True, unrolled=True, codes_ahead=ahead)
         assert chosen(replace(table, bits=8, kind=kind), 1024) == paired
@@ -131,8 +133,9 @@ def test_sums_come_through_the_ring_where_that_was_measured_to_win() -> None:
     table = Shape(14336, 4096, 4, 64, True, decode_config.TABLE)
     for m in (384, 512, 1024):
         assert chosen(table, m).fetch_sums and not chosen(replace(table, bits=3), m).fetch_sums
-    # Pairs of CTAs write sums that the copy engine does not read.
-    assert chosen(table, 8192).pair == 2 and not chosen(table, 8192).fetch_sums
+    # Not beside activations that take half of the second-level cache.
+    for shape, m in ((table, 8192), (replace(table, n=8192, k=8192), 2048)):
+        assert chosen(shape, m).stream and chosen(shape, m).pair == 2 and not chosen(shape, m).fetch_sums
 
 
 def test_what_is_not_served() -> None:

@@ -51,6 +51,8 @@ _UNROLLED_TIMES = {
 _SHARES = {2: (5.8, 0.0083), 3: (2.65, 0.014)}
 # What each further share of a tile takes.
 _FURTHER_SHARE = 0.5
+# How much longer two k groups of a block take by themselves, from so many tokens on: their power lowers the clock.
+_ALONE, _ALONE_TOKENS = 1.04, 112
 # Tokens for which registers last, by warpgroups; with late scales, whose sums take as many again.
 _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
@@ -77,6 +79,8 @@ _LARGE_WAVES = 8
 # Tiles are cut along k while x stays in the second-level cache, because they read it at different places; or in pairs,
 # where few are cut. Fewer tokens have not been measured.
 _STREAM_X_BYTES, _STREAM_TOKENS = 40e6, 96
+# In pairs, sums of cut tiles come through the ring while x is not larger.
+_FETCH_X_BYTES = 20e6
 # Bytes and operations that no product exceeded, and the time below which none was measured.
 _BYTES_PER_US, _OPERATIONS_PER_US, _LEAST_US = 4.1e6, 8e8, 5.0
 
@@ -280,6 +284,8 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
         waves = outputs = _waves(m, blocks, sms, config)
         meeting = meeting + _FURTHER_SLICE * max(0, config.split - 2) if config.split > 1 else 0.0
     rounds = -(-shape.units // (config.split * config.k_groups))
+    if (config.blocks, config.k_groups, late) == (1, 2, False) and config.tokens >= _ALONE_TOKENS:
+        a_round *= _ALONE
     return start + waves * rounds * a_round + outputs * per_output * config.tokens + meeting
 
 
@@ -368,12 +374,14 @@ def _pairs(shape: Shape, config: Config, waves: int) -> bool:
     return config.stream or (waves >= few and config.tokens >= _PAIR_TOKENS)
 
 
-def _fetches_sums(shape: Shape, config: Config) -> bool:
-    """Whether sums come through the ring: measured with 2 and 4 bits of tables and integers of 8.
+def _fetches_sums(shape: Shape, config: Config, m: int) -> bool:
+    """Whether sums come through the ring: measured with 2, 4 and 8 bits, beside an x that leaves room in the cache.
 
     Tiles that are cut more than once took longer so.
     """
-    if not config.stream or config.pair > 1 or shape.bits not in (2, 4, 8) or shape.kind not in (TABLE, INT):
+    if not config.stream or shape.bits not in (2, 4, 8) or shape.kind not in (TABLE, INT):
+        return False
+    if config.pair > 1 and 2 * m * shape.k > _FETCH_X_BYTES:
         return False
     per_stage = config.tokens // (16 * config.blocks)  # token tiles, as in csrc/prefill.cuh
     return not config.unrolled or -(-config.tokens // 8 // per_stage) % config.stages == 0
@@ -443,7 +451,7 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         if config is None:
             continue
         config = _unrolled(shape, config)
-        config = replace(config, fetch_sums=tiles * config.pair >= sms and _fetches_sums(shape, config))
+        config = replace(config, fetch_sums=tiles * config.pair >= sms and _fetches_sums(shape, config, m))
         us = _us(shape, m, blocks, sms, config)
         if found is None or us < found[0]:
             found = (us, config)
