@@ -33,6 +33,10 @@ constexpr bool X_FIRST = FDK_HOPPER && Activations::FIT && !SQUARES && !RESIDUAL
 constexpr bool X_FIRST = false;
 #endif
 
+// Where one CTA of a token fills a multiprocessor, a launch waits for those that begin last, and a shorter way to their first
+// copies was measured to win, a little; where two do, to lose (docs/findings.md).
+constexpr bool SHORT_START = FDK_HOPPER && M == 1 && FDK_MIN_CTAS == 1 && !SPARSE && !SQUARES && !GATED && !RESIDUAL;
+
 // What a table holds is asked for in front of the ring, whose bytes it would come behind, where that is faster (docs/findings.md).
 constexpr bool VALUES_FIRST = FDK_HOPPER && TABLE && !INDICES && !DIGITS && (BITS == 4 || (BITS == 8 && M == 1));
 
@@ -44,7 +48,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int rank = CLUSTER == 1 ? 0 : int(cluster_rank()), cluster = blockIdx.x / CLUSTER;
 
     int which = 0;
-    while (which + 1 < p.ranges && cluster >= p.range[which + 1].first_cluster) ++which;
+    // Constants of a launch come a line at a time, and slowly: that of the pointers is asked for together with those of the ranges.
+    if constexpr (SHORT_START) which = (p.ranges > 1) & (cluster >= p.range[1].first_cluster) & (reinterpret_cast<u64>(p.codes) != 1);
+    if (!SHORT_START || which > 0)
+        while (which + 1 < p.ranges && cluster >= p.range[which + 1].first_cluster) ++which;
     const Range& range = p.range[which];
     const int first_half = HALF_BLOCKS ? (cluster - range.first_cluster) * (2 * ROW_WARPS - 1) : 0;
     const int first_block = range.first_block + (HALF_BLOCKS ? first_half / 2 : (cluster - range.first_cluster) * p.blocks_per_cluster);
@@ -84,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     if (FDK_HOPPER && lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(w.barriers + stage * 8);
         if (warp == 0) {
-            if constexpr (!X_FIRST)
+            if constexpr (!X_FIRST && !(SHORT_START && (OWN_X || DIGITS)))
                 for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) {
                     const int count = STREAMED ? i % K_WARPS ? busy : min(busy, M) : INTERLEAVED ? min(WARPS, M) : ROW_WARPS;
                     barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, max(count, 1));
