@@ -11,7 +11,7 @@ from fdk.formats import parse
 from fdk.kernels.cuda import KERNEL, prebuild
 from fdk.kernels.cuda.decode_config import Epilogue
 
-FORMATS = ["lut1_g64", "lut3_g32", "lut4_g64", "int8_chan", "uint4_g48"]
+FORMATS = ["lut1_g64", "lut3_g32", "lut4_g64", "int4_g64", "int8_chan", "uint4_g48", "uint4_g64"]
 EPS = 1e-5
 BF16 = testing.UNIT_ROUNDOFF[torch.bfloat16]
 
