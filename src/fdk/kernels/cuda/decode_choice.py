@@ -679,7 +679,7 @@ def _with_pieces(shape: Shape, config: Config) -> Config:
     tokens, bits, cta_units = config.tokens, shape.bits, -(-shape.units // 2)
     if tokens == 16 and bits == 1 and config.octets and config.phases == 1:
         # A row tile of four selected bit by bit leaves the look-ups of the others room.
-        spills = config.row_warps > 4 and cta_units < 64
+        spills = config.row_warps > 4 and (cta_units < 64 or shape.kind == INT)
         return replace(config, selected=0 if spills else 1, x_ahead=2 if cta_units >= 64 else 0)
     found = config
     if tokens == 16 and 2 <= bits <= 4 and (cta_units, config.blocks) == (112, 1):

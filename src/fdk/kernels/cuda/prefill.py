@@ -58,9 +58,8 @@ _MOST_TOKENS = {2: (256, 64), 3: (192, 64), 4: (64, 64)}
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
 # scales on sums, of each token.
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
-# What one takes more in an unrolled loop with scales on sums: of 3 bits, of 2 bits, and of 1 and 2 bits in CTAs of four
-# blocks.
-_THREE_BITS, _TWO_BITS, _FEW_BITS_OF_FOUR = 0.006, -0.004, -0.0125
+# What one of 3 bits takes more in an unrolled loop with scales on sums, and of 2 bits and 16 tokens, by blocks.
+_THREE_BITS, _TWO_BITS = 0.006, {2: -0.004, 4: -0.0165}
 # What a unit of bit planes takes more for each of them beyond 2.5.
 _PLANE = 0.012
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
@@ -257,12 +256,13 @@ def _us(shape: Shape, m: int, blocks: tuple[int, ...], sms: int, config: Config)
         extra = _PLANE * max(0, shape.bits - 2.5)
     elif shape.bits > 4:
         # Three warpgroups wait for each other's look-ups.
-        crowded = (1.03 if unrolled_late else 1.3) if config.warpgroups > 2 else 1
-        crowded = 0.5 if unrolled_late and (config.blocks, config.k_groups) == (1, 2) else crowded
+        unrolled_crowd = 1.03 if config.split <= 2 else 1.15
+        crowded = (unrolled_crowd if unrolled_late else 1.3) if config.warpgroups > 2 else 1
+        crowded = 0.5 if unrolled_late and (config.blocks, config.k_groups, config.split) == (1, 2, 2) else crowded
         extra = _SINGLE_LOOKUPS * crowded if shape.kind == TABLE else _ARITHMETIC
     elif unrolled_late:
-        extra = {2: _TWO_BITS, 3: _THREE_BITS}.get(shape.bits, 0.0)
-        extra += _FEW_BITS_OF_FOUR if config.blocks == 4 and shape.bits <= 2 else 0.0
+        two_bits = shape.bits == 2 and config.tokens == 16
+        extra = _THREE_BITS if shape.bits == 3 else _TWO_BITS.get(config.blocks, 0.0) if two_bits else 0.0
     extra += _ZEROS * (shape.kind == UINT_U8)
     if late:
         extra += (shape.subs - 1) * (_GROUP + _GROUP_TOKEN * config.tokens)
@@ -321,6 +321,7 @@ def _unrolled(shape: Shape, config: Config) -> Config:
     narrow = narrow and shape.n * shape.k <= 1 << 26  # larger weights have not been measured
     # Two bits of sixteen tokens have a wide table besides, by which four blocks, too, are faster.
     two_bits = shape.kind == TABLE and shape.bits == 2 and config.tokens == 16
+    two_bits &= shape.n * shape.k < 1 << 28
     narrow |= two_bits and (config.blocks, config.k_groups) in ((2, 2), (4, 1))
     if late and shape.group == 64 and (even or narrow):
         return _unrolled_few(shape, config, (16,) if narrow else (16, 12, 8))
@@ -390,7 +391,9 @@ def _fetches_sums(shape: Shape, config: Config, m: int) -> bool:
 def _unrolled_few(shape: Shape, config: Config, most: tuple[int, ...]) -> Config:
     """The same for few tokens, where more stages gain most and a wide table comes next; `most`: stages measured."""
     # Twelve stages beside a wide table won over twelve beside another by 9 % (22528 x 3072), sixteen over eight by 8 %.
-    for stages, wide in ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False)):
+    rings = ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False))
+    # Of 8 bits a wide table is worth more than stages.
+    for stages, wide in sorted(rings, key=lambda ring: shape.bits == 8 and not ring[1]):
         filled = replace(config, stages=stages, wide=wide, unrolled=True)
         whole = _whole_rounds(shape, config, stages)
         wide_pays = shape.bits == 4 and config.tokens <= 32
@@ -414,6 +417,8 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         warpgroups = per_cta * k_groups
         most = _MOST_TOKENS[warpgroups][late]
         # Two k groups fetch x twice as fast, which is too fast from 128 tokens on.
+        if late and tokens < m:
+            continue  # such tiles have not been measured
         if scales_sums != late or tokens > (most if k_groups == 1 else min(most, 128)):
             continue
         if split > sms:

@@ -30,6 +30,7 @@ _EIGHT_BITS_BYTES_CLOCKS = 200
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 30, 16: 55, 32: 190, 64: 510}
 _THREE_BITS_CLOCKS_16 = 10
+_X_IN_PIECES = 0.6  # of the time of x, where it arrives as products go on
 _HALF_BLOCK = 0.2  # of a block, which clusters that share one save of its time
 _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide products of more tokens
 
@@ -94,7 +95,7 @@ def decode_us(
     )
     if shape.sparse:
         clocks *= max(1.0, _SPARSE_WARPS / config.warps)
-    x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US
+    x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US * (_X_IN_PIECES if config.interleaved else 1.0)
     total = m // rows * (_DECODE_START + clocks / _DECODE_CLOCKS_PER_US + x_us)
     if rest := m % rows:
         total += decode_us(shape, rest, rows_at_once(shape, rest, blocks, sms, capability), blocks, sms, capability)
