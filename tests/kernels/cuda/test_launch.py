@@ -66,7 +66,8 @@ def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, in
         (decode_config.TABLE, 4, 8192, 8192, 1, False, True),
         (decode_config.TABLE, 4, 4096, 4096, 1, False, False),
         (decode_config.TABLE, 8, 4096, 4096, 1, False, True),
-        (decode_config.TABLE, 8, 8192, 8192, 8, False, True),
+        (decode_config.TABLE, 8, 8192, 8192, 8, False, False),  # in pieces for all warps of a slice of k
+        (decode_config.TABLE, 8, 14336, 4096, 8, False, True),
         (decode_config.TABLE, 2, 8192, 8192, 1, False, False),
         (decode_config.SPARSE_INT, 3, 8192, 8192, 1, False, True),
     ],
