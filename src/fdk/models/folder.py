@@ -45,7 +45,7 @@ def resolve(name: str | Path) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise FormatError(
-            f"{name} is not a folder here, and to look in the Hugging Face cache ids need huggingface_hub: "
+            f"{name} is not a folder here; it may be an id in the Hugging Face cache, but ids need huggingface_hub: "
             "pip install 'fused-dequantisation-kernels[transformers]'"
         ) from None
     try:
