@@ -80,4 +80,18 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "thirty-two": Named(
+        "32 rows of 2 and 3 bits: loops unrolled where tiles have four blocks or one?",
+        25,
+        (
+            Trial(
+                problems("prefill", "lut2_g64 lut3_g64", "28672x8192", "32 16"),
+                ({"stages": 8, "unrolled": True},),
+            ),
+            Trial(
+                problems("prefill", "lut2_g64 lut3_g64", "4096x14336 4096x4096", "32"),
+                each({"stages": 8}, {"stages": 12}, {"stages": 16}, unrolled=True),
+            ),
+        ),
+    ),
 }
