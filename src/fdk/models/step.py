@@ -197,7 +197,7 @@ class Step:
         """layer(x); one row by dense weights in this chain of launches: weights are on their way before x is."""
         dependent = self.common["PDL"] or self.common["INTERPRETED"]
         dense = type(layer) is nn.Linear and layer.weight.is_contiguous() and layer.in_features % 8 == 0
-        most = max(_DENSE_ROWS) if layer.out_features >= _DENSE_ROWS_FROM else 1
+        most = max(_DENSE_ROWS) if dense and layer.out_features >= _DENSE_ROWS_FROM else 1
         if not dense or not dependent or self.batch > most:
             return layer(x)
         if self.batch > 1:

@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
     const int units = UNITS % (CLUSTER * PHASES) == 0 ? UNITS / (CLUSTER * PHASES) : UNITS * (rank + 1) / CLUSTER - cta_unit;
     const int first_unit = INTERLEAVED ? k_warp * STAGE_UNITS : units * k_warp / K_WARPS;
     const bool mine = row_warp < blocks;
-    const int busy = min(ROW_WARPS, blocks) * K_WARPS;  // warps, the first ones
+    const int busy = max(1, min(ROW_WARPS, blocks)) * K_WARPS;  // warps, the first ones; not none, since it divides
     const int end_unit = !mine ? first_unit : INTERLEAVED ? units : units * (k_warp + 1) / K_WARPS;
     TableValues<BITS, WARPS> values[VALUES_FIRST ? TABLES : 1];
     if constexpr (VALUES_FIRST) {
