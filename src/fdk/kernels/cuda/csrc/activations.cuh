@@ -19,6 +19,10 @@ constexpr int X_WARPS = INTERLEAVED ? WARPS : ROW_WARPS;  // that bring a piece
 // Pieces that a warp asks for before the products; at the first unit of each it asks for another one.
 constexpr int X_AHEAD = FDK_X_AHEAD > 0 && FDK_X_AHEAD < X_CHUNKS && BULK_X && !SUMS && PHASES == 1 && STEPS_PER_CTA == 1 ? FDK_X_AHEAD : X_CHUNKS;
 
+// Tokens that there are; what lies in the places of others goes into sums that nobody writes. Asking for one of them again in
+// their stead would send all CTAs to the same lines of the second-level cache.
+__device__ __forceinline__ int tokens_here(const Params& p) { return M == 1 ? 1 : min(M, p.m); }
+
 // Of STREAMED phases: how many are asked for ahead, the barrier of warps that are done with one, and a warp that asks for its
 // tokens of one, of `busy` warps that do.
 constexpr int PHASES_AHEAD = X_BUFFERS > 2 ? X_BUFFERS - 2 : 1;
@@ -29,11 +33,12 @@ __device__ __forceinline__ void ask_for_phase(const Params& p, char* smem, int p
     if (phase >= PHASES || warp >= M) return;
     if (phase >= X_BUFFERS) barrier_wait(done_barrier(smem, phase), (phase / X_BUFFERS + 1) % 2);
     const u32 barrier = x_barrier(smem, phase, 0, 0), to = shared_address(smem) + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
-    if (lane == 0) barrier_expect(barrier, (M - warp + busy - 1) / busy * Smem::CTA_UNITS * 128);
+    const int tokens = tokens_here(p);
+    if (lane == 0) barrier_expect(barrier, max(0, tokens - warp + busy - 1) / busy * Smem::CTA_UNITS * 128);
     __syncwarp();
     const int token = lane * busy + warp;
-    if (token < M)
-        copy_bulk_shared(to + token * Smem::X_STRIDE, p.x + i64(min(token, p.m - 1)) * K + (cta_unit + phase * Smem::CTA_UNITS) * 64, Smem::CTA_UNITS * 128, barrier);
+    if (token < tokens)
+        copy_bulk_shared(to + token * Smem::X_STRIDE, p.x + i64(token) * K + (cta_unit + phase * Smem::CTA_UNITS) * 64, Smem::CTA_UNITS * 128, barrier);
 }
 
 // Each warp of a slice of k brings some tokens of every piece, since a warp's copies are issued one by one; whoever multiplies
@@ -43,16 +48,16 @@ __device__ __forceinline__ void bring_piece(const Params& p, char* smem, int pha
     if (INTERLEAVED && M < WARPS && which >= M) return;
     const int first = INTERLEAVED ? 0 : units * k_warp / K_WARPS;
     const int count = INTERLEAVED ? Smem::CTA_UNITS / X_CHUNKS : (units * (k_warp + 1) / K_WARPS - first) / X_CHUNKS;
-    const int tokens = (M - which + X_WARPS - 1) / X_WARPS;
+    const int tokens = tokens_here(p), mine = max(0, tokens - which + X_WARPS - 1) / X_WARPS;
     const u32 barrier = x_barrier(smem, phase, k_warp, chunk), to = shared_address(smem) + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
     const int at = first + chunk * count;
-    if (lane == 0) barrier_expect(barrier, tokens * count * 128);
+    if (lane == 0) barrier_expect(barrier, mine * count * 128);
     __syncwarp();
 #pragma unroll
     for (int base = 0; base < (M + X_WARPS - 1) / X_WARPS; base += 32) {
         const int token = (base + lane) * X_WARPS + which;
-        if (token >= M) continue;
-        copy_bulk_shared(to + token * Smem::X_STRIDE + at * 128, p.x + i64(min(token, p.m - 1)) * K + (first_unit + at) * 64, count * 128, barrier);
+        if (token >= tokens) continue;
+        copy_bulk_shared(to + token * Smem::X_STRIDE + at * 128, p.x + i64(token) * K + (first_unit + at) * 64, count * 128, barrier);
     }
 }
 
@@ -113,7 +118,7 @@ struct Activations {
 };
 
 // Activations of `units` units from `first_unit` on, to x[token][column], rows X_STRIDE bytes apart: one bulk copy per
-// token and piece, through registers, or by hand with zeros past K. Tokens past m repeat one that there is. `busy` warps ask
+// token and piece, through registers, or by hand with zeros past K. `busy` warps ask
 // for later pieces themselves.
 __device__ __forceinline__ void stage_activations(const Params& p, char* smem, Activations& x, Norms& norms, int phase, int first_unit, int units, int warp, int lane, bool busy = false) {
     [[maybe_unused]] char* to = smem + Smem::X + phase % X_BUFFERS * Smem::X_BUFFER;
@@ -140,9 +145,9 @@ __device__ __forceinline__ void stage_activations(const Params& p, char* smem, A
             for (int a = 0; a < AHEAD; ++a) {
                 const int i = base + a * SHARE_THREADS, token = i / row_pieces;
                 const int column = (first_unit + share.first) * 64 + i % row_pieces * 4;
-                const u16* row = p.x + i64(min(token, p.m - 1)) * K;
+                const u16* row = p.x + i64(token) * K;
                 piece[a] = {};
-                if (i >= pieces) continue;
+                if (i >= pieces || token >= p.m) continue;
                 if constexpr (K % 4 == 0) {
                     if (K % 64 == 0 || column < K) piece[a] = load_8(row + column);
                 } else {
