@@ -1,4 +1,4 @@
-"""Host arithmetic of the decode kernel: configurations fit, and their CTAs cover every block of rows once."""
+"""Host arithmetic of the decode kernel: the CTAs of a configuration cover every block of rows once."""
 
 import re
 
@@ -8,161 +8,6 @@ from fdk import testing
 from fdk.formats import parse
 from fdk.kernels.cuda import decode, decode_choice, decode_config, jit
 from fdk.kernels.cuda.decode_config import Shape
-
-SHAPES = [
-    (8192, 8192),
-    (4096, 4096),
-    (14336, 4096),
-    (4096, 14336),
-    (28672, 8192),
-    (1024, 4096),
-    (100, 101),
-    (64, 28672),
-]
-
-
-@pytest.mark.parametrize("capability", [(9, 0), (8, 0), (8, 9), (10, 0), (12, 0)], ids="{0[0]}.{0[1]}".format)
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("n,k", SHAPES)
-def test_configurations_fit(n: int, k: int, bits: int, capability: tuple[int, int]) -> None:
-    hopper, most_shared = capability >= (9, 0), decode_config.max_shared(capability)
-    blocks = -(-n // 64)
-    kinds = [decode_config.TABLE, decode_config.INT, decode_config.UINT_U8, decode_config.UINT_FLOAT]
-    kinds += [decode_config.CUT] * (bits > 1) + [decode_config.SPARSE_INT, decode_config.SPARSE_TABLE] * (bits == 3)
-    for kind in kinds:
-        shape = Shape(n, k, bits, 64 if k % 64 == 0 else k, True, kind, bits if kind == decode_config.CUT else 0)
-        for m in (1, 2, 3, 8, 16, 32, 64):
-            config = decode_choice.choose_config(shape, m, blocks, 132, capability)
-            if config is None:
-                # x longer than what is left beside the table, or 64 tokens, which capability 9.0 alone serves.
-                assert (
-                    m * k * 2 > 8 * most_shared // 10
-                    or not hopper
-                    or (m == 64 and (capability != (9, 0) or shape.sparse))
-                )
-                continue
-            assert m <= config.tokens
-            assert not config.digits or shape.allows_digits
-            assert not config.indices or shape.allows_indices
-            assert config.shared_bytes(shape, hopper) <= most_shared
-            assert config.threads <= 1024
-            assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)
-            assert config.phases == 1 or config.steps == 1
-            assert config.batch in (1, config.steps)
-            assert hopper or config.cluster == 1
-            assert hopper or (config.bulk and not config.scales_once and not config.x_sums)
-            assert not config.scales_once or config.allows_scales_once(shape)
-
-
-@pytest.mark.parametrize(
-    "kind,bits,n,k,m,sums,once",
-    [
-        (decode_config.TABLE, 1, 4096, 4096, 2, True, False),
-        (decode_config.TABLE, 1, 8192, 8192, 1, False, False),
-        (decode_config.TABLE, 1, 8192, 8192, 8, True, False),
-        (decode_config.UINT_U8, 4, 4096, 4096, 8, True, False),
-        (decode_config.UINT_U8, 4, 8192, 8192, 8, True, True),
-        (decode_config.UINT_U8, 4, 28672, 8192, 8, False, False),
-        (decode_config.TABLE, 4, 8192, 8192, 1, False, True),
-        (decode_config.TABLE, 4, 4096, 4096, 1, False, False),
-        (decode_config.TABLE, 8, 4096, 4096, 1, False, True),
-        (decode_config.TABLE, 8, 8192, 8192, 8, False, False),  # in pieces for all warps of a slice of k
-        (decode_config.TABLE, 8, 14336, 4096, 8, False, True),
-        (decode_config.TABLE, 2, 8192, 8192, 1, False, False),
-        (decode_config.SPARSE_INT, 3, 8192, 8192, 1, False, True),
-    ],
-)
-def test_sums_and_scales_come_as_measured_to_win(kind, bits, n, k, m, sums, once) -> None:
-    config = decode_choice.choose_config(Shape(n, k, bits, 64, True, kind), m, n // 64, 132)
-    assert (config.x_sums, config.scales_once) == (sums, once)
-    assert config.bulk == (kind != decode_config.SPARSE_INT)
-
-
-@pytest.mark.parametrize(
-    "bits,n,k,m,warps,ring,chunks,wide,half_blocks",
-    [
-        (1, 8192, 8192, 8, (8, 2), (1, 2), 4, False, False),
-        (4, 8192, 8192, 8, (4, 2), (1, 2), 8, True, False),
-        (4, 28672, 8192, 8, (2, 7), (2, 1), 4, True, False),
-        (8, 28672, 8192, 8, (2, 7), (1, 1), 8, True, False),
-        (4, 4096, 14336, 8, (8, 1), (1, 2), 7, False, False),
-        (4, 12288, 4096, 8, (4, 3), (1, 2), 1, False, False),
-        (2, 14336, 4096, 8, (2, 4), (1, 2), 1, True, True),
-        (4, 14336, 4096, 8, (2, 4), (1, 2), 1, True, True),
-        (3, 14336, 4096, 8, (2, 4), (1, 2), 4, False, False),
-        (8, 14336, 4096, 8, (2, 4), (1, 1), 1, False, True),
-        (8, 14336, 4096, 16, (4, 4), (1, 1), 2, True, True),
-        (1, 14336, 4096, 16, (2, 4), (1, 4), 4, False, False),
-        (4, 16384, 4096, 8, (2, 4), (1, 2), 1, True, False),
-    ],
-)
-def test_eight_and_sixteen_tokens_as_measured_to_win(bits, n, k, m, warps, ring, chunks, wide, half_blocks) -> None:
-    config = decode_choice.choose_config(Shape(n, k, bits, 64, True, decode_config.TABLE), m, n // 64, 132)
-    assert (config.k_warps, config.row_warps) == warps and (config.stages, config.stage_units) == ring
-    assert (config.x_chunks, config.wide, config.half_blocks) == (chunks, wide, half_blocks) and config.uniform
-    if bits == 4:
-        integers = Shape(n, k, bits, 64, True, decode_config.INT)
-        same = n == 28672 or not wide
-        assert (decode_choice.choose_config(integers, m, n // 64, 132) == config) == same
-    # A launch has a place on a multiprocessor for each of its CTAs.
-    assert config.clusters(n // 64) * config.cluster <= 132
-
-
-@pytest.mark.parametrize("kind", [decode_config.UINT_U8, decode_config.UINT_FLOAT])
-@pytest.mark.parametrize("m", [1, 2, 4, 8])
-@pytest.mark.parametrize("n,k", SHAPES[:5])
-def test_zeros_fill_a_multiprocessor_or_are_alone_on_it(n: int, k: int, m: int, kind: int) -> None:
-    config = decode_choice.choose_config(Shape(n, k, 4, 64, True, kind), m, n // 64, 132)
-    ahead = config.stages * config.stage_units * config.warps
-    assert config.alone or config.warps > 8 or config.blocks * k // 64 // config.cluster <= 2 * ahead
-
-
-@pytest.mark.parametrize("m", [2, 3, 4])
-def test_fewer_tokens_of_zeros_run_as_eight_where_only_those_have_16_warps(m: int) -> None:
-    kinds = (decode_config.UINT_U8, decode_config.UINT_FLOAT)
-    large, floats = (Shape(8192, 8192, 4, 64, True, kind) for kind in kinds)
-    small = Shape(4096, 4096, 4, 64, True, decode_config.UINT_FLOAT)
-    assert decode_choice.choose_config(floats, m, 128, 132) == decode_choice.choose_config(floats, 8, 128, 132)
-    for shape, blocks in ((large, 128), (small, 64)):
-        assert decode_choice.choose_config(shape, m, blocks, 132).tokens == decode_choice.token_tile(m)
-    assert decode_choice.choose_config(large, m, 128, 132).warps == 16
-
-
-@pytest.mark.parametrize(
-    "bits,n,k,m,warps,ring",
-    [
-        (2, 8192, 8192, 1, (8, 1), (2, 4)),
-        (2, 28672, 8192, 1, (2, 7), (2, 4)),
-        (2, 14336, 4096, 1, (8, 2), (1, 4)),
-        (2, 4096, 14336, 1, (8, 1), (2, 2)),
-        (2, 4096, 4096, 1, (8, 1), (2, 2)),
-        (2, 2048, 4096, 1, (8, 1), (2, 2)),
-        (2, 1024, 4096, 1, None, None),
-        (1, 4096, 4096, 1, (8, 1), (1, 4)),
-        (2, 8192, 8192, 2, None, None),
-        (1, 8192, 8192, 1, None, None),
-        (4, 8192, 8192, 1, None, None),
-    ],
-)
-def test_codes_are_indices_where_measured_to_win(bits, n, k, m, warps, ring) -> None:
-    shape, facts = Shape(n, k, bits, 64, True, decode_config.TABLE), (m, n // 64, 132, (9, 0), decode_config.PLAIN)
-    config = decode_choice.choose_config(shape, *facts)
-    assert config.indices == (warps is not None)
-    if warps:
-        assert (config.k_warps, config.row_warps) == warps and (config.stages, config.stage_units) == ring
-    # Neither where a device was found to treat equal indices otherwise, nor where none was asked.
-    assert decode_choice.choose_config(shape, *facts, False).indices == (bits == 1 and warps is not None)
-    assert not decode_choice.choose_config(shape, m, n // 64, 132, (10, 0)).indices
-
-
-@pytest.mark.parametrize("group", [96, 192, 320, 1024])
-@pytest.mark.parametrize("n,k", SHAPES[:5])
-def test_groups_that_stages_would_cut_have_configurations(n: int, k: int, group: int) -> None:
-    for bits in (1, 2, 4):
-        for kind in (decode_config.TABLE, decode_config.INT, decode_config.UINT_U8):
-            shape = Shape(n, k, bits, group, True, kind)
-            config = decode_choice.choose_config(shape, 1, n // 64, 132)
-            assert shape.allows_stage_units(config.stage_units, config.cluster * config.phases * config.k_warps)
 
 
 @pytest.mark.parametrize("tables", [1, 3])
@@ -210,12 +55,10 @@ def test_shape_of_says_what_the_zeros_are() -> None:
         assert (shape.kind, shape.subs, shape.unit_groups) == (kind, 2, 2)
 
 
-def test_tiles_serve_every_count_of_tokens() -> None:
-    for m in range(1, 65):
-        assert decode_choice.token_tile(m) >= m
-    assert decode.Params.range.offset % 8 == 0
-
-
 def test_kinds_are_called_as_in_the_sources() -> None:
     names = re.findall(r"^    ([A-Z_0-9]+),", jit.sources()["kinds.cuh"], re.MULTILINE)
     assert len(names) == 8 and [getattr(decode_config, name) for name in names] == list(range(8))
+
+
+def test_ranges_are_aligned_as_in_the_sources() -> None:
+    assert decode.Params.range.offset % 8 == 0
