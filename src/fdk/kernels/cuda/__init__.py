@@ -2,7 +2,7 @@
 
 routes.py   which of the four serves a product, by predicted time
 decode.py   few rows of x (csrc/decode.cuh): launch arithmetic, launcher;  decode_config.py  what it is compiled for
-            decode_choice.py  which configuration serves a product
+            decode_choice/  which configuration serves a product
 prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
 spread.py   many rows by 16:32 sparse integers as by dense ones on Hopper (csrc/spread.cuh, then prefill)
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`

@@ -1,6 +1,6 @@
 """The decode kernel (csrc/decode.cuh): its argument, launch arithmetic and launcher, for up to 64 tokens.
 
-decode_config.py  what it is compiled for;  decode_choice.py  which configuration serves a product
+decode_config.py  what it is compiled for;  decode_choice/  which configuration serves a product
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""Integer products of two and four tokens, outside of chains, by pairs of CTAs that split k.
+
+csrc/digits_many.cuh; docs/findings.md: "Integer products for four and eight tokens", "Integers of every width by
+integer products".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fdk.kernels.cuda.decode_choice.case import MIDDLE, Case, Share, weights
+from fdk.kernels.cuda.decode_config import INT, MAX_SHARED, ROUNDED, Config, Shape
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """A share of a pair of CTAs for which they were faster on an H200; weights: the fewest of the matrix."""
+
+    tokens: tuple[int, ...]
+    bits: tuple[int, ...]
+    blocks: range
+    units: range
+    weights: int = 0
+
+    def holds(self, shape: Shape, tokens: int, share: Share) -> bool:
+        here = share.blocks in self.blocks and share.units in self.units and weights(shape) >= self.weights
+        return here and tokens in self.tokens and shape.bits in self.bits
+
+
+_ONE, _TWO, _THREE_OR_FOUR, _SEVERAL = range(1, 2), range(2, 3), range(3, 5), range(2, 8)
+_32, _64, _UP_TO_128 = range(32, 33), range(64, 65), range(65, 129)
+
+# One block of 32 units is 4096^2, two of 64 are 8192^2, seven of 64 28672 x 8192, four of 128 16384^2.
+_INTEGERS = (
+    _Gain((2,), (2, 3, 4, 5, 6, 7, 8), _TWO, _64),
+    _Gain((4,), (8,), _ONE, _32),
+    _Gain((4,), (8,), _SEVERAL, _64),
+    _Gain((4,), (5, 6, 7), _TWO, _64),
+)
+
+# Groups of 128. Four planes of four tokens take as long either way.
+_SLICES = (
+    _Gain((4,), (1, 2, 3, 4, 5, 6, 7, 8), _ONE, _32),
+    _Gain((2,), (5, 6, 7, 8), _ONE, _32, MIDDLE),
+    _Gain((2,), (1, 2, 3, 4, 5, 6, 7, 8), _TWO, _64),
+    _Gain((4,), (1, 2, 3, 5, 6, 7, 8), _TWO, _64),
+    _Gain((2, 4), (1, 2, 3, 5, 6, 7, 8), _THREE_OR_FOUR, _UP_TO_128),
+    _Gain((2, 4), (5, 6, 7, 8), _SEVERAL, _64),
+)
+
+
+def with_many_digits(case: Case, config: Config) -> Config:
+    """`config` of two or four tokens by integer products where they pay and fit shared memory."""
+    shape, tokens, share = case.shape, config.tokens, case.share(2)
+    if tokens not in (2, 4) or not shape.allows_many_digits or not shape.allows_digits_of(tokens):
+        return config
+    slices = _SLICES if shape.nested and shape.group % 128 == 0 else ()
+    gains = _INTEGERS if shape.kind == INT else slices
+    if not any(gain.holds(shape, tokens, share) for gain in gains):
+        return config
+    for tried in _arrangements(shape, tokens, share):
+        parts = tried.cluster * tried.k_warps
+        if shape.allows_stage_units(tried.stage_units, parts) and tried.shared_bytes(shape) <= MAX_SHARED:
+            return tried
+    return config
+
+
+def _arrangements(shape: Shape, tokens: int, share: Share) -> Iterator[Config]:
+    """Configurations of a pair's share, most preferred first: 16 warps on k, its blocks in turn or side by side."""
+    blocks = share.blocks
+    start = Config(tokens, 2, 8 if blocks == 1 else 16, 1, 1, 2, blocks, 1, 1, digits=True, paired=True)
+    in_turn = replace(start, uniform=True, alone=True, batch=blocks if blocks <= 2 else 1)
+    if shape.kind == INT and 5 <= shape.bits <= 7:
+        # Two units of codes that lie across bytes are more than registers hold beside the sums of four tokens.
+        yield replace(in_turn, stages=2, stage_units=1)
+        return
+    in_turn = replace(in_turn, late=tokens == 2 and blocks == 1)
+    # What memory has no room for, and two planes of four blocks, go side by side.
+    beside = replace(in_turn, k_warps=4, row_warps=blocks, batch=1)
+    if blocks != 4:
+        tried = [in_turn]
+    else:
+        tried = [beside] if shape.bits == 2 else [in_turn, beside]
+    # Two units of other slices are more than the 128 registers of 16 warps hold.
+    light = tokens == 2 or shape.kind == INT or (shape.group == 128 and (shape.kind == ROUNDED or shape.bits < 5))
+    two = blocks == 1 or (light and blocks <= 4 and (tokens == 4 or shape.bits < 8))
+    for config in tried:
+        for stage_units in (2, 1) if two else (1,):
+            yield replace(config, stage_units=stage_units)
