@@ -1,9 +1,14 @@
 """What the decode kernel's configurations are: they fit everywhere, and are as measured to win where that was."""
 
+import itertools
+import re
+from pathlib import Path
+
 import pytest
 
 from fdk.kernels.cuda import decode_choice, decode_config
-from fdk.kernels.cuda.decode_config import Shape
+from fdk.kernels.cuda.decode_choice import activations, digits, many_digits, many_tokens, places
+from fdk.kernels.cuda.decode_config import CUT, INT, ROUNDED, TABLE, Config, Shape
 
 SHAPES = [
     (8192, 8192),
@@ -164,3 +169,70 @@ def test_groups_that_stages_would_cut_have_configurations(n: int, k: int, group:
 def test_tiles_serve_every_count_of_tokens() -> None:
     for m in range(1, 65):
         assert decode_choice.token_tile(m) >= m
+
+
+def chosen(kind: int, bits: int, m: int, cluster: int, units: int, blocks: int) -> tuple[Shape, Config]:
+    """A weight whose CTAs have so many units of so many blocks in clusters of that size, and its configuration."""
+    group = 128 if kind in (ROUNDED, CUT) else 64
+    rows = 64 * blocks * decode_config.clusters_at_once(132, cluster)
+    shape = Shape(rows, 64 * units * cluster, bits, group, True, kind, bits if group == 128 else 0)
+    return shape, decode_choice.choose_config(shape, m, rows // 64, 132)
+
+
+@pytest.mark.parametrize("row", activations.PIECES, ids=str)
+def test_every_row_of_pieces_decides_a_product(row: activations.Pieces) -> None:
+    for kind in (TABLE, INT):
+        _, config = chosen(kind, row.bits, row.tokens, 2, row.units, row.blocks)
+        assert config.interleaved and (config.x_chunks, config.x_ahead) == (row.pieces, row.ahead)
+
+
+GAINS = [(INT, gain) for gain in many_digits.OF_INTEGERS]
+GAINS += [(kind, gain) for gain in many_digits.OF_SLICES for kind in (ROUNDED, CUT)]
+
+
+@pytest.mark.parametrize("kind,gain", GAINS, ids=str)
+def test_every_gain_of_many_digits_decides_products(kind: int, gain: many_digits.Gain) -> None:
+    for bits, tokens, blocks in itertools.product(gain.bits, gain.tokens, gain.blocks):
+        # Of the largest shares some do not fit shared memory.
+        found = (chosen(kind, bits, tokens, 2, units, blocks) for units in gain.units)
+        assert any(config.many_digits(shape) and config.blocks == blocks for shape, config in found)
+
+
+@pytest.mark.parametrize("row", places.TWO, ids=str)
+def test_every_row_of_two_ctas_decides_a_product(row: places.Two) -> None:
+    # Some multiprocessors have no work, as places are held for what comes behind those that have.
+    blocks, bits = decode_config.clusters_at_once(132, row.cluster) - 2, 1 if row.digits else 2
+    shape = Shape(64 * blocks, 64 * row.units, bits, 64, True, TABLE)
+    config = decode_choice.choose_config(shape, 1, blocks, 132)
+    assert (config.digits, config.k_warps, config.stages) == (row.digits, row.k_warps, row.stages)
+    assert (config.min_ctas, config.hold, config.stage_units) == (2, row.hold, 4)
+
+
+@pytest.mark.parametrize("blocks,units", digits.IN_TURN)
+def test_every_row_of_blocks_in_turn_decides_products(blocks: int, units: int) -> None:
+    for kind, widths in digits.IN_TURN[blocks, units].items():
+        for bits in widths:
+            _, config = chosen(kind, bits, 1, 1 if units == 64 else 2, units, blocks)
+            assert config.digits and config.row_warps == 1 and config.steps == blocks
+
+
+def test_halves_and_wide_tables_are_chosen_where_they_were_measured() -> None:
+    for (tokens, bits), counts in many_tokens.HALVES_OF.items():
+        for blocks in counts:
+            rows = 64 * (66 * blocks - 40)
+            config = decode_choice.choose_config(Shape(rows, 4096, bits, 64, True, TABLE), tokens, rows // 64, 132)
+            assert config.half_blocks and config.blocks == blocks
+    for (tokens, bits), most in many_tokens.WIDE_UP_TO.items():
+        cluster, units = (1, 128) if most == 1 else (2, 64)
+        assert chosen(TABLE, bits, tokens, cluster, units, most)[1].wide
+
+
+def test_rules_name_sections_of_the_findings() -> None:
+    findings = (Path(__file__).parents[3] / "docs" / "findings.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^#+ (.*)$", findings, re.MULTILINE)
+    named = set()
+    for path in Path(decode_choice.__file__).parent.glob("*.py"):
+        docstring = path.read_text(encoding="utf-8").split('"""')[1]
+        named |= {" ".join(name.split()) for name in re.findall(r'"([^"]+)"', docstring)}
+    assert len(named) > 10
+    assert all(any(section.startswith(name) for section in sections) for name in named)

@@ -38,7 +38,7 @@ def _eight_take_pieces(shape: Shape, config: Config, mine: int) -> bool:
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class Pieces:
     """Pieces of activations that serve all warps of a slice of k, as measured for a share of a pair of CTAs.
 
     pieces  that they come in;  ahead: how many of them are asked for before the products, 0 for all
@@ -53,25 +53,25 @@ class _Pieces:
 
 
 # At 4096^2 (32 units), 8192^2 and 28672 x 8192 (64 units; 2 blocks, 7), 14336 x 4096 (32; 4) and 4096 x 14336 (112; 1).
-_MEASURED = (
-    _Pieces(tokens=8, bits=1, units=32, blocks=1, pieces=2, ahead=0),
-    _Pieces(tokens=8, bits=1, units=32, blocks=4, pieces=4, ahead=2),
-    _Pieces(tokens=8, bits=1, units=112, blocks=1, pieces=7, ahead=2),
-    _Pieces(tokens=8, bits=2, units=64, blocks=7, pieces=16, ahead=2),
-    _Pieces(tokens=8, bits=2, units=112, blocks=1, pieces=7, ahead=2),
-    _Pieces(tokens=8, bits=3, units=32, blocks=4, pieces=4, ahead=0),
-    _Pieces(tokens=8, bits=3, units=64, blocks=2, pieces=2, ahead=0),
-    _Pieces(tokens=8, bits=3, units=64, blocks=7, pieces=8, ahead=0),
-    _Pieces(tokens=8, bits=3, units=112, blocks=1, pieces=7, ahead=2),
-    _Pieces(tokens=8, bits=4, units=64, blocks=2, pieces=8, ahead=2),
-    _Pieces(tokens=8, bits=4, units=112, blocks=1, pieces=7, ahead=2),
-    _Pieces(tokens=8, bits=8, units=32, blocks=1, pieces=4, ahead=0),
-    _Pieces(tokens=8, bits=8, units=64, blocks=2, pieces=8, ahead=2),
-    _Pieces(tokens=8, bits=8, units=64, blocks=7, pieces=8, ahead=2),
-    _Pieces(tokens=8, bits=8, units=112, blocks=1, pieces=7, ahead=2),
-    _Pieces(tokens=16, bits=3, units=64, blocks=7, pieces=8, ahead=2),
+PIECES = (
+    Pieces(tokens=8, bits=1, units=32, blocks=1, pieces=2, ahead=0),
+    Pieces(tokens=8, bits=1, units=32, blocks=4, pieces=4, ahead=2),
+    Pieces(tokens=8, bits=1, units=112, blocks=1, pieces=7, ahead=2),
+    Pieces(tokens=8, bits=2, units=64, blocks=7, pieces=16, ahead=2),
+    Pieces(tokens=8, bits=2, units=112, blocks=1, pieces=7, ahead=2),
+    Pieces(tokens=8, bits=3, units=32, blocks=4, pieces=4, ahead=0),
+    Pieces(tokens=8, bits=3, units=64, blocks=2, pieces=2, ahead=0),
+    Pieces(tokens=8, bits=3, units=64, blocks=7, pieces=8, ahead=0),
+    Pieces(tokens=8, bits=3, units=112, blocks=1, pieces=7, ahead=2),
+    Pieces(tokens=8, bits=4, units=64, blocks=2, pieces=8, ahead=2),
+    Pieces(tokens=8, bits=4, units=112, blocks=1, pieces=7, ahead=2),
+    Pieces(tokens=8, bits=8, units=32, blocks=1, pieces=4, ahead=0),
+    Pieces(tokens=8, bits=8, units=64, blocks=2, pieces=8, ahead=2),
+    Pieces(tokens=8, bits=8, units=64, blocks=7, pieces=8, ahead=2),
+    Pieces(tokens=8, bits=8, units=112, blocks=1, pieces=7, ahead=2),
+    Pieces(tokens=16, bits=3, units=64, blocks=7, pieces=8, ahead=2),
 )
-_PIECES = {(row.tokens, row.bits, row.units, row.blocks): row for row in _MEASURED}
+_BY_SHARE = {(row.tokens, row.bits, row.units, row.blocks): row for row in PIECES}
 
 
 def with_pieces(case: Case, config: Config) -> Config:
@@ -87,7 +87,7 @@ def with_pieces(case: Case, config: Config) -> Config:
     if config.tokens == 16 and 2 <= shape.bits <= 4 and (share.units, share.blocks) == (112, 1):
         # At 4096 x 14336 phases as a ring.
         found = replace(config, k_warps=8, stage_units=2, stages=1, phases=7, x_buffers=4, x_chunks=1)
-    elif row := _PIECES.get((config.tokens, shape.bits, share.units, share.blocks)):
+    elif row := _BY_SHARE.get((config.tokens, shape.bits, share.units, share.blocks)):
         found = replace(config, x_chunks=row.pieces, x_ahead=row.ahead)
         if shape.bits == 1:
             found = replace(found, octets=True, selected=1, x_sums=False)

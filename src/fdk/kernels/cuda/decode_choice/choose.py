@@ -53,7 +53,7 @@ def _registers_suffice(case: Case) -> bool:
     """Whether registers hold the sums of that many tokens, and shared memory the tables of sparse weights."""
     if case.shape.sparse and (case.tokens > 32 or case.epilogue.tables > 1):
         return False  # the words of a unit beside the sums of 64 tokens; one table of values
-    # The sums of 64 tokens; two launches of 32 have not been measured on 9.0.
+    # Elsewhere they do not hold the sums of 64 tokens; on 9.0 two launches of 32 instead have not been measured.
     return case.tokens <= 32 or case.measured
 
 

@@ -83,23 +83,23 @@ def _pay_for_two(shape: Shape, share: Share) -> bool:
     return one_bit and share.work >= 128 and (share.cluster == 1 or share.blocks >= 4) and share.blocks <= 8
 
 
-# (blocks, units) of a CTA's share, where fewer than 384 units have been measured: at 14336 x 4096, and at 20480 x 5120,
-# where eight warps do. Bits of integers without zeros, and of those with bytes as zeros, that gained there.
-_IN_TURN = {
-    (2, 64): ((3, 4, 5, 6, 7, 8), (3, 5, 6, 7)),
-    (5, 40): ((2, 3, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7, 8)),
+# (blocks, units) of a CTA where fewer than 384 units in all gained, at 14336 x 4096 and, by eight warps, 20480 x 5120;
+# of each kind the bits that did.
+IN_TURN = {
+    (2, 64): {INT: (3, 4, 5, 6, 7, 8), UINT_U8: (3, 5, 6, 7)},
+    (5, 40): {INT: (2, 3, 5, 6, 7, 8), UINT_U8: (2, 3, 4, 5, 6, 7, 8)},
 }
 
 
 def in_turn(shape: Shape, share: Share) -> bool:
     """Whether 16 warps take several blocks of a CTA one after the other in integer products of one token.
 
-    Besides `_IN_TURN` at 16384^2 and 28672 x 8192: 384 to 512 units in two to seven blocks, of 2 bits and more.
+    Besides `IN_TURN` at 16384^2 and 28672 x 8192: 384 to 512 units in two to seven blocks, of 2 bits and more.
     """
     if shape.kind not in INTEGERS:
         return False
-    if found := _IN_TURN.get((share.blocks, share.units)):
-        return shape.bits in found[shape.zeros]
+    if measured := IN_TURN.get((share.blocks, share.units)):
+        return shape.bits in measured[shape.kind]
     return shape.bits > 1 and 2 <= share.blocks <= 7 and share.units >= 64 and 384 <= share.work <= 512
 
 

@@ -14,39 +14,41 @@ from fdk.kernels.cuda.decode_config import INT, MAX_SHARED, ROUNDED, Config, Sha
 
 
 @dataclass(frozen=True)
-class _Gain:
-    """A share of a pair of CTAs for which they were faster on an H200; weights: the fewest of the matrix."""
+class Gain:
+    """Where they were faster on an H200: of a pair of CTAs first and last count of blocks, and of units of each CTA.
+
+    weights: of the whole matrix, at least.
+    """
 
     tokens: tuple[int, ...]
     bits: tuple[int, ...]
-    blocks: range
-    units: range
+    blocks: tuple[int, int]
+    units: tuple[int, int]
     weights: int = 0
 
     def holds(self, shape: Shape, tokens: int, share: Share) -> bool:
-        here = share.blocks in self.blocks and share.units in self.units and weights(shape) >= self.weights
-        return here and tokens in self.tokens and shape.bits in self.bits
+        inside = self.blocks[0] <= share.blocks <= self.blocks[1] and self.units[0] <= share.units <= self.units[1]
+        return inside and tokens in self.tokens and shape.bits in self.bits and weights(shape) >= self.weights
 
 
-_ONE, _TWO, _THREE_OR_FOUR, _SEVERAL = range(1, 2), range(2, 3), range(3, 5), range(2, 8)
-_32, _64, _UP_TO_128 = range(32, 33), range(64, 65), range(65, 129)
+_ALL = (2, 3, 4, 5, 6, 7, 8)
 
 # One block of 32 units is 4096^2, two of 64 are 8192^2, seven of 64 28672 x 8192, four of 128 16384^2.
-_INTEGERS = (
-    _Gain((2,), (2, 3, 4, 5, 6, 7, 8), _TWO, _64),
-    _Gain((4,), (8,), _ONE, _32),
-    _Gain((4,), (8,), _SEVERAL, _64),
-    _Gain((4,), (5, 6, 7), _TWO, _64),
+OF_INTEGERS = (
+    Gain(tokens=(4,), bits=(8,), blocks=(1, 1), units=(32, 32)),
+    Gain(tokens=(2,), bits=_ALL, blocks=(2, 2), units=(64, 64)),
+    Gain(tokens=(4,), bits=(5, 6, 7), blocks=(2, 2), units=(64, 64)),
+    Gain(tokens=(4,), bits=(8,), blocks=(2, 7), units=(64, 64)),
 )
 
-# Groups of 128. Four planes of four tokens take as long either way.
-_SLICES = (
-    _Gain((4,), (1, 2, 3, 4, 5, 6, 7, 8), _ONE, _32),
-    _Gain((2,), (5, 6, 7, 8), _ONE, _32, MIDDLE),
-    _Gain((2,), (1, 2, 3, 4, 5, 6, 7, 8), _TWO, _64),
-    _Gain((4,), (1, 2, 3, 5, 6, 7, 8), _TWO, _64),
-    _Gain((2, 4), (1, 2, 3, 5, 6, 7, 8), _THREE_OR_FOUR, _UP_TO_128),
-    _Gain((2, 4), (5, 6, 7, 8), _SEVERAL, _64),
+# Of groups of 128. Four planes of four tokens take as long either way.
+OF_SLICES = (
+    Gain(tokens=(2,), bits=(5, 6, 7, 8), blocks=(1, 1), units=(32, 32), weights=MIDDLE),
+    Gain(tokens=(4,), bits=_ALL, blocks=(1, 1), units=(32, 32)),
+    Gain(tokens=(2,), bits=_ALL, blocks=(2, 2), units=(64, 64)),
+    Gain(tokens=(4,), bits=(2, 3, 5, 6, 7, 8), blocks=(2, 2), units=(64, 64)),
+    Gain(tokens=(2, 4), bits=(5, 6, 7, 8), blocks=(2, 7), units=(64, 64)),
+    Gain(tokens=(2, 4), bits=(2, 3, 5, 6, 7, 8), blocks=(3, 4), units=(65, 128)),
 )
 
 
@@ -55,8 +57,8 @@ def with_many_digits(case: Case, config: Config) -> Config:
     shape, tokens, share = case.shape, config.tokens, case.share(2)
     if tokens not in (2, 4) or not shape.allows_many_digits or not shape.allows_digits_of(tokens):
         return config
-    slices = _SLICES if shape.nested and shape.group % 128 == 0 else ()
-    gains = _INTEGERS if shape.kind == INT else slices
+    slices = OF_SLICES if shape.nested and shape.group % 128 == 0 else ()
+    gains = OF_INTEGERS if shape.kind == INT else slices
     if not any(gain.holds(shape, tokens, share) for gain in gains):
         return config
     for tried in _arrangements(shape, tokens, share):

@@ -32,7 +32,7 @@ def with_uniform_eight(case: Case, config: Config) -> Config:
 
 
 # (tokens, bits): most blocks of a CTA where fewer than sixteen tokens gained by a wide table.
-_WIDE_UP_TO = {(4, 4): 1, (8, 2): 7, (8, 4): 7, (8, 8): 2}
+WIDE_UP_TO = {(4, 4): 1, (8, 2): 7, (8, 4): 7, (8, 8): 2}
 
 
 def with_wide_table(case: Case, config: Config) -> Config:
@@ -46,7 +46,7 @@ def with_wide_table(case: Case, config: Config) -> Config:
     # Fourteen warps of one unit at 4 bits were measured with a wide table only, which integers fill like tables.
     crowded = (config.tokens, shape.bits, shape.kind) == (8, 4, INT) and config.warps > 12
     busy = Share.of(shape, config).work >= 128 and (shape.kind == TABLE or crowded)
-    busy &= config.blocks <= _WIDE_UP_TO.get((config.tokens, shape.bits), 0) or eight_bits_fill_up(shape, config)
+    busy &= config.blocks <= WIDE_UP_TO.get((config.tokens, shape.bits), 0) or eight_bits_fill_up(shape, config)
     if not (many or busy) or shape.subs > 1:
         return config
     wide = fill(shape, replace(config, wide=True), case.capability)
@@ -57,13 +57,13 @@ def with_wide_table(case: Case, config: Config) -> Config:
 
 # (tokens, bits): blocks of a cluster where half a block less won: at 14336 x 4096 (4), 10240 x 4096 (3) and
 # 18944 x 3584 (5).
-_HALVES_OF = {(8, 2): (4,), (8, 4): (3, 4, 5), (8, 8): (4,), (16, 8): (4,)}
+HALVES_OF = {(8, 2): (4,), (8, 4): (3, 4, 5), (8, 8): (4,), (16, 8): (4,)}
 
 
 def with_half_blocks(case: Case, config: Config) -> Config:
     """`config` with half a block less for each cluster, where every two share one, as far as measured to pay."""
     shape = case.shape
-    blocks = _HALVES_OF.get((config.tokens, shape.bits), ())
+    blocks = HALVES_OF.get((config.tokens, shape.bits), ())
     if shape.kind not in LOOKED_UP or shape.subs > 1 or config.blocks not in blocks:
         return config
     one_step = config.cluster == 2 and config.row_warps == config.blocks and config.phases == 1

@@ -51,21 +51,27 @@ def _hold_clocks(shape: Shape) -> int:
 
 
 @dataclass(frozen=True)
-class _Two:
-    """Two CTAs of a table on a multiprocessor, one block each: warps, stages of four units, clocks places are held."""
+class Two:
+    """Two CTAs of a table on a multiprocessor, one block each, as measured.
 
+    units    of k that clusters of `cluster` CTAs split;  digits: by integer products, else by indices
+    k_warps  of a CTA, with so many stages of four units;  hold: clocks for which places are held
+    """
+
+    cluster: int
+    units: int
+    digits: bool
     k_warps: int
     stages: int
     hold: int
 
 
-# (cluster, units of k, by integer products, else by indices): at 8192^2, where with 1500 to 5000 clocks some launches
-# took 1.25 to 1.5 times as long, and at 4096 x 14336.
-_TWO = {
-    (1, 128, True): _Two(k_warps=8, stages=3, hold=_MOST_HOLD),
-    (1, 128, False): _Two(k_warps=8, stages=2, hold=_MOST_HOLD),
-    (2, 224, True): _Two(k_warps=7, stages=3, hold=4000),
-}
+# At 8192^2, where with 1500 to 5000 clocks some launches took 1.25 to 1.5 times as long, and at 4096 x 14336.
+TWO = (
+    Two(cluster=1, units=128, digits=True, k_warps=8, stages=3, hold=_MOST_HOLD),
+    Two(cluster=1, units=128, digits=False, k_warps=8, stages=2, hold=_MOST_HOLD),
+    Two(cluster=2, units=224, digits=True, k_warps=7, stages=3, hold=4000),
+)
 
 
 def beside_the_next(case: Case, config: Config) -> Config:
@@ -80,8 +86,9 @@ def beside_the_next(case: Case, config: Config) -> Config:
     if config.digits and shape.zeros and shape.bits not in (1, 2, 4, 8):
         return replace(config, min_ctas=1)
     single = shape.kind == TABLE and (config.digits or config.indices) and config.blocks == 1
-    two = _TWO.get((config.cluster, shape.units, config.digits)) if single else None
-    if two and shape.allows_stage_units(4, 8):
+    single &= shape.allows_stage_units(4, 8)
+    here = (config.cluster, shape.units, config.digits)
+    if single and (two := next((two for two in TWO if (two.cluster, two.units, two.digits) == here), None)):
         even = replace(config, k_warps=two.k_warps, stages=two.stages, stage_units=4)
         return replace(even, alone=False, min_ctas=2, hold=two.hold)
     if config.min_ctas == 1 and (config.alone or not config.paired or shape.kind != TABLE):
