@@ -7,8 +7,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 from fdk.kernels.cuda.decode_choice import activations, chains, lookups, many_digits, many_tokens, places
+from fdk.kernels.cuda.decode_choice.blocks_in_turn import with_blocks_in_turn
 from fdk.kernels.cuda.decode_choice.case import LOOKED_UP, Case, Share, coded, token_tile
 from fdk.kernels.cuda.decode_choice.digits import digit_warps, with_digits
+from fdk.kernels.cuda.decode_choice.even_shares import with_even_shares
 from fdk.kernels.cuda.decode_choice.fill import fill
 from fdk.kernels.cuda.decode_choice.indices import with_indices
 from fdk.kernels.cuda.decode_config import PLAIN, Config, Epilogue, Shape
@@ -124,6 +126,8 @@ _PLAIN: tuple[Refinement, ...] = (
     activations.with_pieces,
     places.beside_the_next,
     places.with_operands_ahead,
+    with_blocks_in_turn,
+    with_even_shares,
 )
 
 _PLAIN_UNMEASURED: tuple[Refinement, ...] = (
