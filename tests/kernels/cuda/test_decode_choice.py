@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fdk.kernels.cuda import decode_choice, decode_config
-from fdk.kernels.cuda.decode_choice import activations, digits, many_digits, many_tokens, places
+from fdk.kernels.cuda.decode_choice import activations, digits, even_shares, many_digits, many_tokens, places
+from fdk.kernels.cuda.decode_choice.case import Case
 from fdk.kernels.cuda.decode_config import CUT, INT, ROUNDED, TABLE, Config, Shape
 
 SHAPES = [
@@ -225,6 +226,63 @@ def test_halves_and_wide_tables_are_chosen_where_they_were_measured() -> None:
     for (tokens, bits), most in many_tokens.WIDE_UP_TO.items():
         cluster, units = (1, 128) if most == 1 else (2, 64)
         assert chosen(TABLE, bits, tokens, cluster, units, most)[1].wide
+
+
+@pytest.mark.parametrize(
+    "kind,bits,n,k,k_warps,ring",
+    [
+        (INT, 4, 6144, 4096, 16, (1, 2)),
+        (INT, 6, 5120, 5120, 10, (2, 2)),
+        (decode_config.UINT_U8, 4, 34816, 5120, 10, (2, 2)),
+        (CUT, 4, 19456, 2560, 10, (1, 3)),
+        (ROUNDED, 5, 2560, 9728, 16, (1, 2)),
+        (ROUNDED, 5, 2560, 4096, 16, (1, 3)),
+    ],
+)
+def test_one_token_of_integers_takes_blocks_in_turn_at_any_size(kind, bits, n, k, k_warps, ring) -> None:
+    shape = Shape(n, k, bits, 128, True, kind, bits if kind == CUT else bits - 1 if kind == ROUNDED else 0)
+    config = decode_choice.choose_config(shape, 1, n // 64, 132)
+    assert config.digits and config.paired and config.alone
+    assert (config.k_warps, config.row_warps, config.stage_units, config.stages) == (k_warps, 1, *ring)
+
+
+# Kind, bits, n, k, m; clusters, blocks of each, whether they share blocks, warps on k: as measured to win.
+EVEN = [
+    (TABLE, 4, 6144, 4096, 1, (2, 2, True, 8)),
+    (TABLE, 4, 5120, 5120, 16, (2, 2, True, 4)),
+    (TABLE, 3, 5120, 5120, 8, (4, 3, False, 5)),
+    (TABLE, 8, 10240, 5120, 4, (2, 3, True, 4)),
+    (TABLE, 4, 5120, 17408, 2, (4, 3, False, 5)),
+    (INT, 4, 34816, 5120, 16, (2, 9, True, 1)),
+    (TABLE, 2, 51200, 5120, 8, (2, 13, True, 1)),
+    (TABLE, 4, 28672, 4096, 4, (1, 4, True, 4)),
+    (decode_config.UINT_U8, 4, 10240, 8192, 16, (2, 3, True, 5)),
+    (ROUNDED, 5, 24576, 4096, 16, (2, 6, False, 2)),
+]
+
+
+@pytest.mark.parametrize("kind,bits,n,k,m,split", EVEN)
+def test_shares_are_even_where_whole_blocks_leave_multiprocessors_idle(kind, bits, n, k, m, split) -> None:
+    shape = Shape(n, k, bits, 128, True, kind, bits - 1 if kind == ROUNDED else 0)
+    config = decode_choice.choose_config(shape, m, n // 64, 132)
+    assert (config.cluster, config.blocks, config.half_blocks, config.k_warps) == split
+    assert config.steps == config.phases == 1
+
+
+@pytest.mark.parametrize(
+    "kind,bits,n,k,m", [(TABLE, 4, 4608, 3584, 16), (TABLE, 3, 34816, 5120, 8), (TABLE, 4, 14336, 4096, 16)]
+)
+def test_shares_stay_as_they_are_where_others_were_measured_to_lose(kind, bits, n, k, m) -> None:
+    case = Case(Shape(n, k, bits, 64, True, kind), m, n // 64, 132, (9, 0), decode_config.PLAIN, True)
+    config = decode_choice.choose_config(case.shape, m, case.blocks, 132)
+    assert even_shares.with_even_shares(case, config) == config
+    assert not config.half_blocks and config.cluster == 2
+
+
+@pytest.mark.parametrize("kind,bits", [(ROUNDED, 5), (decode_config.UINT_U8, 4)])
+def test_few_tokens_run_as_eight_where_only_those_have_even_shares(kind: int, bits: int) -> None:
+    shape = Shape(5120, 5120, bits, 128, True, kind, bits - 1 if kind == ROUNDED else 0)
+    assert [decode_choice.choose_config(shape, m, 80, 132).tokens for m in (1, 2, 4, 8)] == [1, 8, 8, 8]
 
 
 def test_rules_name_sections_of_the_findings() -> None:

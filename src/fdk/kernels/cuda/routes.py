@@ -30,6 +30,10 @@ _EIGHT_BITS_BYTES_CLOCKS = 200
 _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 30, 16: 55, 32: 190, 64: 510}
 _THREE_BITS_CLOCKS_16 = 10
+_ZEROS_CLOCKS_32 = 90
+_BUSY = (
+    0.65  # of the multiprocessors, down to which fewer of them have as much more of the memory each, in bytes of planes
+)
 _X_IN_PIECES = 0.6  # of the time of x, where it arrives as products go on
 _HALF_BLOCK = 0.2  # of a block, which clusters that share one save of its time
 _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide products of more tokens
@@ -90,9 +94,13 @@ def decode_us(
         more = _SINGLE_LOOKUP_CLOCKS_16
     if config.tokens == 16 and shape.bits == 3 and not shape.nested:
         more += _THREE_BITS_CLOCKS_16
+    if config.tokens == 32 and shape.zeros:
+        more += _ZEROS_CLOCKS_32
     clocks = (
         (config.blocks - _HALF_BLOCK * config.half_blocks) * cta_units * (_unit_clocks(shape, config.digits) + more)
     )
+    if shape.nested and config.digits:
+        clocks *= max(_BUSY, min(1.0, config.clusters(blocks) * config.cluster / sms))
     if shape.sparse:
         clocks *= max(1.0, _SPARSE_WARPS / config.warps)
     x_us = (rows - 1) * cta_units * 128 / _DECODE_X_BYTES_PER_US * (_X_IN_PIECES if config.interleaved else 1.0)

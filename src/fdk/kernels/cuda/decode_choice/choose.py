@@ -42,9 +42,9 @@ def choose_config(
     if found is None:
         return None
     config = found[1]
-    if many_tokens.may_run_as_eight(case, config):
+    if many_tokens.may_run_as_eight(case, config) and not many_digits.with_many_digits(case, config).digits:
         eight = choose_config(shape, 8, blocks, sms, capability)
-        if eight and eight.warps > 8 and eight.row_warps <= 4:
+        if eight and many_tokens.runs_as_eight(case, config, eight):
             return eight
     for refine in _refinements(case):
         config = refine(case, config)

@@ -112,7 +112,9 @@ def _pays(shape: Shape, config: Config, split: Split) -> bool:
     ratio = split.time(shape, tokens) / Split(config.cluster, config.blocks, config.half_blocks).time(shape, tokens)
     # What computes its operands longest waits for them where it has few warps.
     busier = split.blocks * split.k_warps(shape, tokens) >= 1.5 * config.warps and shape.kind not in LOOKED_UP
-    return ratio <= _PROMISE or ((config.steps > 1 or busier) and ratio <= 1)
+    # Of long k two steps of few tokens have not been measured against one.
+    steps = config.steps > 1 and (tokens > 4 or shape.units < 128)
+    return ratio <= _PROMISE or ((steps or busier) and ratio <= 1)
 
 
 def _arrangements(shape: Shape, config: Config, split: Split) -> Iterator[Config]:

@@ -16,18 +16,32 @@ from fdk.kernels.cuda.decode_config import INT, TABLE, Config
 
 
 def may_run_as_eight(case: Case, config: Config) -> bool:
-    """Whether two and four tokens of zeros, with too little for 16 warps, take longer than eight that have as many."""
-    few = case.hopper and not case.chained and case.tokens in (2, 4) and case.shape.zeros
-    return few and not zeros_fill_16_warps(case.shape, case.tokens, Share.of(case.shape, config))
+    """Whether two and four tokens of zeros or slices are few for what a CTA has, so that eight may take less."""
+    shape = case.shape
+    few = case.hopper and not case.chained and case.tokens in (2, 4) and not config.digits
+    if shape.nested:
+        return few and case.measured
+    return few and shape.zeros and not zeros_fill_16_warps(shape, case.tokens, Share.of(shape, config))
+
+
+def runs_as_eight(case: Case, config: Config, eight: Config) -> bool:
+    """Whether they do: where eight have 16 warps, or more equal shares, which two and four were not given."""
+    if case.shape.zeros and eight.warps > 8 and eight.row_warps <= 4:
+        return True
+    work = (eight.blocks - 0.5 * eight.half_blocks) / eight.cluster
+    even = work <= 0.85 * config.blocks / config.cluster or config.steps > eight.steps
+    return case.measured and (even or (case.shape.nested and eight.warps >= 1.5 * config.warps))
 
 
 def with_uniform_eight(case: Case, config: Config) -> Config:
     """`config` of eight tokens with fewer instructions a copy, but for 14 warps and more that spill by it.
 
-    Those have two units of wider codes.
+    Those have two units of wider codes. Of two and four tokens 16 warps of wide codes spill without.
     """
-    if config.tokens != 8 or case.shape.kind not in LOOKED_UP or case.shape.subs > 1:
+    if case.shape.kind not in LOOKED_UP or case.shape.subs > 1 or config.tokens not in (2, 4, 8):
         return config
+    if config.tokens < 8:
+        return replace(config, uniform=config.uniform or (case.shape.bits > 4 and config.warps == 16))
     return replace(config, uniform=case.shape.bits <= 2 or config.warps <= 12 or config.stage_units == 1)
 
 
