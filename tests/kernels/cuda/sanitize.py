@@ -152,14 +152,14 @@ PRODUCTS = (
     Product("nest8s4_g128", 40, replace(TILE, tokens=24)),
     Product("lut8_g64", 64, replace(TILE, stages=10)),
     Product("lut4_g64", 40, prefill.Config(32, 2, 4), sms=3),
-    Product("int4_g64", 40, prefill.Config(32, 2, 4, ahead=False, turns=True), sms=3),
+    Product("int4_g64", 40, prefill.Config(32, 2, 4, turns=True), sms=3),
     Product(
         "lut4_g64", 300, prefill.Config(128, 2, 4, pair=2, rounds=True, wide=True, stream=True, unrolled=True), sms=6
     ),
     Product(
         "lut4_g64", 300, prefill.Config(128, 2, 4, rounds=True, wide=True, parts=2, stream=True, unrolled=True), sms=5
     ),
-    Product("uint4_g32", 40, prefill.Config(48, 2, 4, k_groups=2, ahead=False, unrolled=True)),
+    Product("uint4_g32", 40, prefill.Config(48, 2, 4, k_groups=2, unrolled=True)),
     Product("lut2_g64", 300, prefill.Config(192, 2, 4, rounds=True, wide=True, unrolled=True), sms=2),
     Product("uint3_g32", 300, prefill.Config(256, 2, 4, rounds=True, unrolled=True), sms=2),
     Product("lut4_g64", 8, None),

@@ -22,7 +22,7 @@ CONFIGS = [
     Config(64, 2, 4, k_groups=1),
     Config(64, 1, 4, k_groups=2, split=2),
     Config(32, 2, 4, k_groups=2),
-    Config(64, 2, 4, k_groups=2, ahead=False, turns=True),
+    Config(32, 2, 4, k_groups=2, turns=True),
     Config(256, 2, 4, rounds=True),
     Config(256, 2, 4, pair=2, rounds=True),
     Config(192, 2, 4, split=2, rounds=True),
@@ -30,7 +30,7 @@ CONFIGS = [
     Config(64, 2, 4, k_groups=2, turns=True, rounds=True),
     Config(64, 3, 4, split=2),
     Config(128, 3, 4, rounds=True),
-    Config(64, 4, 4, ahead=False, turns=True),
+    Config(32, 4, 4, turns=True),
     Config(64, 4, 4, turns=True, rounds=True),
     Config(256, 2, 4, pair=2, rounds=True, stream=True),
     Config(192, 3, 4, rounds=True, parts=2, stream=True),
@@ -41,7 +41,7 @@ CONFIGS = [
     Config(256, 2, 4, pair=2, rounds=True, stream=True, unrolled=True),
     Config(192, 3, 4, rounds=True, parts=2, stream=True, unrolled=True),
     Config(64, 1, 8, k_groups=2, split=2, unrolled=True),
-    Config(64, 2, 4, k_groups=2, ahead=False, turns=True, unrolled=True),
+    Config(32, 2, 4, k_groups=2, turns=True, unrolled=True),
     Config(64, 2, 4, unrolled=True),
     Config(256, 2, 4, split=2, rounds=True),
     Config(64, 2, 4, k_groups=2, split=2, rounds=True, unrolled=True),
@@ -206,7 +206,7 @@ def check_code(compiled, problems: list[tuple[Shape, Config]]) -> None:
 
 
 def fits(shape: Shape, config: Config) -> bool:
-    alternating = (2 if config.ahead else 1) * config.k_groups
+    alternating = 2 * config.k_groups
     ragged = config.split > 1 and config.parts == 1  # slices leave an unrolled loop at any unit
     if config.unrolled and (
         config.stages % alternating or (not ragged and shape.units % (config.stages * config.split))

@@ -106,8 +106,8 @@ class Config:
     blocks      blocks of 64 rows of a tile, a warpgroup each
     stages      units of 64 columns in the ring
     pair        CTAs of a cluster that share x;  split: CTAs of a cluster that split k; one of them is 1
-    ahead       dequantise the next unit while this one is multiplied
-    codes_ahead and load the codes of the one behind it from the ring if they are there; unrolled loops in whole units
+    codes_ahead while a unit is multiplied and the next one dequantised, load the codes of the one behind that from the
+                ring if they are there; unrolled loops in whole units
     k_groups    warpgroups of a block of rows, which take its units in turn
     turns       warpgroups multiply one after the other
     rounds      multiply scales of groups into the weights, rounded to 16 bits, instead of scaling float32 sums
@@ -115,8 +115,8 @@ class Config:
     wide        rows of the table 256 bytes apart, for cheaper addresses: 2, 4 and 8 bits
     stream      cut the tiles that do not fill all multiprocessors along k into equal shares
     fetch_sums  what other shares leave of a tile comes through the ring, behind its last unit, instead of being loaded
-    unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups (without `ahead`, of
-                k_groups) and divide the units of a slice of k
+    unrolled    unroll the loop over units over the ring: stages are a multiple of 2 * k_groups and divide the
+                units of a slice of k
     fresh       the kernel in front writes the codes, so that they are not fetched before it is done
     """
 
@@ -125,7 +125,6 @@ class Config:
     stages: int
     pair: int = 1
     split: int = 1
-    ahead: bool = True
     k_groups: int = 1
     turns: bool = False
     rounds: bool = False
@@ -186,7 +185,6 @@ class Config:
             "FDK_STAGES": self.stages,
             "FDK_PAIR": self.pair,
             "FDK_SPLIT": self.split,
-            "FDK_AHEAD": int(self.ahead),
             "FDK_CODES_AHEAD": int(self.codes_ahead),
             "FDK_TURNS": int(self.turns),
             "FDK_ROUND": int(self.rounds),
@@ -431,9 +429,8 @@ def _best(shape: Shape, m: int, blocks: tuple[int, ...], sms: int) -> tuple[floa
         parts = 2 if per_cta == 3 and tokens > 160 else 1
         if shape.nested and per_cta == 3 and tokens > 128:
             continue
-        ahead = not (warpgroups == 4 and late and tokens > 32)
         turns = warpgroups == 4 and tokens == 64 and not rounds
-        config = Config(tokens, per_cta, 2, 1, split, ahead, k_groups, turns, rounds, parts, stream=stream)
+        config = Config(tokens, per_cta, 2, 1, split, k_groups, turns, rounds, parts, stream=stream)
         waves = _waves(m, blocks, sms, config)
         if waves > 1 and split * k_groups > 1:
             continue  # such tiles are not taken in turn: each wave would start anew

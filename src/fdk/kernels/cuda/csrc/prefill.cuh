@@ -17,7 +17,7 @@
 // The host passes macros (see fdk/kernels/cuda/prefill.py, whose Config.shared_bytes mirrors `Smem`):
 //   FDK_N FDK_K FDK_BITS FDK_GROUP FDK_BF16 FDK_KIND FDK_SLICE  as for decode.cuh (not UINT_FLOAT, not sparse)
 //   FDK_TOKENS FDK_TOKEN_TILES (= tokens / 8) FDK_BLOCKS FDK_K_GROUPS FDK_STAGES FDK_PAIR FDK_SPLIT
-//   FDK_AHEAD FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_FETCH_SUMS FDK_WIDE FDK_UNROLLED FDK_FRESH
+//   FDK_CODES_AHEAD FDK_PARTS FDK_TURNS FDK_ROUND FDK_STREAM FDK_FETCH_SUMS FDK_WIDE FDK_UNROLLED FDK_FRESH
 #pragma once
 #include "operand.cuh"
 #include "wgmma.cuh"
@@ -33,7 +33,7 @@ constexpr bool WIDE = FDK_WIDE;
 constexpr bool INTEGERS = (KIND == kind::INT || KIND == kind::UINT_U8) && BITS >= 5 && !WIDE;  // become floats by arithmetic, not by look-ups
 constexpr int TOKENS = FDK_TOKENS, TOKEN_TILES = FDK_TOKEN_TILES, BLOCKS = FDK_BLOCKS, K_GROUPS = FDK_K_GROUPS;
 constexpr int STAGES = FDK_STAGES, PAIR = FDK_PAIR, SPLIT = FDK_SPLIT;
-constexpr bool AHEAD = FDK_AHEAD, CODES_AHEAD = FDK_CODES_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
+constexpr bool CODES_AHEAD = FDK_CODES_AHEAD, ROUND = FDK_ROUND, STREAM = FDK_STREAM;
 constexpr bool FETCH_SUMS = FDK_FETCH_SUMS;  // the sums that other shares leave of a tile come through the ring, behind its units
 constexpr int PARTS = FDK_PARTS;  // parts of a unit that are dequantised and multiplied one after the other
 constexpr int WARPGROUPS = BLOCKS * K_GROUPS, CLUSTER = PAIR * SPLIT, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
@@ -64,13 +64,13 @@ constexpr int STEPS = 4 / SUBS;                                                 
 constexpr int TOUCHED = SUBS == 1 ? 1 : GROUP < 64 && 64 % GROUP == 0 ? 64 / GROUP : (GROUP + 47) / GROUP + 1;
 constexpr int UNIT_GROUPS = TOUCHED < GROUPS ? TOUCHED : GROUPS;  // groups that a unit touches
 constexpr bool GROUPED = GROUPS > 1, LATE = GROUPED && !ROUND;
-static_assert(PARTS == 1 || (PARTS == 2 && AHEAD && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
+static_assert(PARTS == 1 || (PARTS == 2 && !LATE && !TURNS), "halves of a unit are prepared ahead of each other");
 // Slices of k that take no whole rounds of the ring leave the unrolled loop where they end: one tile, after which no stage is used.
 constexpr bool RAGGED = UNROLLED && SPLIT > 1 && UNITS % (STAGES * SPLIT) != 0;
 static_assert(!UNROLLED || RAGGED || UNITS % STAGES == 0, "runs of units take whole rounds of the ring");
 static_assert(!RAGGED || PARTS == 1, "halves of a unit are prepared ahead of each other");
-static_assert(!UNROLLED || STAGES % ((AHEAD ? 2 : 1) * K_GROUPS) == 0, "units or their halves alternate between two operands");
-static_assert(!CODES_AHEAD || (UNROLLED && AHEAD && PARTS == 1 && STAGES >= 3 * K_GROUPS), "two units are prepared beside the one multiplied");
+static_assert(!UNROLLED || STAGES % (2 * K_GROUPS) == 0, "units or their halves alternate between two operands");
+static_assert(!CODES_AHEAD || (UNROLLED && PARTS == 1 && STAGES >= 3 * K_GROUPS), "two units are prepared beside the one multiplied");
 // Stages that the sums of a tile take: f32x4 of SUM_TILES token tiles of every thread where else x lies.
 constexpr int SUM_TILES = FETCH_SUMS ? TOKENS / (16 * BLOCKS) : 1, SUM_STAGES = (TOKEN_TILES + SUM_TILES - 1) / SUM_TILES;
 static_assert(!FETCH_SUMS || (STREAM && !LATE), "sums are left where tiles are cut");
@@ -669,7 +669,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
 #pragma unroll
                 for (int i = 0; i < TOKENS / 2; ++i) d[i] = 0.f;
             }
-            Operand units[AHEAD ? 2 : 1];
+            Operand units[2];
             Codes codes;
 
             const auto block_at = [&](const Turn& turn) { return smem + turn.at + Smem::CODES + row_block * Smem::BLOCK_BYTES; };
@@ -730,18 +730,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     at.parity = turn.parity;
                     return at;
                 };
-                if constexpr (AHEAD) load(units[0], place(0), begin);
+                load(units[0], place(0), begin);
                 bool fetched = false;  // whether `codes` are those of the next unit already
                 for (int unit = begin; unit < end_unit; unit += STAGES) {
 #pragma unroll
                     for (int i = 0; i < PLACES; ++i) {
                         const int current = unit + i * K_GROUPS, next = (i + 1) % PLACES;
-                        Operand &now = units[AHEAD && PARTS == 1 && i % 2], &other = units[AHEAD && (PARTS == 2 || i % 2 == 0)];
-                        if constexpr (!AHEAD) load(now, place(i), current);
+                        Operand &now = units[PARTS == 1 && i % 2], &other = units[PARTS == 2 || i % 2 == 0];
 #pragma unroll
                         for (int run = 0; run < ISSUES; ++run) {
                             issue(now, place(i), run, fresh_at(current));
-                            if (AHEAD && run == 0) {
+                            if (run == 0) {
                                 // Without sums to scale, the next unit is queued behind this one.
                                 if constexpr (!LATE) {
                                     wgmma_wait<1>();
@@ -768,18 +767,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                                     load(PARTS == 1 ? other : now, place(next), current + K_GROUPS);
                                 }
                             }
-                            if constexpr (LATE || !AHEAD) {
+                            if constexpr (LATE) {
                                 finish();
                                 if (scaled_at(current)) add_scaled(now, run);
                             }
                         }
-                        if constexpr (LATE || !AHEAD) release(place(i).stage);
-                        if (!AHEAD && i == PLACES - 1) turn.parity ^= 1;
+                        if constexpr (LATE) release(place(i).stage);
                         if (RAGGED && current + K_GROUPS >= end_unit) break;
                     }
                     if (unit > begin) announce();
                 }
-                if constexpr (AHEAD && !LATE) {
+                if constexpr (!LATE) {
                     finish();
                     if constexpr (!RAGGED) release(place(PLACES - 1).stage);
                 }
@@ -791,8 +789,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                     issue(units[0], turn, 0, false);
                     wgmma_wait<1>();
                     if (last_stage >= 0) release(last_stage);
-                    expand(units[AHEAD], codes, 1, lookup);
-                    issue(units[AHEAD], turn, 1, false);
+                    expand(units[1], codes, 1, lookup);
+                    issue(units[1], turn, 1, false);
                     wgmma_wait<1>();
                     last_stage = turn.stage;
                     turn.next(K_GROUPS);
@@ -800,18 +798,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 }
                 finish();
                 if (last_stage >= 0) release(last_stage);
-            } else if constexpr (!AHEAD) {
-                for (int unit = begin; unit < end_unit; unit += K_GROUPS) {
-                    load(units[0], turn, unit);
-#pragma unroll
-                    for (int run = 0; run < ISSUES; ++run) {
-                        issue(units[0], turn, run, fresh_at(unit));
-                        finish();
-                        if (scaled_at(unit)) add_scaled(units[0], run);
-                    }
-                    release(turn.stage);
-                    turn.next(K_GROUPS);
-                }
             } else if (begin < end_unit) {
                 load(units[0], turn, begin);
                 int last_stage = -1;  // of the unit before this one, not yet given back
@@ -838,8 +824,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fdk_prefill(const __gri
                 };
                 for (int unit = begin; unit < end_unit; unit += 2 * K_GROUPS) {
                     if (unit == begin + 4) announce();
-                    multiply(units[0], units[AHEAD], unit);
-                    if (unit + K_GROUPS < end_unit) multiply(units[AHEAD], units[0], unit + K_GROUPS);
+                    multiply(units[0], units[1], unit);
+                    if (unit + K_GROUPS < end_unit) multiply(units[1], units[0], unit + K_GROUPS);
                 }
                 finish();
                 release(last_stage);
