@@ -25,7 +25,7 @@ from fdk.bench.variants.configurations import (
     unfit,
     variants,
 )
-from fdk.kernels.cuda import decode_choice, decode_config, jit, prefill
+from fdk.kernels.cuda import decode_choice, decode_config, jit, prefill_choice
 
 SMALL = Problem("decode", "lut4_g64", 512, 1024, 1)
 
@@ -51,7 +51,7 @@ def test_the_chosen_configuration_comes_first_and_no_configuration_twice():
     assert [variant.name for variant in found] == [CHOSEN, f"late={int(not base.late)}"]
     assert found[0].config == base == decode_choice.choose_config(SMALL.shape, 1, 8, 132)
     many = Problem("prefill", "lut4_g64", 512, 1024, 128)
-    assert chosen(many) == prefill.choose(many.shape, 128, (8,), 132)
+    assert chosen(many) == prefill_choice.choose(many.shape, 128, (8,), 132)
 
 
 def test_another_cluster_takes_its_blocks_unless_they_are_named():

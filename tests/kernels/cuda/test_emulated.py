@@ -19,7 +19,7 @@ from emulate import SCHEDULES, EmulationError, Schedule, device, emulated, unava
 from fdk import reference, testing
 from fdk.formats import all_formats, parse
 from fdk.kernels import Problem, reason_against
-from fdk.kernels.cuda import KERNEL, _routes, decode, decode_choice, decode_config, jit, prefill
+from fdk.kernels.cuda import KERNEL, _routes, decode, decode_choice, decode_config, jit, prefill, prefill_config
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -367,9 +367,9 @@ def test_dense_weights(name: str) -> None:
 # Configuration, file, text and what takes its place: each must be noticed under at least one schedule.
 SELECTED = config(1, 1, 4, 1, 1, indices=True, stage_units=2)
 ALONE, CLUSTERED = config(8, 1, 4, 1, 1, stages=2), config(8, 2, 4, 1, 1, stages=2)
-TURNS = prefill.Config(64, 1, 7, k_groups=2, rounds=True)
-CUT = prefill.Config(64, 2, 3, rounds=True, stream=True)
-SLICED = prefill.Config(64, 2, 4, split=2, rounds=True)
+TURNS = prefill_config.Config(64, 1, 7, k_groups=2, rounds=True)
+CUT = prefill_config.Config(64, 2, 3, rounds=True, stream=True)
+SLICED = prefill_config.Config(64, 2, 4, split=2, rounds=True)
 FAULTS = {
     "no barrier behind the table": (ALONE, "decode.cuh", "__syncthreads();  // table and barriers are ready\n", ";\n"),
     "no wait for weights": (ALONE, "decode.cuh", "                    w.wait(stage, parity);\n", ""),
@@ -517,7 +517,7 @@ RACES = (
 )
 
 
-def noticed(chosen: decode_config.Config | prefill.Config, schedule: Schedule) -> bool:
+def noticed(chosen: decode_config.Config | prefill_config.Config, schedule: Schedule) -> bool:
     """Whether a product by a configuration is wrong, or an error."""
     m, plan_of = (8, decode.Plan) if isinstance(chosen, decode_config.Config) else (64, prefill.Plan)
     with emulated(sms=4, schedule=schedule):

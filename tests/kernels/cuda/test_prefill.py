@@ -9,9 +9,9 @@ import torch
 
 from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda import decode_config, prefill
+from fdk.kernels.cuda import decode_config, prefill, prefill_choice, prefill_config
 from fdk.kernels.cuda.decode_config import Shape
-from fdk.kernels.cuda.prefill import Config
+from fdk.kernels.cuda.prefill_config import Config
 
 SHAPES = [(8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (5120, 5120), (28672, 8192), (100, 104), (64, 128)]
 KINDS = (decode_config.TABLE, decode_config.INT, decode_config.UINT_U8)
@@ -55,7 +55,7 @@ CONFIGS = [
 
 
 def chosen(shape: Shape, m: int) -> Config:
-    config = prefill.choose(shape, m, (-(-shape.n // 64),), 132)
+    config = prefill_choice.choose(shape, m, (-(-shape.n // 64),), 132)
     assert config is not None
     return config
 
@@ -72,7 +72,7 @@ def test_configurations_fit(n: int, k: int, bits: int) -> None:
                 assert config.stages >= 2 * config.k_groups and config.threads <= 1024
                 assert config.tokens % (8 * config.pair) == 0 and (config.pair == 1 or config.split == 1)
                 assert shape.units >= 2 * config.split * config.k_groups or config.split * config.k_groups == 1
-                assert config.rounds == (m > prefill.EXACT_TOKENS and shape.groups > 1)
+                assert config.rounds == (m > prefill_choice.EXACT_TOKENS and shape.groups > 1)
                 assert fits(shape, config)
 
 
@@ -110,7 +110,7 @@ def test_pairs_share_activations_where_that_was_measured_to_win() -> None:
     for shape, m in ((wide, 384), (wide, 2048), (replace(wide, bits=1), 1024), (replace(table, n=28672), 96)):
         assert chosen(shape, m).stream and chosen(shape, m).pair == 2
     # 27 tiles of three blocks would be 28 in pairs.
-    assert prefill.row_tiles((80,), Config(192, 3, 4)) == 27
+    assert prefill_config.row_tiles((80,), Config(192, 3, 4)) == 27
     for m in range(16, 4096, 16):
         config = chosen(replace(table, n=5120, k=5120), m)
         assert config.pair == 1 or config.blocks == 2
@@ -140,13 +140,13 @@ def test_sums_come_through_the_ring_where_that_was_measured_to_win() -> None:
 
 def test_what_is_not_served() -> None:
     shape = Shape(4096, 4096, 4, 64, True, decode_config.UINT_FLOAT)
-    assert "fractional" in prefill.unsupported(shape, (64,))
-    assert "masks" in prefill.unsupported(Shape(4096, 4096, 3, 64, True, decode_config.SPARSE_INT), (64,))
-    assert "multiple of 8" in prefill.unsupported(Shape(4096, 4100, 4, 4100, True, decode_config.INT), (64,))
-    assert "tables" in prefill.unsupported(Shape(4096, 4096, 4, 64, True, decode_config.TABLE), (1,) * 17)
-    assert prefill.choose(shape, 64, (64,), 132) is None
-    assert prefill.predict_us(shape, 64, (64,), 132) is None
-    assert prefill.choose(Shape(4096, 4096, 4, 64, True, decode_config.INT), 0, (64,), 132) is None
+    assert "fractional" in prefill_choice.unsupported(shape, (64,))
+    assert "masks" in prefill_choice.unsupported(Shape(4096, 4096, 3, 64, True, decode_config.SPARSE_INT), (64,))
+    assert "multiple of 8" in prefill_choice.unsupported(Shape(4096, 4100, 4, 4100, True, decode_config.INT), (64,))
+    assert "tables" in prefill_choice.unsupported(Shape(4096, 4096, 4, 64, True, decode_config.TABLE), (1,) * 17)
+    assert prefill_choice.choose(shape, 64, (64,), 132) is None
+    assert prefill_choice.predict_us(shape, 64, (64,), 132) is None
+    assert prefill_choice.choose(Shape(4096, 4096, 4, 64, True, decode_config.INT), 0, (64,), 132) is None
 
 
 @pytest.mark.parametrize("n,k", [(8192, 8192), (100, 104)])
@@ -154,10 +154,10 @@ def test_any_number_of_multiprocessors_can_start_a_cluster(n: int, k: int) -> No
     blocks = (-(-n // 64),)
     for group, m, sms in itertools.product((64, k), (1, 64, 300, 2048), range(1, 201)):
         shape = Shape(n, k, 4, group if k % group == 0 else k, True, decode_config.TABLE)
-        config = prefill.choose(shape, m, blocks, sms)
+        config = prefill_choice.choose(shape, m, blocks, sms)
         assert config.cluster <= sms
-        tiles = prefill.row_tiles(blocks, config) * -(-m // config.tokens)
-        clusters, streamed = prefill.clusters_and_streamed(shape, config, tiles, sms)
+        tiles = prefill_config.row_tiles(blocks, config) * -(-m // config.tokens)
+        clusters, streamed = prefill_config.clusters_and_streamed(shape, config, tiles, sms)
         assert clusters >= 1 and 0 <= streamed <= tiles
 
 
@@ -165,7 +165,7 @@ def test_any_number_of_multiprocessors_can_start_a_cluster(n: int, k: int) -> No
 def test_predicted_time_grows_with_rows(n: int, k: int) -> None:
     shape = Shape(n, k, 4, 64, True, decode_config.TABLE)
     for m in range(16, 8192, 8):
-        now, later = (prefill.predict_us(shape, rows, (n // 64,), 132) for rows in (m, m + m // 10))
+        now, later = (prefill_choice.predict_us(shape, rows, (n // 64,), 132) for rows in (m, m + m // 10))
         assert now <= 1.05 * later, (m, now, later)
 
 
@@ -173,7 +173,7 @@ def test_whole_tiles_fill_all_clusters() -> None:
     shape = Shape(4096, 4096, 4, 64, True, decode_config.TABLE)
     for pair, tiles in itertools.product((1, 2), (1, 5, 64, 66, 132, 133, 448, 5000)):
         config = Config(256, 2, 4, pair=pair, rounds=True, stream=True)
-        clusters, streamed = prefill.clusters_and_streamed(shape, config, tiles, 132)
+        clusters, streamed = prefill_config.clusters_and_streamed(shape, config, tiles, 132)
         assert 1 <= clusters <= 132 // pair and min(tiles, clusters) <= streamed < 2 * clusters + (tiles < clusters)
         assert (tiles - streamed) % clusters == 0
 
@@ -286,7 +286,7 @@ def test_products(where: str, name: str, n: int, k: int, more: dict) -> None:
     for config in configs:
         if shape.units < 2 * config.split * config.k_groups:
             continue
-        wide = replace(config, wide=prefill._wide(shape, config))
+        wide = replace(config, wide=prefill_choice._wide(shape, config))
         filled = fitting(shape, wide) or fitting(shape, config)
         if filled is None and config.unrolled:
             continue

@@ -8,7 +8,8 @@ import torch
 from emulate import SCHEDULES, emulated, unavailable
 from fdk import testing
 from fdk.formats import parse
-from fdk.kernels.cuda.prefill import Config, Plan
+from fdk.kernels.cuda.prefill import Plan
+from fdk.kernels.cuda.prefill_config import Config
 
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")

@@ -7,7 +7,7 @@ from conftest import WITHOUT_EMULATOR
 from emulate import SCHEDULES, EmulationError, device, emulated
 from fdk import reference, testing
 from fdk.formats import parse
-from fdk.kernels.cuda import KERNEL, _routes, decode_config, jit, prefill, spread
+from fdk.kernels.cuda import KERNEL, _routes, decode_config, jit, prefill, prefill_choice, spread
 from fdk.packing.bits import pack_codes, unpack_codes
 from fdk.packing.fragments import block_counts
 from fdk.packing.sparse import spread_kept, unpack_mask
@@ -88,7 +88,7 @@ def test_only_where_a_code_stands_for_a_dropped_weight() -> None:
 
 def test_the_codes_of_a_plan_that_has_its_own_are_never_fresh() -> None:
     shape = decode_config.Shape(8192, 8192, 4, 64, True, decode_config.INT)
-    assert not any(prefill.choose(shape, m, (128,), 132).fresh for m in (16, 64, 256, 2048, 8192))
+    assert not any(prefill_choice.choose(shape, m, (128,), 132).fresh for m in (16, 64, 256, 2048, 8192))
 
 
 @pytest.mark.skipif(WITHOUT_EMULATOR is not None, reason=WITHOUT_EMULATOR or "")

@@ -12,7 +12,16 @@ import torch
 from fdk.bench.problems import DTYPES
 from fdk.errors import FdkError
 from fdk.formats import parse
-from fdk.kernels.cuda import decode, decode_choice, decode_config, jit, prefill, spread
+from fdk.kernels.cuda import (
+    decode,
+    decode_choice,
+    decode_config,
+    jit,
+    prefill,
+    prefill_choice,
+    prefill_config,
+    spread,
+)
 from fdk.packing.fragments import block_counts
 from fdk.packing.layouts import Geometry
 
@@ -21,8 +30,8 @@ SOURCES = {"decode": "decode.cuh", "prefill": "prefill.cuh", "spread": "prefill.
 SMS = 132
 """Multiprocessors that configurations are chosen for where no GPU says otherwise: those of an H100 and H200."""
 
-CONFIGS = {"decode": decode_config.Config, "prefill": prefill.Config, "spread": prefill.Config}
-Config = decode_config.Config | prefill.Config
+CONFIGS = {"decode": decode_config.Config, "prefill": prefill_config.Config, "spread": prefill_config.Config}
+Config = decode_config.Config | prefill_config.Config
 Change = Mapping[str, int | bool]
 """Fields of a configuration by name."""
 
@@ -90,7 +99,8 @@ def chosen(problem: Problem, sms: int = SMS, hopper: bool = True) -> Config:
             else None
         )
     else:
-        config = KERNELS[problem.kernel].choose(problem.stored, problem.m, blocks, sms) if hopper else None
+        choice = spread if problem.kernel == "spread" else prefill_choice
+        config = choice.choose(problem.stored, problem.m, blocks, sms) if hopper else None
     if config is None:
         raise VariantError(f"{problem}: the {problem.kernel} kernel does not serve it; try another kernel, m or format")
     return config

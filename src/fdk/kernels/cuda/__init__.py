@@ -3,7 +3,7 @@
 routes.py   which of the four serves a product, by predicted time
 decode.py   few rows of x (csrc/decode.cuh): launch arithmetic, launcher;  decode_config.py  what it is compiled for
             decode_choice/  which configuration serves a product
-prefill.py  many rows of x on Hopper (csrc/prefill.cuh)
+prefill.py  many rows of x on Hopper (csrc/prefill.cuh);  prefill_config.py, prefill_choice.py  as for decode.py
 spread.py   many rows by 16:32 sparse integers as by dense ones on Hopper (csrc/spread.cuh, then prefill)
 dense.py    dequantised weights and cuBLAS (csrc/dequantise_weights.cuh), the gradient, `fdk.dequantise`
 attend.py   attention of a decoding step (csrc/attend.cuh)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fdk.kernels.cuda import decode_choice, decode_config, prefill, spread
+from fdk.kernels.cuda import decode_choice, decode_config, prefill_choice, prefill_config, spread
 
 _SMS = 132
 
@@ -61,7 +61,7 @@ class Route:
     name: str
     us: float
     rows: int
-    config: decode_config.Config | prefill.Config | None = None
+    config: decode_config.Config | prefill_config.Config | None = None
 
     @property
     def rounds(self) -> bool:
@@ -121,7 +121,7 @@ def dense_us(shape: decode_config.Shape, m: int, sms: int = _SMS) -> float:
 def spread_us(shape: decode_config.Shape, m: int, blocks: tuple[int, ...], sms: int = _SMS) -> float | None:
     """Predicted time of m rows of x by spread codes and prefill; None if it cannot serve them."""
     dense = spread.dense_shape(shape)
-    product = None if dense is None else prefill.predict_us(dense, m, blocks, sms)
+    product = None if dense is None else prefill_choice.predict_us(dense, m, blocks, sms)
     if product is None:
         return None
     moved = shape.n * shape.k * (shape.bits + dense.bits) / 8 / _SPREAD_BYTES
@@ -153,8 +153,8 @@ def routes(
     if rows := rows_at_once(shape, m, sum(blocks), sms, capability):
         config = decode_choice.choose_config(shape, rows, sum(blocks), sms, capability)
         found.append(Route("decode", decode_us(shape, m, rows, sum(blocks), sms, capability), rows, config))
-    if capability == (9, 0) and (config := prefill.choose(shape, m, blocks, sms)):
-        us = prefill.predict_us(shape, m, blocks, sms)
+    if capability == (9, 0) and (config := prefill_choice.choose(shape, m, blocks, sms)):
+        us = prefill_choice.predict_us(shape, m, blocks, sms)
         if us is not None:
             found.append(Route("prefill", us, m, config))
     if capability == (9, 0) and (config := spread.choose(shape, m, blocks, sms)):

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fdk.kernels.cuda import decode_config, driver, jit, prefill
+from fdk.kernels.cuda import decode_config, driver, jit, prefill, prefill_choice, prefill_config
 from fdk.packing.fragments import UNIT, block_counts, units
 from fdk.weight import QuantisedWeight
 
@@ -29,10 +29,10 @@ def dense_shape(shape: decode_config.Shape) -> decode_config.Shape | None:
     return replace(shape, bits=BITS, kind=decode_config.INT)
 
 
-def choose(shape: decode_config.Shape, m: int, blocks: tuple[int, ...], sms: int) -> prefill.Config | None:
+def choose(shape: decode_config.Shape, m: int, blocks: tuple[int, ...], sms: int) -> prefill_config.Config | None:
     """The configuration of the product of m rows of x with spread codes; None where there is none."""
     dense = dense_shape(shape)
-    found = None if dense is None else prefill.choose(dense, m, blocks, sms)
+    found = None if dense is None else prefill_choice.choose(dense, m, blocks, sms)
     return None if found is None else replace(found, fresh=True)
 
 
@@ -72,7 +72,7 @@ def load(device: int) -> driver.Function:
 class Plan:
     """A sparse weight bound to the kernel that spreads its codes and to a configuration of the product."""
 
-    def __init__(self, weight: QuantisedWeight, config: prefill.Config) -> None:
+    def __init__(self, weight: QuantisedWeight, config: prefill_config.Config) -> None:
         shape = dense_shape(decode_config.shape_of(weight.geometry, None))
         assert shape is not None and config.fresh
         self.product = prefill.Plan(weight, config, shape)
