@@ -462,16 +462,16 @@ FAULTS = {
     "no wait for a stage": (
         TURNS,
         "prefill.cuh",
-        "                barrier_wait(full + at.stage * 8, at.parity);\n",
+        "                barrier_wait(barriers.full(at.stage), at.parity);\n",
         "",
     ),
     "a stage is filled too early": (
         TURNS,
-        "prefill.cuh",
-        "if (round > 0) barrier_wait(empty(turn.stage), turn.parity ^ 1);",
+        "prefill_producer.cuh",
+        "if (round > 0) barrier_wait(barriers.empty(turn.stage), turn.parity ^ 1);",
         "",
     ),
-    "a stage is given back too early": (TURNS, "prefill.cuh", "if constexpr (!LATE) wgmma_wait<1>();", ""),
+    "a stage is given back too early": (TURNS, "prefill_units.cuh", "if constexpr (!LATE) wgmma_wait<1>();", ""),
     "a stage of the other k group": (
         TURNS,
         "prefill.cuh",
@@ -481,13 +481,13 @@ FAULTS = {
     "sums of other slices are not waited for": (
         SLICED,
         "prefill.cuh",
-        "if constexpr (Smem::MEETING_BARRIERS > 0) barrier_wait(arrived",
-        "if (false) barrier_wait(arrived",
+        "if constexpr (Smem::MEETING_BARRIERS > 0) barrier_wait(barriers.arrived",
+        "if (false) barrier_wait(barriers.arrived",
     ),
     "sums are sent to a ring in use": (
         SLICED,
-        "prefill.cuh",
-        "                    barrier_wait(loops_done, 0);\n",
+        "prefill_sums.cuh",
+        "        barrier_wait(barriers.loops_done(), 0);\n",
         "",
     ),
     "sums of another k group are not waited for": (
@@ -498,7 +498,7 @@ FAULTS = {
     ),
     "no wait for a share": (CUT, "prefill.cuh", "while (read_flag(flag(other)) == 0) {", "while (false) {"),
     "flags are left behind": (CUT, "prefill.cuh", "                        set_flag(flag(other), 0);\n", ""),
-    "no fence in front of wgmma": (CUT, "prefill.cuh", "                wgmma_fence();\n", ""),
+    "no fence in front of wgmma": (CUT, "prefill_units.cuh", "    wgmma_fence();\n", ""),
 }
 
 

@@ -94,7 +94,8 @@ def test_the_codes_of_a_plan_that_has_its_own_are_never_fresh() -> None:
 @pytest.mark.skipif(WITHOUT_EMULATOR is not None, reason=WITHOUT_EMULATOR or "")
 def test_codes_that_are_not_waited_for_are_noticed(monkeypatch) -> None:
     texts = jit.sources()
-    monkeypatch.setitem(texts, "prefill.cuh", texts["prefill.cuh"].replace("run<FRESH>(", "run<false>("))
+    file = "prefill_producer.cuh"
+    monkeypatch.setitem(texts, file, texts[file].replace("run_units<FRESH>(", "run_units<false>("))
 
     def fails(schedule) -> bool:
         with emulated(schedule=schedule):
