@@ -43,54 +43,22 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
     return tuple({**fixed, **change} for change in changes)
 
 
-def bytes_of(
-    k_warps: int, cluster: int, blocks: int, *rings: tuple[int, int], **other: int | bool
-) -> tuple[Change, ...]:
-    """One token by integer products, blocks of a CTA in turn; rings: (stages, units of each)."""
-    fields = {"k_warps": k_warps, "row_warps": 1, "cluster": cluster, "blocks": blocks, "batch": blocks, "min_ctas": 1}
-    fields |= {"digits": True, "paired": True, "uniform": True, "alone": True, "late": True, "scales_once": False}
-    fields |= {"ahead": 0, "bulk": True, "x_sums": False, "hold": 0, **other}
-    return tuple({**fields, "stages": stages, "stage_units": units} for stages, units in rings)
-
-
 SETS: dict[str, Named] = {
-    "bytes-between": Named(
-        "One token of middle sizes by integer products, which small and large weights have, and with operands ahead?",
-        35,
+    "sizes": Named(
+        "Sizes of models that even shares leave out: one bit, two steps of few tokens on long k, slices of few tokens?",
+        40,
         (
             Trial(
-                problems("decode", "int3_g128 int6_g128", "8192x8192", "1"),
-                ({"ahead": 1}, {"ahead": 2}, {"ahead": 2, "late": False}),
+                problems("decode", "lut1_g64", "5120x5120 10240x5120 34816x5120", "8 16"),
+                each({"k_warps": 5}, {"k_warps": 4}, cluster=4, blocks=3, row_warps=3, x_chunks=1, x_ahead=0),
             ),
             Trial(
-                problems("decode", "int3_g128 int4_g64 int6_g128", "5120x5120", "1"),
-                bytes_of(16, 1, 1, (2, 1)) + bytes_of(10, 1, 1, (2, 2)),
+                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "2 4"),
+                each({"stages": 1}, {"stages": 2}, cluster=2, blocks=7, row_warps=7, k_warps=2, stage_units=1, batch=1),
             ),
             Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128 nest8_g128", "5120x5120", "1"),
-                bytes_of(16, 1, 1, (2, 1), late=False) + bytes_of(10, 1, 1, (2, 2), late=False),
-            ),
-            Trial(
-                problems("decode", "nest8s2_g128 nest8s4_g128", "4096x11008", "1"),
-                bytes_of(16, 2, 1, (2, 1), (3, 1), late=False),
-            ),
-            Trial(
-                problems("decode", "nest8s4_g128 int4_g64 int6_g128", "6144x4096", "1"),
-                bytes_of(16, 1, 1, (2, 1), late=False) + bytes_of(8, 1, 1, (2, 2), late=False),
-            ),
-        ),
-    ),
-    "thirty-two": Named(
-        "32 rows of 2 and 3 bits: loops unrolled where tiles have four blocks or one?",
-        25,
-        (
-            Trial(
-                problems("prefill", "lut2_g64 lut3_g64", "28672x8192", "32 16"),
-                ({"stages": 8, "unrolled": True},),
-            ),
-            Trial(
-                problems("prefill", "lut2_g64 lut3_g64", "4096x14336 4096x4096", "32"),
-                each({"stages": 8}, {"stages": 12}, {"stages": 16}, unrolled=True),
+                problems("decode", "lut2_g64", "6144x4096 5120x5120 10240x5120", "1"),
+                each({"cluster": 1}, {"cluster": 4}, stage_units=2, stages=2),
             ),
         ),
     ),

@@ -301,14 +301,19 @@ def _unrolled(shape: Shape, config: Config) -> Config:
 def _unrolled_late(shape: Shape, config: Config) -> Config:
     """The same where scales multiply sums: few tokens, where more stages gain most and a wide table comes next."""
     # Other widths spill in places; where units share a scale, the compiler waits between their products.
-    even = shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8)
-    narrow = shape.kind == TABLE and shape.bits in (2, 3) and config.blocks == config.k_groups == 2
-    narrow = narrow and shape.n * shape.k <= 1 << 26  # larger weights have not been measured
-    # Two bits of sixteen tokens have a wide table besides, by which four blocks, too, are faster.
-    two_bits = shape.kind == TABLE and shape.bits == 2 and config.tokens == 16
-    two_bits &= shape.n * shape.k < 1 << 28
-    narrow |= two_bits and (config.blocks, config.k_groups) in ((2, 2), (4, 1))
-    if shape.group != 64 or not (even or narrow):
+    few_bits = shape.kind == TABLE and shape.bits in (2, 3)
+    arrangement = config.blocks, config.k_groups
+    # Two bits of sixteen tokens have a wide table besides, by which four blocks have room for as many stages.
+    two_bits = shape.bits == 2 and config.tokens == 16 and arrangement == (4, 1) and shape.n * shape.k < 1 << 28
+    if shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8):
+        stages_measured: tuple[int, ...] = (16, 12, 8)
+    elif few_bits and ((arrangement in ((1, 2), (2, 2)) and shape.n * shape.k <= 1 << 26) or two_bits):
+        stages_measured = (16,)
+    elif few_bits and arrangement == (4, 1):
+        stages_measured = (8,)
+    else:
+        return config
+    if shape.group != 64:
         return config
     wide_pays = shape.bits == 4
     two_or_eight = shape.bits == 2 or (shape.bits == 8 and config.blocks < 4)
@@ -317,7 +322,7 @@ def _unrolled_late(shape: Shape, config: Config) -> Config:
     rings = ((16, True), (12, True), (16, False), (12, False), (8, True), (8, False))
     # Of 8 bits a wide table is worth more than stages.
     for stages, wide in sorted(rings, key=lambda ring: shape.bits == 8 and not ring[1]):
-        measured = (stages == 16 or not narrow) and (wide_pays or not wide)
+        measured = stages in stages_measured and (wide_pays or not wide)
         unrolled = replace(config, stages=stages, wide=wide, unrolled=True)
         if measured and _whole_rounds(shape, unrolled) and unrolled.shared_bytes(shape) <= MAX_SHARED:
             return unrolled
