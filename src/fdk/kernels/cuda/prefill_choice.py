@@ -303,8 +303,9 @@ def _unrolled_late(shape: Shape, config: Config) -> Config:
     # Other widths spill in places; where units share a scale, the compiler waits between their products.
     few_bits = shape.kind == TABLE and shape.bits in (2, 3)
     arrangement = config.blocks, config.k_groups
-    # Two bits of sixteen tokens have a wide table besides, by which four blocks have room for as many stages.
-    two_bits = shape.bits == 2 and config.tokens == 16 and arrangement == (4, 1) and shape.n * shape.k < 1 << 28
+    # Two bits of sixteen tokens have a wide table besides, by which four blocks, too, are faster.
+    two_bits = shape.bits == 2 and config.tokens == 16 and shape.n * shape.k < 1 << 28
+    two_bits &= arrangement in ((2, 2), (4, 1))
     if shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8):
         stages_measured: tuple[int, ...] = (16, 12, 8)
     elif few_bits and ((arrangement in ((1, 2), (2, 2)) and shape.n * shape.k <= 1 << 26) or two_bits):

@@ -35,7 +35,8 @@ _BUSY = (
     0.65  # of the multiprocessors, down to which fewer of them have as much more of the memory each, in bytes of planes
 )
 _X_IN_PIECES = 0.6  # of the time of x, where it arrives as products go on
-_HALF_BLOCK = 0.2  # of a block, which clusters that share one save of its time
+# Of a block, what clusters that share one save of its time; of up to three blocks.
+_HALF_BLOCK, _HALF_OF_FEW = 0.2, 0.4
 _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide products of more tokens
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
@@ -96,9 +97,8 @@ def decode_us(
         more += _THREE_BITS_CLOCKS_16
     if config.tokens == 32 and shape.zeros:
         more += _ZEROS_CLOCKS_32
-    clocks = (
-        (config.blocks - _HALF_BLOCK * config.half_blocks) * cta_units * (_unit_clocks(shape, config.digits) + more)
-    )
+    saved = (_HALF_OF_FEW if config.blocks <= 3 else _HALF_BLOCK) * config.half_blocks
+    clocks = (config.blocks - saved) * cta_units * (_unit_clocks(shape, config.digits) + more)
     if shape.nested and config.digits:
         clocks *= max(_BUSY, min(1.0, config.clusters(blocks) * config.cluster / sms))
     if shape.sparse:
