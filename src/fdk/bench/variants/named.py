@@ -62,4 +62,14 @@ SETS: dict[str, Named] = {
             ),
         ),
     ),
+    "planes-ahead": Named(
+        "One token of six planes and more at 4096^2 with more units on their way before the launch in front has ended?",
+        15,
+        (
+            Trial(
+                problems("decode", "trunc8s6_g128 nest8s6_g128 nest8_g128", "4096x4096", "1"),
+                ({"stages": 2, "stage_units": 2}, {"stages": 3}, {"stages": 4}, {"stages": 3, "min_ctas": 1}),
+            ),
+        ),
+    ),
 }
