@@ -55,7 +55,12 @@ def main(target: Path) -> None:
             run(["dpkg-deb", "-x", str(package), str(root)], folder)
         if not (root / "lib").exists():
             (root / "lib").symlink_to("usr/lib")  # comes with no package where /lib is a link
-        root.rename(target)
+        try:
+            root.rename(target)
+        except OSError:
+            # Another process of the tests has brought the same meanwhile.
+            if not target.is_dir():
+                raise
 
 
 if __name__ == "__main__":

@@ -45,19 +45,19 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 SETS: dict[str, Named] = {
     "sizes": Named(
-        "Sizes of models that even shares leave out: one bit, two steps of few tokens on long k, slices of few tokens?",
-        40,
+        "Sizes of models that even shares leave out: one bit, two steps of few tokens on long k, two bits of one token?",
+        15,
         (
             Trial(
-                problems("decode", "lut1_g64", "5120x5120 10240x5120 34816x5120", "8 16"),
-                each({"k_warps": 5}, {"k_warps": 4}, cluster=4, blocks=3, row_warps=3, x_chunks=1, x_ahead=0),
+                problems("decode", "lut1_g64", "5120x5120 10240x5120", "8"),
+                each({"k_warps": 5}, {"k_warps": 4}, cluster=4, row_warps=3, x_chunks=1, x_ahead=0),
             ),
             Trial(
-                problems("decode", "lut4_g64 lut8_g64", "28672x8192", "2 4"),
+                problems("decode", "lut8_g64", "28672x8192", "2 4"),
                 each({"stages": 1}, {"stages": 2}, cluster=2, blocks=7, row_warps=7, k_warps=2, stage_units=1, batch=1),
             ),
             Trial(
-                problems("decode", "lut2_g64", "6144x4096 5120x5120 10240x5120", "1"),
+                problems("decode", "lut2_g64", "6144x4096 10240x5120", "1"),
                 each({"cluster": 1}, {"cluster": 4}, stage_units=2, stages=2),
             ),
         ),
