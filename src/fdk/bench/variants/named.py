@@ -45,7 +45,7 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 SETS: dict[str, Named] = {
     "sizes": Named(
-        "Sizes of models that even shares leave out: one bit, two steps of few tokens on long k, two bits of one token?",
+        "Sizes that even shares leave out: one bit, two steps of few tokens on long k, two bits of one token?",
         15,
         (
             Trial(
