@@ -135,7 +135,7 @@ def test_every_named_configuration_compiles_without_spills(name, tmp_path, monke
 @needs_nvrtc
 def test_what_does_not_compile_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path))
-    wrong = changed(SMALL, chosen(SMALL), {"stage_units": 3})
+    wrong = changed(SMALL, chosen(SMALL), {"stage_units": 3, "stages": 1})
     found = code.compile_all([(SMALL, Variant("wrong", wrong)), (SMALL, Variant(CHOSEN, chosen(SMALL)))], "sm_90a")
     assert "does not compile" in found[0].reason and "slices are whole stages" in found[0].reason
     assert found[1].reason is None and found[1].cubin
@@ -476,6 +476,6 @@ def test_the_named_sets_are_listed_with_their_seconds(capsys):
 @needs_nvrtc
 def test_code_is_described_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FDK_CACHE_DIR", str(tmp_path))
-    assert main(["--compile-only", "--shapes", "512x1024", "--vary", "stage_units=1,3"]) == 0
+    assert main(["--compile-only", "--shapes", "512x1024", "--vary", "stage_units=1,3", "stages=1"]) == 0
     out = capsys.readouterr().out
     assert "does not compile" in out and "| chosen" in out

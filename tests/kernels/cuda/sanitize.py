@@ -5,7 +5,7 @@
 
 Each case asserts its results, and its line follows what the tool says about its launches. Names on the command line
 choose cases by what their lines contain; the decoding steps, half a minute under racecheck, run only by their name
-(`step`). Kernels are compiled with FDK_ALL_ARRIVE (csrc/prefill_ring.cuh), without which racecheck does not follow an
+(`step`). Kernels are compiled with FDK_ALL_ARRIVE (csrc/ptx.cuh), without which racecheck does not follow an
 arrival at a barrier for other lanes; --as-shipped compiles them as the library does.
 """
 

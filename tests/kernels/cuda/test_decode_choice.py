@@ -133,9 +133,9 @@ def test_fewer_tokens_of_zeros_run_as_eight_where_only_those_have_16_warps(m: in
 @pytest.mark.parametrize(
     "bits,n,k,m,warps,ring",
     [
-        (2, 8192, 8192, 1, (8, 1), (2, 4)),
-        (2, 28672, 8192, 1, (2, 7), (2, 4)),
-        (2, 14336, 4096, 1, (8, 2), (1, 4)),
+        (2, 8192, 8192, 1, (8, 1), (2, 2)),
+        (2, 28672, 8192, 1, (2, 7), (2, 2)),
+        (2, 14336, 4096, 1, (8, 2), (1, 2)),
         (2, 4096, 14336, 1, (8, 1), (2, 2)),
         (2, 4096, 4096, 1, (8, 1), (2, 2)),
         (2, 2048, 4096, 1, (8, 1), (2, 2)),
@@ -206,7 +206,7 @@ def test_every_row_of_two_ctas_decides_a_product(row: places.Two) -> None:
     shape = Shape(64 * blocks, 64 * row.units, bits, 64, True, TABLE)
     config = decode_choice.choose_config(shape, 1, blocks, 132)
     assert (config.digits, config.k_warps, config.stages) == (row.digits, row.k_warps, row.stages)
-    assert (config.min_ctas, config.hold, config.stage_units) == (2, row.hold, 4)
+    assert (config.min_ctas, config.hold, config.stage_units) == (2, row.hold, row.stage_units)
 
 
 @pytest.mark.parametrize("blocks,units", digits.IN_TURN)
@@ -258,6 +258,11 @@ EVEN = [
     (TABLE, 4, 28672, 4096, 4, (1, 4, True, 4)),
     (decode_config.UINT_U8, 4, 10240, 8192, 16, (2, 3, True, 5)),
     (ROUNDED, 5, 24576, 4096, 16, (2, 6, False, 2)),
+    (TABLE, 1, 5120, 5120, 2, (4, 3, False, 5)),
+    (TABLE, 1, 24576, 4096, 4, (1, 3, False, 4)),
+    (INT, 1, 5120, 17408, 8, (4, 3, False, 5)),
+    (TABLE, 1, 51200, 5120, 16, (2, 13, False, 1)),
+    (TABLE, 6, 20480, 8192, 1, (2, 5, False, 4)),
 ]
 
 
@@ -270,7 +275,15 @@ def test_shares_are_even_where_whole_blocks_leave_multiprocessors_idle(kind, bit
 
 
 @pytest.mark.parametrize(
-    "kind,bits,n,k,m", [(TABLE, 4, 4608, 3584, 16), (TABLE, 3, 34816, 5120, 8), (TABLE, 4, 14336, 4096, 16)]
+    "kind,bits,n,k,m",
+    [
+        (TABLE, 4, 4608, 3584, 16),
+        (TABLE, 3, 34816, 5120, 8),
+        (TABLE, 1, 34816, 5120, 8),
+        (TABLE, 4, 14336, 4096, 16),
+        (TABLE, 3, 28672, 8192, 4),
+        (TABLE, 4, 20480, 8192, 2),
+    ],
 )
 def test_shares_stay_as_they_are_where_others_were_measured_to_lose(kind, bits, n, k, m) -> None:
     case = Case(Shape(n, k, bits, 64, True, kind), m, n // 64, 132, (9, 0), decode_config.PLAIN, True)

@@ -116,6 +116,48 @@ def test_pairs_share_activations_where_that_was_measured_to_win() -> None:
         assert config.pair == 1 or config.blocks == 2
 
 
+# n, k, m; tokens and blocks of a tile: as measured to win over the next larger one.
+NARROW = [
+    (4096, 4096, 40, (40, 1)),
+    (4096, 4096, 132, (72, 1)),
+    (4096, 4096, 194, (104, 1)),
+    (5120, 5120, 88, (88, 3)),
+    (8192, 8192, 257, (144, 2)),
+    (8192, 8192, 528, (176, 3)),
+    (14336, 4096, 823, (208, 2)),
+    (4096, 14336, 1189, (240, 2)),
+]
+
+
+@pytest.mark.parametrize("n,k,m,tile", NARROW)
+def test_tiles_have_as_many_tokens_as_are_there(n: int, k: int, m: int, tile: tuple[int, int]) -> None:
+    config = chosen(Shape(n, k, 4, 64, True, decode_config.TABLE), m)
+    assert (config.tokens, config.blocks) == tile
+
+
+def test_tiles_that_cannot_be_halved_are_neither_paired_nor_cut() -> None:
+    for m in range(33, 1200, 7):
+        config = chosen(Shape(28672, 8192, 4, 64, True, decode_config.TABLE), m)
+        assert config.tokens % 16 == 0 or (config.pair == 1 and not config.stream)
+
+
+@pytest.mark.parametrize(
+    "n,k,planes,group,stages",
+    [
+        (4096, 14336, 8, 128, 16),
+        (4096, 4096, 3, 64, 16),
+        (8192, 8192, 5, 128, 8),
+        (28672, 8192, 4, 64, 8),
+        (28672, 8192, 5, 128, None),  # these spill
+        (4096, 14336, 5, 32, None),  # not measured
+    ],
+)
+def test_loops_of_slices_are_unrolled_where_registers_last(n, k, planes, group, stages) -> None:
+    config = chosen(Shape(n, k, planes, group, True, decode_config.CUT, planes), 32)
+    assert config.unrolled == (stages is not None) and (stages is None or config.stages == stages)
+    assert not config.wide and not config.rounds
+
+
 def test_k_is_cut_into_more_slices_where_two_leave_multiprocessors_idle() -> None:
     table = Shape(5120, 5120, 4, 64, True, decode_config.TABLE)
     for m in (32, 64, 96, 128, 160):

@@ -44,31 +44,17 @@ def each(*changes: Change, **fixed: int | bool) -> tuple[Change, ...]:
 
 
 SETS: dict[str, Named] = {
-    "sizes": Named(
-        "Sizes that even shares leave out: one bit, two steps of few tokens on long k, two bits of one token?",
-        15,
+    "near": Named(
+        "What a search around one token's choices found beside its rules: does it hold on another card?",
+        10,
         (
+            Trial(problems("decode", "lut2_g64", "14336x4096", "1"), each({"hold": 4000}, {"hold": 6000})),
+            Trial(problems("decode", "lut1_g64", "14336x4096", "1"), each({"stage_units": 2})),
+            Trial(problems("decode", "lut1_g64", "4096x14336", "1"), each({"scales_once": True})),
+            Trial(problems("decode", "lut8_g64", "4096x14336", "1"), each({"k_warps": 12})),
             Trial(
-                problems("decode", "lut1_g64", "5120x5120 10240x5120", "8"),
-                each({"k_warps": 5}, {"k_warps": 4}, cluster=4, row_warps=3, x_chunks=1, x_ahead=0),
-            ),
-            Trial(
-                problems("decode", "lut8_g64", "28672x8192", "2 4"),
+                problems("decode", "lut8_g64", "28672x8192", "2"),
                 each({"stages": 1}, {"stages": 2}, cluster=2, blocks=7, row_warps=7, k_warps=2, stage_units=1, batch=1),
-            ),
-            Trial(
-                problems("decode", "lut2_g64", "6144x4096 10240x5120", "1"),
-                each({"cluster": 1}, {"cluster": 4}, stage_units=2, stages=2),
-            ),
-        ),
-    ),
-    "planes-ahead": Named(
-        "One token of six planes and more at 4096^2 with more units on their way before the launch in front has ended?",
-        15,
-        (
-            Trial(
-                problems("decode", "trunc8s6_g128 nest8s6_g128 nest8_g128", "4096x4096", "1"),
-                ({"stages": 2, "stage_units": 2}, {"stages": 3}, {"stages": 4}, {"stages": 3, "min_ctas": 1}),
             ),
         ),
     ),

@@ -23,8 +23,8 @@ from fdk.kernels.cuda.decode_config import (
 )
 from fdk.kernels.cuda.prefill_config import Config, clusters_and_streamed, row_tiles
 
-TOKENS = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Tokens of a tile: few enough that a layer compiles a handful of kernels, close enough that padding costs little."""
+TOKENS = (*range(16, 129, 8), *range(144, 257, 16))
+"""Tokens of a tile: all that the kernel can have, so that few of the last one's are not there (docs/findings.md)."""
 
 EXACT_TOKENS = 32
 """Up to this many tokens scales of groups multiply float32 sums; above, weights, as cuBLAS on dense ones would."""
@@ -87,6 +87,9 @@ _WARPGROUPS = tuple(_TIMES)
 _SHARING, _FURTHER_SHARE = {2: Sharing(5.8, 0.0083), 3: Sharing(2.65, 0.014)}, 0.5
 # What each slice of k beyond two takes.
 _FURTHER_SLICE = 0.35
+# To these tokens of a tile the times are fitted; between them lie those of what was fitted, but for two cases: 72, and
+# tiles of several waves that are too short to share x, whose power lowers the clock.
+_FITTED_TOKENS, _BETWEEN = frozenset((16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)), 1.04
 # How much longer two k groups of a block take by themselves, from so many tokens on: their power lowers the clock.
 _ALONE, _ALONE_TOKENS = 1.04, 112
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
@@ -94,8 +97,8 @@ _ALONE, _ALONE_TOKENS = 1.04, 112
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
 # What one of 3 bits takes more in an unrolled loop with scales on sums, and of 2 bits and 16 tokens, by blocks.
 _THREE_BITS, _TWO_BITS = 0.006, {2: -0.004, 4: -0.0165}
-# What a unit of bit planes takes more for each of them beyond 2.5.
-_PLANE = 0.012
+# What a unit of bit planes takes more for each of them beyond 2.5; with scales on sums in an unrolled loop, beyond 3.
+_PLANE, _PLANE_UNROLLED = 0.012, 0.006
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
 # where tiles are cut along k.
 _UNROLLED, _UNROLLED_LONG = {64: 0.0, 128: 0.02, 192: 0.04, 256: 0.0}, 0.03
@@ -106,6 +109,9 @@ _MOST_STAGES = 12
 
 # Tokens for which registers last, by warpgroups. Two k groups fetch x twice as fast, too fast from so many tokens on.
 _MOST_TOKENS, _MOST_TOKENS_OF_K_GROUPS = {2: 256, 3: 192, 4: 64}, 128
+# Unrolled loops of slices whose scales multiply sums, by (blocks, k groups): stages, and most planes that do not spill.
+_SLICES_STAGES = {(1, 2): (16, 8), (2, 2): (8,), (4, 1): (8,)}
+_SLICES_PLANES = {(1, 2): 8, (2, 2): 8, (4, 1): 4}
 # More than two slices have been measured from so many rows on (fewer are the decode kernel's), where they fill so much
 # of the multiprocessors, up to so many blocks of a CTA.
 _SLICES_ROWS, _SLICES_FILL, _SLICES_BLOCKS = 17, 0.75, {3: 2, 4: 3, 5: 2}
@@ -159,15 +165,24 @@ class Product:
         return -(-self.tiles(config) // clusters_at_once(self.sms, config.cluster))
 
 
-def _candidates(product: Product) -> Iterator[Config]:
-    """Tiles and ways to cut k whose times are known; their stages and what else they gain by are left open."""
-    shape, rounds = product.shape, product.rounds
+@lru_cache(maxsize=64)
+def _tiles(shape: Shape, rounds: bool) -> tuple[Config, ...]:
+    """Tiles and ways to cut k for which registers last; their stages and what else they gain by are left open."""
+    found = []
     for tokens, (split, stream), (blocks, k_groups) in itertools.product(TOKENS, _CUTS, _WARPGROUPS):
         # Half of a unit at a time needs fewer registers; planes of nested weights are gathered all at once.
         parts = 2 if blocks == 3 and tokens > 160 else 1
         turns = blocks * k_groups == 4 and tokens == 64 and not rounds
         config = Config(tokens, blocks, 2, 1, split, k_groups, turns, rounds, parts, stream=stream)
-        if _fits_registers(shape, config) and _fitted(product, config) and _may_cut(product, config):
+        if _fits_registers(shape, config):
+            found.append(config)
+    return tuple(found)
+
+
+def _candidates(product: Product) -> Iterator[Config]:
+    """Those whose times are known for the product."""
+    for config in _tiles(product.shape, product.rounds):
+        if _fitted(product, config) and _may_cut(product, config):
             yield config
 
 
@@ -185,6 +200,8 @@ def _fitted(product: Product, config: Config) -> bool:
     """Whether the times are fitted to such tiles."""
     if config.late(product.shape):
         return product.m <= config.tokens <= EXACT_TOKENS
+    if config.tokens == 56 and product.shape.bits > 4 and not product.shape.nested:
+        return False  # took longer than 64: 1.04
     # Of few tokens of two and three blocks they are those of one scale per row; with groups, four warpgroups were
     # measured.
     few = config.rounds and config.tokens <= 64 and config.k_groups == 1 and config.blocks < 4
@@ -210,7 +227,7 @@ def _may_cut(product: Product, config: Config) -> bool:
         if config.late(shape) or config.k_groups > 1 or config.blocks not in _SHARING:
             return False
         cached = product.x_bytes <= _STREAM_X_BYTES or product.waves(config) >= _STREAM_WAVES
-        return cached and config.tokens >= _STREAM_TOKENS
+        return cached and config.tokens >= _STREAM_TOKENS and _halves(config)
     return True
 
 
@@ -233,14 +250,20 @@ def _refined(product: Product, config: Config) -> Config | None:
     return replace(filled, fetch_sums=fetches)
 
 
+def _halves(config: Config) -> bool:
+    """Whether two CTAs can fetch half of a tile's tokens each: they come in eights."""
+    return config.tokens % 16 == 0
+
+
 def _pairs(shape: Shape, config: Config, waves: int) -> bool:
     """Whether CTAs share x in pairs: where that was measured to win (docs/findings.md), each behind its own calls."""
-    if config.split * config.k_groups > 1:
+    if config.split * config.k_groups > 1 or not _halves(config):
         return False
     few = 4 if shape.bits < 3 or shape.nested else 2
     return config.stream or (waves >= few and config.tokens >= _PAIR_TOKENS)
 
 
+@lru_cache(maxsize=8192)
 def _fill(shape: Shape, config: Config) -> Config | None:
     """`config` with as many stages as shared memory allows and pay; None if it has no room for two per k group."""
     for stages in range(_MOST_STAGES, 2 * config.k_groups - 1, -1):
@@ -306,17 +329,22 @@ def _unrolled_late(shape: Shape, config: Config) -> Config:
     # Two bits of sixteen tokens have a wide table besides, by which four blocks, too, are faster.
     two_bits = shape.bits == 2 and config.tokens == 16 and shape.n * shape.k < 1 << 28
     two_bits &= arrangement in ((2, 2), (4, 1))
-    if shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8):
-        stages_measured: tuple[int, ...] = (16, 12, 8)
+    stages_measured: tuple[int, ...]
+    if shape.nested:
+        fits = shape.bits <= _SLICES_PLANES.get(arrangement, 0)
+        fits &= (arrangement, config.split, shape.bits) != ((2, 2), 2, 8)  # spills
+        stages_measured = _SLICES_STAGES[arrangement] if fits else ()
+    elif shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8):
+        stages_measured = (16, 12, 8)
     elif few_bits and ((arrangement in ((1, 2), (2, 2)) and shape.n * shape.k <= 1 << 26) or two_bits):
         stages_measured = (16,)
     elif few_bits and arrangement == (4, 1):
         stages_measured = (8,)
     else:
         return config
-    if shape.group != 64:
+    if shape.subs > 1 if shape.nested else shape.group != 64:
         return config
-    wide_pays = shape.bits == 4
+    wide_pays = shape.bits == 4 and not shape.nested
     two_or_eight = shape.bits == 2 or (shape.bits == 8 and config.blocks < 4)
     wide_pays |= config.tokens == 16 and shape.kind == TABLE and two_or_eight
     # Twelve stages beside a wide table won over twelve beside another by 9 % (22528 x 3072), sixteen over eight by 8 %.
@@ -372,7 +400,9 @@ def _us(product: Product, config: Config) -> float:
         waves = outputs = product.waves(config)
         meeting = times.meeting + _FURTHER_SLICE * max(0, config.split - 2) if config.split > 1 else 0.0
     rounds = -(-shape.units // (config.split * config.k_groups))
-    return (
+    between = config.tokens not in _FITTED_TOKENS and config.tokens < _PAIR_TOKENS and config.blocks < 3
+    longer = _BETWEEN if between and (config.tokens == 72 or waves > 1) else 1.0
+    return longer * (
         times.start
         + waves * rounds * _round_us(shape, config, times)
         + outputs * times.output * config.tokens
@@ -410,7 +440,7 @@ def _unit_us(shape: Shape, config: Config) -> float:
     unrolled_late = late and config.unrolled
     more = 0.0
     if shape.nested:
-        more = _PLANE * max(0, shape.bits - 2.5)
+        more = _PLANE_UNROLLED * max(0, shape.bits - 3) if unrolled_late else _PLANE * max(0, shape.bits - 2.5)
     elif shape.bits > 4:
         # Three warpgroups wait for each other's look-ups.
         unrolled_crowd = 1.03 if config.split <= 2 else 1.15

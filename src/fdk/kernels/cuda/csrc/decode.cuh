@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
         if (warp == 0) {
             if constexpr (!X_FIRST && !(SHORT_START && (OWN_X || DIGITS)))
                 for (int i = 0; i < X_BUFFERS * K_WARPS * X_CHUNKS; ++i) {
-                    const int count = STREAMED ? i % K_WARPS ? busy : min(busy, M) : INTERLEAVED ? min(WARPS, M) : ROW_WARPS;
+                    const int count = STREAMED ? i % K_WARPS ? busy * ARRIVALS : min(busy, M) : INTERLEAVED ? min(WARPS, M) : ROW_WARPS;
                     barrier_init(shared_address(smem) + Smem::BARRIERS + Smem::X_BARRIERS + i * 8, max(count, 1));
                 }
             barrier_init(sums_barrier);
@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FDK_MIN_CTAS) fdk_decode(c
                 if constexpr (STREAMED) {
                     order_before_bulk_copies();
                     __syncwarp();
-                    if (lane == 0) barrier_expect(done_barrier(smem, phase), 0);
+                    if (lane < ARRIVALS) barrier_expect(done_barrier(smem, phase), 0);
                 }
             }
         }

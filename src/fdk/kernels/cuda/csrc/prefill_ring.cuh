@@ -8,14 +8,6 @@ namespace fdk {
 // Warps of the producer: the first one fetches x, each other one every WEIGHT_WARPS-th block of rows.
 constexpr int WEIGHT_WARPS = BLOCKS < 3 ? BLOCKS : 3;
 
-// racecheck takes an arrival to speak for its own thread alone, whatever has brought the warp together before it. With
-// FDK_ALL_ARRIVE, for its sake, each lane arrives (tests/kernels/cuda/sanitize.py).
-#ifdef FDK_ALL_ARRIVE
-constexpr int ARRIVALS = 32;
-#else
-constexpr int ARRIVALS = 1;  // of a warp
-#endif
-
 // A warp's arrival at the same barrier of each of `COUNT` CTAs.
 template <int COUNT>
 __device__ __forceinline__ void arrive_at_all(u32 barrier, int lane) {

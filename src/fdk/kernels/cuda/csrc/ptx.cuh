@@ -201,6 +201,14 @@ __device__ __forceinline__ void barrier_init_fence() {
 #endif
 }
 
+// racecheck takes an arrival to speak for its own thread alone, whatever has brought the warp together before it. With
+// FDK_ALL_ARRIVE, for its sake, each lane arrives (tests/kernels/cuda/sanitize.py).
+#ifdef FDK_ALL_ARRIVE
+constexpr int ARRIVALS = 32;
+#else
+constexpr int ARRIVALS = 1;  // of a warp
+#endif
+
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 #if FDK_HOPPER
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -34,7 +34,8 @@ def digit_rings(shape: Shape, config: Config, per_warp: int) -> Rings:
 
 def _of_slices(shape: Shape, config: Config) -> Rings:
     if small_slices(shape, Share.of(shape, config)):
-        return [(2, 2), PAIR, SINGLE] if shape.bits <= 5 else [PAIR, SINGLE]
+        # All that a warp goes through is on its way at once, or, of seven planes and more, most of it.
+        return [(2, 2) if shape.bits <= 6 else (1, 3), PAIR, SINGLE]
     # Registers of 16 warps do not hold two units of seven planes beside where the next block starts.
     return [PAIR, SINGLE] if shape.bits > 6 and config.steps > 1 else [(2, 1), PAIR, SINGLE]
 
@@ -88,7 +89,9 @@ def _of_one_bit(config: Config) -> Rings:
         return [(4, 1), (2, 1), PAIR, SINGLE]
     # More on its way before the launch in front has ended only delays activations.
     split = config.blocks == 1 and config.k_warps > 8 and config.cluster > 1
-    return [(2, 2) if split else (4, 2 if config.steps > 1 else 1), (2, 2), (1, 4), PAIR, SINGLE]
+    # Few warps wait for what is not on its way.
+    two = config.steps > 1 or config.warps <= 10
+    return [(2, 2) if split else (4, 2 if two else 1), (2, 2), (1, 4), PAIR, SINGLE]
 
 
 def _without_zeros(shape: Shape, config: Config) -> Rings:

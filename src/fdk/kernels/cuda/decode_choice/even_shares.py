@@ -48,8 +48,10 @@ class Split:
     def k_warps(self, shape: Shape, tokens: int) -> int:
         """Warps that split those."""
         if tokens <= 4:
-            warps = _WARPS_WIDE if tokens > 1 and shape.bits > 4 else _WARPS_FEW
-            return min(warps[self.blocks], self.units(shape))
+            most = (_WARPS_WIDE if tokens > 1 and shape.bits > 4 else _WARPS_FEW)[self.blocks]
+            if shape.bits == 1 and self.units(shape) % (2 * most):
+                most = max(1, most & -2)  # units of one bit come in twos, or go faster so
+            return min(most, self.units(shape))
         if (tokens, self.cluster, self.blocks) == (8, 4, 2):
             return 8
         return min(_WARPS_MANY[self.blocks], max(1, self.units(shape) // 4))
@@ -82,7 +84,7 @@ def _measured(shape: Shape, tokens: int) -> bool:
     if shape.subs > 1 or tokens > 16:
         return False
     if shape.kind in LOOKED_UP:
-        return shape.bits > 1
+        return shape.bits > 1 or tokens > 1
     return tokens > 4 and (shape.nested or few_codes_and_zeros(shape))
 
 
@@ -105,15 +107,17 @@ def _splits(case: Case) -> Iterator[Split]:
 def _pays(shape: Shape, config: Config, split: Split) -> bool:
     """Whether `split` is better than what `config` has, by enough to be trusted."""
     tokens = config.tokens
-    if tokens == 8 and split.blocks > 7 and (shape.bits == 8 or (shape.bits == 3 and config.row_warps > 1)):
-        return False  # nine warps are too few for single look-ups and for codes across words: 1.05 and 1.09
+    few_warps = shape.bits in (1, 8) or (shape.bits == 3 and config.row_warps > 1)
+    if tokens == 8 and split.blocks > 7 and few_warps:
+        return False  # nine warps are too few for single look-ups, codes across words and one bit: 1.05, 1.09 and 1.02
     if tokens > 4 and split.units(shape) < 16:
         return False  # 4608 x 3584: 1.04 to 1.08
     ratio = split.time(shape, tokens) / Split(config.cluster, config.blocks, config.half_blocks).time(shape, tokens)
     # What computes its operands longest waits for them where it has few warps.
     busier = split.blocks * split.k_warps(shape, tokens) >= 1.5 * config.warps and shape.kind not in LOOKED_UP
-    # Of long k two steps of few tokens have not been measured against one.
-    steps = config.steps > 1 and (tokens > 4 or shape.units < 128)
+    # Of long k two steps of few tokens are as fast as one, but where the second has blocks for a few warps only.
+    lone = 0 < 2 * (config.blocks % config.row_warps) < config.row_warps and (shape.bits > 4 or not split.half)
+    steps = config.steps > 1 and (tokens > 4 or shape.units < 128 or lone)
     return ratio <= _PROMISE or ((steps or busier) and ratio <= 1)
 
 
@@ -124,14 +128,15 @@ def _arrangements(shape: Shape, config: Config, split: Split) -> Iterator[Config
     even = replace(even, phases=1, x_chunks=1, x_ahead=0, x_buffers=0, interleaved=False, scales_once=False)
     even = replace(even, min_ctas=1, hold=0, ahead=0, late=False, alone=False, k_warps=split.k_warps(shape, tokens))
     # Nine blocks would each add up activations for themselves.
-    even = replace(even, x_sums=shape.zeros and blocks <= 7)
+    one_bit = shape.bits == 1 and tokens <= 8 and shape.kind in LOOKED_UP
+    even = replace(even, x_sums=(shape.zeros or one_bit) and blocks <= 7)
     if tokens > 4 or (tokens > 1 and shape.bits == 8):
         even = replace(even, uniform=True)
     wides = (True, False) if config.wide or (tokens == 16 and shape.bits in (4, 8) and not shape.zeros) else (False,)
     for wide in wides if shape.kind in LOOKED_UP else (False,):
         for stage_units, stages in _rings(shape, even, split.units(shape)):
             found = replace(even, wide=wide, stages=stages, stage_units=stage_units)
-            yield replace(found, scales_once=tokens <= 4 and found.allows_scales_once(shape))
+            yield replace(found, scales_once=(tokens <= 4 or one_bit) and found.allows_scales_once(shape))
 
 
 def _rings(shape: Shape, config: Config, units: int) -> list[Ring]:
@@ -140,4 +145,7 @@ def _rings(shape: Shape, config: Config, units: int) -> list[Ring]:
         # Registers of more than 12 warps hold one unit, those of fewer two of up to five planes.
         two = config.warps <= 12 and not (shape.nested and shape.bits > 5)
         return [(2, 1), (1, 2), SINGLE] if two else [(1, 2), SINGLE]
-    return [(1, 2), SINGLE] if config.tokens == 1 and units >= 10 * config.k_warps else [SINGLE]
+    if shape.bits == 1:
+        return [(2, 1), SINGLE]
+    long = units >= 10 * config.k_warps and config.warps <= 16
+    return [(1, 2), SINGLE] if config.tokens == 1 and long else [SINGLE]

@@ -55,7 +55,7 @@ class Two:
     """Two CTAs of a table on a multiprocessor, one block each, as measured.
 
     units    of k that clusters of `cluster` CTAs split;  digits: by integer products, else by indices
-    k_warps  of a CTA, with so many stages of four units;  hold: clocks for which places are held
+    k_warps  of a CTA, with so many stages of so many units;  hold: clocks for which places are held
     """
 
     cluster: int
@@ -63,14 +63,15 @@ class Two:
     digits: bool
     k_warps: int
     stages: int
+    stage_units: int
     hold: int
 
 
 # At 8192^2, where with 1500 to 5000 clocks some launches took 1.25 to 1.5 times as long, and at 4096 x 14336.
 TWO = (
-    Two(cluster=1, units=128, digits=True, k_warps=8, stages=3, hold=_MOST_HOLD),
-    Two(cluster=1, units=128, digits=False, k_warps=8, stages=2, hold=_MOST_HOLD),
-    Two(cluster=2, units=224, digits=True, k_warps=7, stages=3, hold=4000),
+    Two(cluster=1, units=128, digits=True, k_warps=8, stages=3, stage_units=4, hold=_MOST_HOLD),
+    Two(cluster=1, units=128, digits=False, k_warps=8, stages=2, stage_units=2, hold=_MOST_HOLD),
+    Two(cluster=2, units=224, digits=True, k_warps=7, stages=3, stage_units=4, hold=4000),
 )
 
 
@@ -89,7 +90,7 @@ def beside_the_next(case: Case, config: Config) -> Config:
     single &= shape.allows_stage_units(4, 8)
     here = (config.cluster, shape.units, config.digits)
     if single and (two := next((two for two in TWO if (two.cluster, two.units, two.digits) == here), None)):
-        even = replace(config, k_warps=two.k_warps, stages=two.stages, stage_units=4)
+        even = replace(config, k_warps=two.k_warps, stages=two.stages, stage_units=two.stage_units)
         return replace(even, alone=False, min_ctas=2, hold=two.hold)
     if config.min_ctas == 1 and (config.alone or not config.paired or shape.kind != TABLE):
         return config
@@ -115,4 +116,7 @@ def with_operands_ahead(case: Case, config: Config) -> Config:
         return replace(config, ahead=2) if fits else config
     if config.digits or shape.zeros or not config.scales_once:
         return config
-    return replace(config, uniform=True, ahead=3 if config.warps == 16 else 1)
+    if config.warps != 16:
+        return replace(config, uniform=True, ahead=1)
+    # Scales in one piece, which come last, delay operands that are made at once; of 4 bits copies cost as much.
+    return replace(config, uniform=True, ahead=3, scales_once=shape.bits == 4)

@@ -16,16 +16,16 @@ def rings(shape: Shape, config: Config) -> Rings:
     # Units that a warp goes through, all blocks of its rows together.
     per_warp = config.steps * -(-shape.units // (config.cluster * config.k_warps))
     if config.indices:
-        return [_of_indices(shape, per_warp)]
+        return [_of_indices(shape, config, per_warp)]
     if config.digits and not shape.sparse:
         return digit_rings(shape, config, per_warp)
     return _with_zeros(shape, config, per_warp) if shape.zeros else _without_zeros(shape, config, per_warp)
 
 
-def _of_indices(shape: Shape, per_warp: int) -> Ring:
-    if shape.bits == 2 and (per_warp <= 4 or per_warp % 4):
-        return 2, 2
-    # Where everything would be on its way from the start, half of it first is faster.
+def _of_indices(shape: Shape, config: Config, per_warp: int) -> Ring:
+    if shape.bits == 2 and config.steps == 1:
+        # Sixteen warps ask for more at once than they need.
+        return 2, 1 if config.warps == 16 else 2
     return 4, 2 if per_warp > 8 else 1
 
 
@@ -56,6 +56,8 @@ def _without_zeros(shape: Shape, config: Config, per_warp: int) -> Rings:
         # Everything is on its way before the launch in front has ended.
         if shape.bits == 1:
             return [(2, 2), (1, 4), PAIR, SINGLE]
+        if (shape.bits, config.tokens) == (4, 1):
+            return [(1, 4), SINGLE]
         return [(1, _ALL_AT_ONCE.get(shape.bits, 1 if shape.nested else 2)), SINGLE]
     if shape.nested and (found := _of_slices(shape, config)):
         return found
