@@ -97,8 +97,9 @@ _ALONE, _ALONE_TOKENS = 1.04, 112
 _SINGLE_LOOKUPS, _ARITHMETIC, _ZEROS, _GROUP, _GROUP_TOKEN = 0.065, 0.025, 0.02, 0.015, 0.0005
 # What one of 3 bits takes more in an unrolled loop with scales on sums, and of 2 bits and 16 tokens, by blocks.
 _THREE_BITS, _TWO_BITS = 0.006, {2: -0.004, 4: -0.0165}
-# What a unit of bit planes takes more for each of them beyond 2.5; with scales on sums in an unrolled loop, beyond 3.
-_PLANE, _PLANE_UNROLLED = 0.012, 0.006
+# What a unit of bit planes takes more for each of them beyond 2.5; with scales on sums in an unrolled loop, beyond 3,
+# and there with four blocks.
+_PLANE, _PLANE_UNROLLED, _PLANES_OF_FOUR_BLOCKS = 0.012, 0.006, -0.010
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
 # where tiles are cut along k.
 _UNROLLED, _UNROLLED_LONG = {64: 0.0, 128: 0.02, 192: 0.04, 256: 0.0}, 0.03
@@ -425,7 +426,9 @@ def _round_us(shape: Shape, config: Config, times: Times) -> float:
     """Time of one unit per k group."""
     late = config.late(shape)
     more = _unit_us(shape, config) * config.blocks * config.k_groups
-    a_round = times.per_round + times.per_token * config.tokens + more
+    # Planes take so long to gather that up to 32 tokens make no difference behind them.
+    tokens = max(config.tokens, 32) if shape.nested and late and config.unrolled else config.tokens
+    a_round = times.per_round + times.per_token * tokens + more
     if config.unrolled and not late and (shape.bits > 4 or not config.stream):
         saved = next(saved for most, saved in _UNROLLED.items() if config.tokens <= most)
         long = shape.bits > 4 and not shape.nested and config.tokens > 64
@@ -440,7 +443,9 @@ def _unit_us(shape: Shape, config: Config) -> float:
     unrolled_late = late and config.unrolled
     more = 0.0
     if shape.nested:
-        more = _PLANE_UNROLLED * max(0, shape.bits - 3) if unrolled_late else _PLANE * max(0, shape.bits - 2.5)
+        more = _PLANE * max(0, shape.bits - 2.5)
+        if unrolled_late:
+            more = _PLANE_UNROLLED * max(0, shape.bits - 3) + _PLANES_OF_FOUR_BLOCKS * (config.blocks == 4)
     elif shape.bits > 4:
         # Three warpgroups wait for each other's look-ups.
         unrolled_crowd = 1.03 if config.split <= 2 else 1.15

@@ -31,9 +31,9 @@ _TOKEN_CLOCKS = {1: 0, 2: 5, 4: 10, 8: 15, 16: 34, 32: 150, 64: 500}
 _ONE_BIT_TOKEN_CLOCKS = {1: 0, 2: 20, 4: 30, 8: 30, 16: 55, 32: 190, 64: 510}
 _THREE_BITS_CLOCKS_16 = 10
 _ZEROS_CLOCKS_32 = 90
-_BUSY = (
-    0.65  # of the multiprocessors, down to which fewer of them have as much more of the memory each, in bytes of planes
-)
+# Of planes by integer products: how much longer six and more take in blocks side by side, and of the multiprocessors,
+# down to which fewer of them have as much more of the memory each.
+_SIDE_BY_SIDE, _BUSY = 1.25, 0.65
 _X_IN_PIECES = 0.6  # of the time of x, where it arrives as products go on
 # Of a block, what clusters that share one save of its time; of up to three blocks.
 _HALF_BLOCK, _HALF_OF_FEW = 0.2, 0.4
@@ -100,6 +100,7 @@ def decode_us(
     saved = (_HALF_OF_FEW if config.blocks <= 3 else _HALF_BLOCK) * config.half_blocks
     clocks = (config.blocks - saved) * cta_units * (_unit_clocks(shape, config.digits) + more)
     if shape.nested and config.digits:
+        clocks *= _SIDE_BY_SIDE if config.row_warps > 1 and shape.bits > 5 else 1.0
         clocks *= max(_BUSY, min(1.0, config.clusters(blocks) * config.cluster / sms))
     if shape.sparse:
         clocks *= max(1.0, _SPARSE_WARPS / config.warps)
