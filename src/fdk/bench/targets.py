@@ -144,7 +144,7 @@ def _bits_apart(entries: Sequence[Record]) -> Iterable[Figure]:
 
 def _prefill(entries: Sequence[Record]) -> Iterable[Figure]:
     for entry in sorted(ours(entries), key=lambda e: (shape_of(e), e["m"])):
-        m, four = entry["m"], entry["format"] in ("lut4_g64", "int4_g64")
+        m, four = entry["m"], entry["format"] in ("lut4_g64", "int4_g64") and entry["dtype"] == "bf16"
         if m < 64 or (not four and m < 256):
             continue
         target = (PREFILL | (PREFILL_8192 if shape_of(entry) == (8192, 8192) else {})).get(m, 1.02) if four else 1.02
@@ -194,13 +194,13 @@ def _sparse(entries: Sequence[Record]) -> Iterable[Figure]:
             yield Figure(
                 row, f"{where}, dense int4 over it", dense[1, shape_of(entry)] / entry["time_p50"], 1.0, at_least=True
             )
-        else:
+        elif entry["m"] == 2048:
             yield Figure(row, f"{where}, x cuBLAS time", 1 / entry["x_bf16"], SPARSE_ROWS)
 
 
 def section(path: Path) -> str:
     """The tables of one file of records: what its formats and numbers of rows have targets for."""
-    entries = newest(entry for entry in read([path]) if entry["status"] == "ok" and entry["dtype"] == "bf16")
+    entries = newest(entry for entry in read([path]) if entry["status"] == "ok" and entry["dtype"] in ("bf16", "fp16"))
     if not ours(entries) or not on_gpu(entries):
         return ""
     names = [str(entry["format"]) for entry in ours(entries)]
@@ -226,7 +226,8 @@ def section(path: Path) -> str:
             shown("Widths", _bits_apart(entries)),
         ]
     else:
-        tables = [shown("Time over cuBLAS bf16", _prefill(entries)), shown("humming over it", _prefill_peers(entries))]
+        dtypes = "/".join(sorted({str(entry["dtype"]) for entry in entries}))
+        tables = [shown(f"Time over cuBLAS {dtypes}", _prefill(entries)), shown("humming over it", _prefill_peers(entries))]
     first = entries[0]
     title = f"**{first['device']}**, {str(first['date'])[:10]}, {first['commit']}, `{path.as_posix()}`:"
     return "\n\n".join([title, *filter(None, tables)])
