@@ -227,7 +227,8 @@ def section(path: Path) -> str:
         ]
     else:
         dtypes = "/".join(sorted({str(entry["dtype"]) for entry in entries}))
-        tables = [shown(f"Time over cuBLAS {dtypes}", _prefill(entries)), shown("humming over it", _prefill_peers(entries))]
+        peers = _prefill_peers(entries)
+        tables = [shown(f"Time over cuBLAS {dtypes}", _prefill(entries)), shown("humming over it", peers)]
     first = entries[0]
     title = f"**{first['device']}**, {str(first['date'])[:10]}, {first['commit']}, `{path.as_posix()}`:"
     return "\n\n".join([title, *filter(None, tables)])

@@ -1,7 +1,7 @@
 """Rings of a warp, (stage_units, stages) in order of preference: the first that shared memory holds is taken.
 
 Those of integer products are in digit_rings.py. docs/findings.md: "Zero points, and two CTAs on a multiprocessor",
-"What is chosen since the open sets were answered", "What bounds the rows that stay open".
+"What is chosen since the open sets were answered", "What bounds the rows that stay open", "Rings asked again".
 """
 
 from __future__ import annotations
