@@ -60,9 +60,9 @@ class Split:
 def with_even_shares(case: Case, config: Config) -> Config:
     """`config` with more equal shares of the weight, and all blocks of a CTA at once, where that pays.
 
-    Measured at up to 16 tokens with tables of 2, 3, 4, 5 and 8 bits and integers of 4 and 6, from two on with one bit, at
-    eight and 16 with integers of 4 bits with zeros and slices of 4, at twenty sizes of layers from 2560 x 4096 to 51200 x 5120: 0.6
-    to 0.99 of the time, in places 1.01.
+    Measured at up to 16 tokens with tables of 2, 3, 4, 5 and 8 bits and integers of 4 and 6, from two on with one bit,
+    at eight and 16 with integers of 4 bits with zeros and slices of 4, at twenty sizes of layers from 2560 x 4096 to
+    51200 x 5120: 0.6 to 0.99 of the time, in places 1.01.
     """
     shape, tokens = case.shape, config.tokens
     if not _measured(shape, tokens) or config.digits or config.indices:
