@@ -94,7 +94,7 @@ def test_loops_are_unrolled_where_that_was_measured_to_win() -> None:
     # Registers do not last for eight units of other widths in a row.
     for bits, unrolled in ((4, True), (5, False)):
         assert chosen(replace(table, n=28672, bits=bits), 64).unrolled == unrolled
-    three = chosen(replace(table, n=14336, k=4096), 384)
+    three = chosen(replace(table, n=28672, k=4096), 384)
     # Cut tiles gain nothing, so that larger ones stay ahead.
     assert chosen(replace(table, n=28672), 768).tokens == 256
     assert three.blocks == 3 and not three.unrolled
@@ -107,13 +107,36 @@ def test_pairs_share_activations_where_that_was_measured_to_win() -> None:
     assert [chosen(table, m).pair for m in (384, 512, 768, 1024)] == [1, 1, 2, 2]
     assert [chosen(replace(table, bits=2), m).pair for m in (768, 1024)] == [1, 1]
     assert [chosen(replace(long, bits=1), m).pair for m in (2048, 4096)] == [1, 2]
-    for shape, m in ((wide, 384), (wide, 2048), (replace(wide, bits=1), 1024), (replace(table, n=28672), 96)):
+    for shape, m in ((wide, 1024), (wide, 3072), (replace(wide, bits=1), 1024), (replace(table, n=28672), 96)):
         assert chosen(shape, m).stream and chosen(shape, m).pair == 2
     # 27 tiles of three blocks would be 28 in pairs.
     assert prefill_config.row_tiles((80,), Config(192, 3, 4)) == 27
     for m in range(16, 4096, 16):
         config = chosen(replace(table, n=5120, k=5120), m)
         assert config.pair == 1 or config.blocks == 2
+
+
+# bits, n, k, m; whether tiles are cut: as measured, each product behind its own calls.
+WHOLE_OR_CUT = [
+    (4, 8192, 8192, 2048, False),
+    (4, 8192, 8192, 8192, True),
+    (4, 5120, 5120, 1024, True),
+    (4, 5120, 5120, 1536, False),
+    (4, 14336, 4096, 384, False),
+    (4, 14336, 4096, 1024, True),
+    (4, 14336, 4096, 4096, False),
+    (4, 28672, 8192, 512, True),
+    (4, 28672, 8192, 1024, False),
+    (8, 14336, 4096, 512, False),
+    (8, 28672, 8192, 512, True),
+    (8, 28672, 8192, 2048, False),
+]
+
+
+@pytest.mark.parametrize("bits,n,k,m,cut", WHOLE_OR_CUT)
+def test_tiles_are_cut_where_that_was_measured_to_win(bits: int, n: int, k: int, m: int, cut: bool) -> None:
+    config = chosen(Shape(n, k, bits, 64, True, decode_config.TABLE), m)
+    assert config.stream == cut and config.pair == 2
 
 
 # n, k, m; tokens and blocks of a tile: as measured to win over the next larger one.
@@ -173,10 +196,10 @@ def test_k_is_cut_into_more_slices_where_two_leave_multiprocessors_idle() -> Non
 
 def test_sums_come_through_the_ring_where_that_was_measured_to_win() -> None:
     table = Shape(14336, 4096, 4, 64, True, decode_config.TABLE)
-    for m in (384, 512, 1024):
-        assert chosen(table, m).fetch_sums and not chosen(replace(table, bits=3), m).fetch_sums
+    for shape, m in ((table, 1024), (replace(table, n=28672), 512), (replace(table, n=5120, k=5120), 1024)):
+        assert chosen(shape, m).fetch_sums and not chosen(replace(shape, bits=3), m).fetch_sums
     # Not beside activations that take half of the second-level cache.
-    for shape, m in ((table, 8192), (replace(table, n=8192, k=8192), 2048)):
+    for shape, m in ((table, 8192), (replace(table, n=8192, k=8192), 8192)):
         assert chosen(shape, m).stream and chosen(shape, m).pair == 2 and not chosen(shape, m).fetch_sums
 
 

@@ -84,12 +84,19 @@ _LATE_UNROLLED_TIMES = {
 _WARPGROUPS = tuple(_TIMES)
 
 # Where tiles are cut along k, by blocks; what each further share of a tile takes.
-_SHARING, _FURTHER_SHARE = {2: Sharing(5.8, 0.0083), 3: Sharing(2.65, 0.014)}, 0.5
+_SHARING, _FURTHER_SHARE = {2: Sharing(9.8, 0.0083), 3: Sharing(9.65, 0.014)}, 0.5
+# What less such a wait is of three blocks in pairs, and of tiles that each go to more than two; and how much longer
+# rounds of cut tiles in pairs take above 4 bits.
+_WAIT_SAVED, _WAIT_SAVED_OF_THREE, _PAIRED_CUT_LONG = 4.0, 2.0, 1.03
+# Whole tiles in pairs: what a place that the last wave leaves empty costs of one that it fills, since its power goes to
+# the others; and how much longer those of some tokens take than the fit has it.
+_EMPTY_PLACE, _PAIRED_TOKENS = 0.55, {192: 1.025, 208: 0.985, 224: 0.985}
 # What each slice of k beyond two takes.
 _FURTHER_SLICE = 0.35
 # To these tokens of a tile the times are fitted; between them lie those of what was fitted, but for two cases: 72, and
-# tiles of several waves that are too short to share x, whose power lowers the clock.
+# tiles of several waves that are too short to share x, whose power lowers the clock, 160 tokens among them.
 _FITTED_TOKENS, _BETWEEN = frozenset((16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)), 1.04
+_SHORT_TOKENS = 160
 # How much longer two k groups of a block take by themselves, from so many tokens on: their power lowers the clock.
 _ALONE, _ALONE_TOKENS = 1.04, 112
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
@@ -398,17 +405,34 @@ def _us(product: Product, config: Config) -> float:
         waves, meeting = _shared_waves(product, config)
         outputs = waves + 1
     else:
-        waves = outputs = product.waves(config)
+        outputs = product.waves(config)
+        waves = _whole_waves(product, config)
         meeting = times.meeting + _FURTHER_SLICE * max(0, config.split - 2) if config.split > 1 else 0.0
     rounds = -(-shape.units // (config.split * config.k_groups))
-    between = config.tokens not in _FITTED_TOKENS and config.tokens < _PAIR_TOKENS and config.blocks < 3
-    longer = _BETWEEN if between and (config.tokens == 72 or waves > 1) else 1.0
-    return longer * (
+    return _longer(config, waves) * (
         times.start
         + waves * rounds * _round_us(shape, config, times)
         + outputs * times.output * config.tokens
         + meeting
     )
+
+
+def _longer(config: Config, waves: float) -> float:
+    """How much longer a tile of so many tokens takes than the fit to others has it."""
+    if config.pair > 1:
+        return 1.0 if config.stream else _PAIRED_TOKENS.get(config.tokens, 1.0)
+    between = config.tokens not in _FITTED_TOKENS or (config.tokens == _SHORT_TOKENS and not config.stream)
+    between &= config.tokens < _PAIR_TOKENS and config.blocks < 3
+    return _BETWEEN if between and (config.tokens == 72 or waves > 1) else 1.0
+
+
+def _whole_waves(product: Product, config: Config) -> float:
+    """Waves of whole tiles: as many as are begun, but of a last one in pairs less than one if it has empty places."""
+    begun = product.waves(config)
+    if config.pair == 1:
+        return begun
+    filled = product.tiles(config) / clusters_at_once(product.sms, config.cluster)
+    return filled + _EMPTY_PLACE * (begun - filled)
 
 
 def _shared_waves(product: Product, config: Config) -> tuple[float, float]:
@@ -418,7 +442,9 @@ def _shared_waves(product: Product, config: Config) -> tuple[float, float]:
     # Every cluster leaves sums to another one; it adds those of one share, or of all that finish its tile.
     further = max(0.0, clusters / streamed - 1)
     sharing = _SHARING[config.blocks]
-    meeting = sharing.wait + (sharing.per_token * config.tokens * (1 + further) + _FURTHER_SHARE * further)
+    in_pairs = _WAIT_SAVED_OF_THREE if config.pair > 1 and config.blocks == 3 else 0.0
+    saved = _WAIT_SAVED if further > 1 else in_pairs
+    meeting = sharing.wait - saved + sharing.per_token * config.tokens * (1 + further) + _FURTHER_SHARE * further
     return (tiles - streamed) // clusters + streamed / clusters, meeting
 
 
@@ -433,6 +459,8 @@ def _round_us(shape: Shape, config: Config, times: Times) -> float:
         saved = next(saved for most, saved in _UNROLLED.items() if config.tokens <= most)
         long = shape.bits > 4 and not shape.nested and config.tokens > 64
         a_round -= max(saved, _UNROLLED_LONG) if long else saved
+    if config.stream and config.pair > 1 and shape.bits > 4:
+        a_round *= _PAIRED_CUT_LONG
     alone = (config.blocks, config.k_groups) == (1, 2) and not late and config.tokens >= _ALONE_TOKENS
     return a_round * _ALONE if alone else a_round
 

@@ -41,7 +41,7 @@ _SINGLE_LOOKUP_CLOCKS_16 = 15  # of 5 bits and more, whose look-ups hide product
 
 # Dense: bytes per microsecond that dequantising reads and writes, and cuBLAS reads; its operations per microsecond, and
 # the starts of both kernels.
-_DEQUANTISE_BYTES, _CUBLAS_BYTES, _CUBLAS_OPERATIONS, _DENSE_START = 3.35e6, 4.0e6, 740e6, 5.5
+_DEQUANTISE_BYTES, _CUBLAS_BYTES, _CUBLAS_OPERATIONS, _DENSE_START = 3.35e6, 4.0e6, 700e6, 5.5
 
 # Spreading codes: bytes per microsecond that are read and written, and its start. Decoding with fewer warps than these
 # does not hide how masks become operands.
