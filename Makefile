@@ -64,13 +64,13 @@ figures: $(VENV)/.bench
 	@$(BIN)/python -m fdk.bench.plots results/amd_zen4_4cores/kernels.jsonl results/amd_zen4_4cores/rows.jsonl \
 	    --output-dir docs/figures/amd_zen4_4cores
 	@$(BIN)/python -m fdk.bench.plots results/nvidia_h200/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl \
-	    results/nvidia_h200/rows-458e00d.jsonl --output-dir docs/figures/nvidia_h200
+	    results/nvidia_h200/rows-widths.jsonl --output-dir docs/figures/nvidia_h200
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl --brief --into README.md
 	@$(BIN)/python -m fdk.bench.summary results/*/kernels.jsonl results/nvidia_h200/rows*.jsonl results/*_formats/nested.jsonl \
 	    --into docs/results.md
 	@$(BIN)/python -m fdk.bench.targets results/nvidia_h200/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl \
 	    results/nvidia_h200/rows-widths.jsonl results/nvidia_h200/rows-fp16.jsonl results/nvidia_h200/rows-groups.jsonl \
-	    results/nvidia_h200/rows-458e00d.jsonl results/nvidia_h200_formats/nested.jsonl results/nvidia_h200_formats/sparse.jsonl \
+	    results/nvidia_h200/rows-widths-fd13fc2.jsonl results/nvidia_h200_formats/nested.jsonl results/nvidia_h200_formats/sparse.jsonl \
 	    --into docs/targets.md
 	@$(BIN)/python -m fdk.bench.quality results/nvidia_h200/quality.jsonl --into README.md
 

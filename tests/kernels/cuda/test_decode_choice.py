@@ -298,6 +298,24 @@ def test_few_tokens_run_as_eight_where_only_those_have_even_shares(kind: int, bi
     assert [decode_choice.choose_config(shape, m, 80, 132).tokens for m in (1, 2, 4, 8)] == [1, 8, 8, 8]
 
 
+@pytest.mark.parametrize(
+    "bits,n,k,m,warps",
+    [
+        (3, 34816, 5120, 4, (4, 3)),
+        (3, 34816, 5120, 2, (4, 4)),
+        (6, 35840, 5120, 2, (4, 3)),
+        (8, 36864, 4096, 4, (4, 3)),
+        (8, 28672, 8192, 2, (2, 7)),
+        (7, 29568, 8192, 4, (2, 7)),
+        (8, 28672, 8192, 4, (4, 4)),
+        (8, 28672, 4096, 2, (4, 4)),
+    ],
+)
+def test_seven_and_nine_blocks_have_whole_steps_where_measured_to_win(bits, n, k, m, warps) -> None:
+    config = decode_choice.choose_config(Shape(n, k, bits, 64, True, TABLE), m, n // 64, 132, (9, 0))
+    assert (config.k_warps, config.row_warps) == warps
+
+
 def test_rules_name_sections_of_the_findings() -> None:
     findings = (Path(__file__).parents[3] / "docs" / "findings.md").read_text(encoding="utf-8")
     sections = re.findall(r"^#+ (.*)$", findings, re.MULTILINE)

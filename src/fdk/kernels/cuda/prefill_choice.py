@@ -87,7 +87,7 @@ _WARPGROUPS = tuple(_TIMES)
 _SHARING, _FURTHER_SHARE = {2: Sharing(9.8, 0.0083), 3: Sharing(9.65, 0.014)}, 0.5
 # What less such a wait is of three blocks in pairs, and of tiles that each go to more than two; and how much longer
 # rounds of cut tiles in pairs take above 4 bits.
-_WAIT_SAVED, _WAIT_SAVED_OF_THREE, _PAIRED_CUT_LONG = 4.0, 2.0, 1.03
+_WAIT_SAVED, _WAIT_SAVED_OF_THREE, _PAIRED_CUT_LONG = 4.0, 2.0, 1.04
 # Whole tiles in pairs: what a place that the last wave leaves empty costs of one that it fills, since its power goes to
 # the others; and how much longer those of some tokens take than the fit has it.
 _EMPTY_PLACE, _PAIRED_TOKENS = 0.55, {192: 1.025, 208: 0.985, 224: 0.985}

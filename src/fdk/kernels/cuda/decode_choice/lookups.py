@@ -15,10 +15,24 @@ from fdk.kernels.cuda.decode_config import TABLE, UINT_U8, Config, Shape
 def lookup_warps(case: Case, share: Share, start: Config) -> tuple[int, int]:
     """(k_warps, row_warps): few tokens split k over warps, many give each block of rows warps of its own."""
     if case.tokens <= 4:
+        if whole := _whole_steps(case, share):
+            return whole
         warps, row_warps = _few_tokens(case, share, start)
         return min(max(4, warps // row_warps), share.units), row_warps
     warps, row_warps = _many_tokens(case.shape, share, start)
     return max(1, min(warps // row_warps, share.units)), row_warps
+
+
+def _whole_steps(case: Case, share: Share) -> tuple[int, int] | None:
+    """The same of two and four tokens, where steps of four of seven or nine blocks would leave warps without one."""
+    shape = case.shape
+    if not case.hopper or case.tokens == 1 or shape.nested or shape.sparse or shape.zeros or share.units < 8:
+        return None
+    if share.blocks == 9 and shape.bits > (4 if case.tokens == 2 else 2):
+        return 4, 3
+    # Seven at once leave two slices of k: enough for look-ups that take long, if k is.
+    seven = share.blocks == 7 and share.cluster == 2 and share.units >= 64
+    return (2, 7) if seven and (shape.bits, case.tokens) in ((8, 2), (7, 4)) else None
 
 
 def _few_tokens(case: Case, share: Share, start: Config) -> tuple[int, int]:

@@ -36,12 +36,14 @@ def runs_as_eight(case: Case, config: Config, eight: Config) -> bool:
 def with_uniform_eight(case: Case, config: Config) -> Config:
     """`config` of eight tokens with fewer instructions a copy, but for 14 warps and more that spill by it.
 
-    Those have two units of wider codes. Of two and four tokens 16 warps of wide codes spill without.
+    Those have two units of wider codes. Of two and four tokens 16 warps of wide codes spill without, and seven and nine
+    blocks in whole steps were measured with it.
     """
     if case.shape.kind not in LOOKED_UP or case.shape.subs > 1 or config.tokens not in (2, 4, 8):
         return config
     if config.tokens < 8:
-        return replace(config, uniform=config.uniform or (case.shape.bits > 4 and config.warps == 16))
+        with_it = config.warps == 16 or config.row_warps in (3, 7)
+        return replace(config, uniform=config.uniform or (case.shape.bits > 4 and with_it))
     return replace(config, uniform=case.shape.bits <= 2 or config.warps <= 12 or config.stage_units == 1)
 
 

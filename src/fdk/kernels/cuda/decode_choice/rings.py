@@ -65,6 +65,8 @@ def _without_zeros(shape: Shape, config: Config, per_warp: int) -> Rings:
         return _of_one_bit(config)
     if shape.bits <= 4 and config.tokens <= 16:
         return _of_few_bits(shape, config)
+    if config.row_warps == 3 and shape.bits > 4 and (config.tokens == 4 or (config.tokens == 2 and shape.bits < 8)):
+        return [SINGLE]
     if eight_bits_fill_up(shape, config) or (shape.bits == 8 and (config.tokens, config.row_warps) == (8, 3)):
         return [SINGLE]  # and a wide table beside it
     two = config.tokens <= 4 or (config.tokens < 16 and config.warps > 8)
