@@ -56,6 +56,15 @@ def test_slower_product_misses(tmp_path, factor):
     assert ("**" in cell) == (factor > 1), cell
 
 
+def test_fp16_is_compared_with_cublas_in_fp16(tmp_path):
+    entries = records(ROOT / "results/nvidia_h200/rows-fp16.jsonl")
+    for entry in entries:
+        entry["time_p50"] = 3e-4 if entry["provider"] == "torch-fp16" else 1e-4
+        entry["x_bf16"] = 0.5
+    text = targets.section(written(tmp_path, entries))
+    assert "Time over cuBLAS fp16: 24 of 24" in text and "| 0.33 ≤ 1.02 |" in text
+
+
 def test_faster_peer_is_a_miss(tmp_path):
     entries = records(KERNELS)
     for entry in entries:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fdk.bench.plots import shape_of
 from fdk.bench.records import Record, read
 from fdk.bench.runs import newest
-from fdk.bench.summary import PEERS, command, on_gpu, ours, table
+from fdk.bench.summary import PEERS, command, on_gpu, ours, over_cublas, table
 
 NAME = "targets"
 SQUARE = (4096, 4096)
@@ -148,7 +148,7 @@ def _prefill(entries: Sequence[Record]) -> Iterable[Figure]:
         if m < 64 or (not four and m < 256):
             continue
         target = (PREFILL | (PREFILL_8192 if shape_of(entry) == (8192, 8192) else {})).get(m, 1.02) if four else 1.02
-        yield Figure(f"`{entry['format']}` {size(entry)}", f"m = {m}", 1 / entry["x_bf16"], target)
+        yield Figure(f"`{entry['format']}` {size(entry)}", f"m = {m}", 1 / over_cublas(entry, entries), target)
 
 
 def _prefill_peers(entries: Sequence[Record]) -> Iterable[Figure]:
