@@ -42,6 +42,11 @@ NESTED_SPEED = {
     "int2": 5.3, "int3": 4.0, "int4": 3.2, "int6": 2.1, "int8": 1.7,
 }  # fmt: skip
 """Speed-up over torch bf16 at 16384 x 16384, one row, groups of 128; intN is what `export(N)` gives."""
+MATGPTQ = {
+    (4096, 1): 9.8, (4096, 4): 14.27, (4096, 16): 19.76, (4096, 64): 68.24,
+    (8192, 1): 26.13, (8192, 4): 44.21, (8192, 16): 70.25, (8192, 64): 251.49,
+}  # fmt: skip
+"""Microseconds of MatGPTQ's 4-bit kernel, rebuilt for an H200 and timed there in the same way, by n = k and m."""
 SPARSE_FLOOR, SPARSE_ROWS = 1.4, 1.12
 
 
@@ -181,6 +186,16 @@ def _nested_speed(entries: Sequence[Record]) -> Iterable[Figure]:
             )
 
 
+def _matgptq(entries: Sequence[Record]) -> Iterable[Figure]:
+    for entry in ours(entries):
+        (n, k), m = shape_of(entry), entry["m"]
+        if n == k and (n, m) in MATGPTQ and entry["format"] == "nest8s4_g128":
+            value = MATGPTQ[n, m] * 1e-6 / entry["time_p50"]
+            yield Figure(
+                f"`{entry['format']}`", f"m = {m}, {size(entry)}", value, 1.8 if m < 16 else 4.0, at_least=True
+            )
+
+
 def _sparse(entries: Sequence[Record]) -> Iterable[Figure]:
     dense = {
         (entry["m"], shape_of(entry)): entry["time_p50"] for entry in ours(entries) if "_sp" not in entry["format"]
@@ -210,6 +225,7 @@ def section(path: Path) -> str:
         tables = [
             shown("Slices, time over the floor of the planes they read", _nested(entries)),
             shown("Slices, speed", _nested_speed(entries)),
+            shown("MatGPTQ's 4-bit kernel over it", _matgptq(entries)),
         ]
     elif min(entry["m"] for entry in ours(entries)) == 1:
         tables = [
