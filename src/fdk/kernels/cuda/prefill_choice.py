@@ -85,8 +85,8 @@ _WARPGROUPS = tuple(_TIMES)
 
 # Where tiles are cut along k, by blocks; what each further share of a tile takes.
 _SHARING, _FURTHER_SHARE = {2: Sharing(9.8, 0.0083), 3: Sharing(9.65, 0.014)}, 0.5
-# What less such a wait is of three blocks in pairs, and of tiles that each go to more than two; and how much longer
-# rounds of cut tiles in pairs take above 4 bits.
+# What less such a wait is of tiles that each go to more than two, and of three blocks in pairs; and how much longer
+# rounds of cut tiles in pairs take above 4 bits (docs/findings.md).
 _WAIT_SAVED, _WAIT_SAVED_OF_THREE, _PAIRED_CUT_LONG = 4.0, 2.0, 1.04
 # Whole tiles in pairs: what a place that the last wave leaves empty costs of one that it fills, since its power goes to
 # the others; and how much longer those of some tokens take than the fit has it.
