@@ -30,11 +30,11 @@ class Named:
     trials: tuple[Trial, ...]
 
 
-def problems(kernel: str, formats: str, shapes: str, ms: str, dtype: str = "bf16") -> tuple[Problem, ...]:
+def problems(kernel: str, formats: str, shapes: str, ms: str) -> tuple[Problem, ...]:
     """All combinations of blank-separated formats, shapes "NxK" and ms."""
     sizes = [tuple(int(size) for size in shape.split("x")) for shape in shapes.split()]
     return tuple(
-        Problem(kernel, format, n, k, int(m), dtype) for format in formats.split() for n, k in sizes for m in ms.split()
+        Problem(kernel, format, n, k, int(m)) for format in formats.split() for n, k in sizes for m in ms.split()
     )
 
 
@@ -52,29 +52,6 @@ SETS: dict[str, Named] = {
             Trial(problems("decode", "lut1_g64", "14336x4096", "1"), each({"stage_units": 2})),
             Trial(problems("decode", "lut1_g64", "4096x14336", "1"), each({"scales_once": True})),
             Trial(problems("decode", "lut8_g64", "4096x14336", "1"), each({"k_warps": 12})),
-            Trial(
-                problems("decode", "lut8_g64", "28672x8192", "2"),
-                each({"stages": 1}, {"stages": 2}, cluster=2, blocks=7, row_warps=7, k_warps=2, stage_units=1, batch=1),
-            ),
-        ),
-    ),
-    "halves": Named(
-        "Tables of 4 bits in fp16 at many rows, 2 to 4 % behind cuBLAS: other tiles, x not shared, codes later?",
-        20,
-        (
-            Trial(
-                problems("prefill", "lut4_g64", "8192x8192", "4096", "fp16")
-                + problems("prefill", "lut4_g64", "14336x4096", "1024", "fp16"),
-                (
-                    {"pair": 1},
-                    {"tokens": 192, "wide": True},
-                    {"tokens": 224},
-                    {"tokens": 240},
-                    {"unrolled": False},
-                    {"stream": False, "fetch_sums": False},
-                    {"blocks": 3, "tokens": 192, "parts": 2, "unrolled": False},
-                ),
-            ),
         ),
     ),
 }

@@ -84,10 +84,10 @@ _LATE_UNROLLED_TIMES = {
 _WARPGROUPS = tuple(_TIMES)
 
 # Where tiles are cut along k, by blocks; what each further share of a tile takes.
-_SHARING, _FURTHER_SHARE = {2: Sharing(9.8, 0.0083), 3: Sharing(9.65, 0.014)}, 0.5
-# What less such a wait is of tiles that each go to more than two, and of three blocks in pairs; and how much longer
-# rounds of cut tiles in pairs take above 4 bits (docs/findings.md).
-_WAIT_SAVED, _WAIT_SAVED_OF_THREE, _PAIRED_CUT_LONG = 4.0, 2.0, 1.04
+_SHARING, _FURTHER_SHARE = {2: Sharing(9.8, 0.0083), 3: Sharing(7.65, 0.014)}, 0.5
+# What less such a wait is of tiles that each go to more than two, and more of three blocks that share no x in pairs;
+# and how much longer rounds of cut tiles in pairs take above 4 bits (docs/findings.md).
+_WAIT_SAVED, _WAIT_ALONE, _PAIRED_CUT_LONG = 4.0, 2.0, 1.04
 # Whole tiles in pairs: what a place that the last wave leaves empty costs of one that it fills, since its power goes to
 # the others; and how much longer those of some tokens take than the fit has it.
 _EMPTY_PLACE, _PAIRED_TOKENS = 0.55, {192: 1.025, 208: 0.985, 224: 0.985}
@@ -95,8 +95,7 @@ _EMPTY_PLACE, _PAIRED_TOKENS = 0.55, {192: 1.025, 208: 0.985, 224: 0.985}
 _FURTHER_SLICE = 0.35
 # To these tokens of a tile the times are fitted; between them lie those of what was fitted, but for two cases: 72, and
 # tiles of several waves that are too short to share x, whose power lowers the clock, 160 tokens among them.
-_FITTED_TOKENS, _BETWEEN = frozenset((16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)), 1.04
-_SHORT_TOKENS = 160
+_FITTED_TOKENS, _BETWEEN = frozenset((16, 24, 32, 48, 64, 80, 96, 112, 128, 192, 224, 256)), 1.04
 # How much longer two k groups of a block take by themselves, from so many tokens on: their power lowers the clock.
 _ALONE, _ALONE_TOKENS = 1.04, 112
 # What a unit of one warpgroup takes more: single look-ups, integers made by arithmetic, zero points, another group of
@@ -421,8 +420,7 @@ def _longer(config: Config, waves: float) -> float:
     """How much longer a tile of so many tokens takes than the fit to others has it."""
     if config.pair > 1:
         return 1.0 if config.stream else _PAIRED_TOKENS.get(config.tokens, 1.0)
-    between = config.tokens not in _FITTED_TOKENS or (config.tokens == _SHORT_TOKENS and not config.stream)
-    between &= config.tokens < _PAIR_TOKENS and config.blocks < 3
+    between = config.tokens not in _FITTED_TOKENS and config.tokens < _PAIR_TOKENS and config.blocks < 3
     return _BETWEEN if between and (config.tokens == 72 or waves > 1) else 1.0
 
 
@@ -442,9 +440,8 @@ def _shared_waves(product: Product, config: Config) -> tuple[float, float]:
     # Every cluster leaves sums to another one; it adds those of one share, or of all that finish its tile.
     further = max(0.0, clusters / streamed - 1)
     sharing = _SHARING[config.blocks]
-    in_pairs = _WAIT_SAVED_OF_THREE if config.pair > 1 and config.blocks == 3 else 0.0
-    saved = _WAIT_SAVED if further > 1 else in_pairs
-    meeting = sharing.wait - saved + sharing.per_token * config.tokens * (1 + further) + _FURTHER_SHARE * further
+    wait = sharing.wait - _WAIT_SAVED * (further > 1) + _WAIT_ALONE * (config.blocks == 3 and config.pair == 1)
+    meeting = wait + sharing.per_token * config.tokens * (1 + further) + _FURTHER_SHARE * further
     return (tiles - streamed) // clusters + streamed / clusters, meeting
 
 
