@@ -32,6 +32,11 @@ def shared_for_places(places: int, capability: tuple[int, int]) -> int:
     return (max_shared(capability) + SHARED_PER_CTA_EXTRA) // (places + 1)
 
 
+def shared_of_two(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory with which two CTAs fit on a multiprocessor."""
+    return (max_shared(capability) + SHARED_PER_CTA_EXTRA) // 2 - SHARED_PER_CTA_EXTRA
+
+
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)
 """Kinds of codes, as csrc/kinds.cuh has them."""
 

@@ -106,6 +106,9 @@ _THREE_BITS, _TWO_BITS = 0.006, {2: -0.004, 4: -0.0165}
 # What a unit of bit planes takes more for each of them beyond 2.5; with scales on sums in an unrolled loop, beyond 3,
 # and there with four blocks.
 _PLANE, _PLANE_UNROLLED, _PLANES_OF_FOUR_BLOCKS = 0.012, 0.006, -0.010
+# What a round of two blocks and two k groups of planes takes less of up to 16 tokens with 16 stages, and how much of
+# that is gone with each plane beyond four.
+_SLICES_SAVED, _SAVED_PLANE = 0.05, 0.0125
 # What an unrolled loop saves of a round: by most tokens of a tile, and at least above 4 bits; nothing up to 4 bits
 # where tiles are cut along k.
 _UNROLLED, _UNROLLED_LONG = {64: 0.0, 128: 0.02, 192: 0.04, 256: 0.0}, 0.03
@@ -116,9 +119,11 @@ _MOST_STAGES = 12
 
 # Tokens for which registers last, by warpgroups. Two k groups fetch x twice as fast, too fast from so many tokens on.
 _MOST_TOKENS, _MOST_TOKENS_OF_K_GROUPS = {2: 256, 3: 192, 4: 64}, 128
-# Unrolled loops of slices whose scales multiply sums, by (blocks, k groups): stages, and most planes that do not spill.
-_SLICES_STAGES = {(1, 2): (16, 8), (2, 2): (8,), (4, 1): (8,)}
+# Unrolled loops of slices whose scales multiply sums, by (blocks, k groups): stages, and most planes that do not spill;
+# most planes for which 16 stages pay in two blocks of two slices of k, by most tokens.
+_SLICES_STAGES = {(1, 2): (16, 8), (2, 2): (16, 8), (4, 1): (8,)}
 _SLICES_PLANES = {(1, 2): 8, (2, 2): 8, (4, 1): 4}
+_SLICES_PLANES_OF_16_STAGES = {16: 5, 32: 3}
 # More than two slices have been measured from so many rows on (fewer are the decode kernel's), where they fill so much
 # of the multiprocessors, up to so many blocks of a CTA.
 _SLICES_ROWS, _SLICES_FILL, _SLICES_BLOCKS = 17, 0.75, {3: 2, 4: 3, 5: 2}
@@ -338,9 +343,7 @@ def _unrolled_late(shape: Shape, config: Config) -> Config:
     two_bits &= arrangement in ((2, 2), (4, 1))
     stages_measured: tuple[int, ...]
     if shape.nested:
-        fits = shape.bits <= _SLICES_PLANES.get(arrangement, 0)
-        fits &= (arrangement, config.split, shape.bits) != ((2, 2), 2, 8)  # spills
-        stages_measured = _SLICES_STAGES[arrangement] if fits else ()
+        stages_measured = _slices_stages(shape, config)
     elif shape.kind in (TABLE, INT) and shape.bits in (1, 4, 8):
         stages_measured = (16, 12, 8)
     elif few_bits and ((arrangement in ((1, 2), (2, 2)) and shape.n * shape.k <= 1 << 26) or two_bits):
@@ -363,6 +366,20 @@ def _unrolled_late(shape: Shape, config: Config) -> Config:
         if measured and _whole_rounds(shape, unrolled) and unrolled.shared_bytes(shape) <= MAX_SHARED:
             return unrolled
     return config
+
+
+def _slices_stages(shape: Shape, config: Config) -> tuple[int, ...]:
+    """Stages that unrolled loops of planes were measured to gain by, where scales multiply sums; others spill."""
+    arrangement = config.blocks, config.k_groups
+    if shape.bits > _SLICES_PLANES.get(arrangement, 0):
+        return ()
+    stages = _SLICES_STAGES[arrangement]
+    if (*arrangement, config.split) != (2, 2, 2):
+        return stages
+    if shape.bits == 8:
+        return ()
+    most = next(planes for tokens, planes in _SLICES_PLANES_OF_16_STAGES.items() if config.tokens <= tokens)
+    return stages if shape.bits <= most else stages[1:]
 
 
 def _unrolled_slices(shape: Shape, config: Config) -> Config:
@@ -452,6 +469,8 @@ def _round_us(shape: Shape, config: Config, times: Times) -> float:
     # Planes take so long to gather that up to 32 tokens make no difference behind them.
     tokens = max(config.tokens, 32) if shape.nested and late and config.unrolled else config.tokens
     a_round = times.per_round + times.per_token * tokens + more
+    if shape.nested and config.tokens <= 16 <= config.stages and (config.blocks, config.k_groups) == (2, 2):
+        a_round -= max(0.0, _SLICES_SAVED - _SAVED_PLANE * max(0, shape.bits - 4))
     if config.unrolled and not late and (shape.bits > 4 or not config.stream):
         saved = next(saved for most, saved in _UNROLLED.items() if config.tokens <= most)
         long = shape.bits > 4 and not shape.nested and config.tokens > 64

@@ -98,3 +98,23 @@ def with_pieces(case: Case, config: Config) -> Config:
     whole = shape.units % (slices * found.stage_units) == 0
     whole &= shape.allows_stage_units(found.stage_units, slices)
     return found if whole and found.shared_bytes(shape) <= MAX_SHARED else config
+
+
+def with_two_pieces(case: Case, config: Config) -> Config:
+    """`config` with sixteen tokens' activations in two pieces, where warps of one block have four units each.
+
+    At 2560 to 4096 rows of 4096 columns: 2 and 4 bits 0.96, and of 3 bits and slices, with a ring of two single units
+    besides, 0.95 of the time on average. Fewer CTAs leave room for those of the next launch, and lost.
+    """
+    shape = case.shape
+    four = shape.units == 4 * config.cluster * config.k_warps and config.phases == 1
+    plain = shape.subs == 1 and shape.k % 64 == 0 and not (shape.zeros or shape.sparse)
+    one_block = config.cluster == 2 and config.blocks == config.row_warps == 1
+    crowded = config.clusters(case.blocks) * config.cluster > case.sms // 2
+    if config.tokens != 16 or not (four and plain and one_block and crowded):
+        return config
+    if shape.nested:
+        return replace(config, stages=2, stage_units=1, x_chunks=2) if shape.bits <= 6 else config
+    if shape.bits == 3:
+        return replace(config, stages=2, stage_units=1, x_chunks=2)
+    return replace(config, x_chunks=2) if shape.bits in (2, 4) else config

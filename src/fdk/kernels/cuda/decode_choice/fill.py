@@ -9,7 +9,7 @@ from fdk.kernels.cuda.decode_choice.activations import pieces_of_slice
 from fdk.kernels.cuda.decode_choice.case import LOOKED_UP, Share, few_codes_and_zeros
 from fdk.kernels.cuda.decode_choice.digits import small_slices
 from fdk.kernels.cuda.decode_choice.rings import rings
-from fdk.kernels.cuda.decode_config import PLAIN, SHARED_PER_CTA_EXTRA, UINT_FLOAT, Config, Shape, max_shared
+from fdk.kernels.cuda.decode_config import PLAIN, UINT_FLOAT, Config, Shape, max_shared, shared_of_two
 
 
 def fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config | None:
@@ -20,7 +20,7 @@ def fill(shape: Shape, config: Config, capability: tuple[int, int]) -> Config | 
         if hopper:
             filled = _with_loads(shape, filled)
         if filled.shared_bytes(shape, hopper) <= most:
-            return replace(filled, min_ctas=2 if hopper and _has_room_beside(shape, filled, most) else 1)
+            return replace(filled, min_ctas=2 if hopper and _has_room_beside(shape, filled, capability) else 1)
     return None
 
 
@@ -38,14 +38,13 @@ def _rings_and_phases(shape: Shape, config: Config) -> Iterator[Config]:
                     yield replace(config, phases=phases, stage_units=stage_units, stages=stages, batch=batch)
 
 
-def _has_room_beside(shape: Shape, config: Config, most_shared: int) -> bool:
+def _has_room_beside(shape: Shape, config: Config, capability: tuple[int, int]) -> bool:
     """Whether a CTA of the next launch can start beside one of one token, and registers are limited for that."""
     per_warp = config.steps * -(-shape.units // (config.cluster * config.phases * config.k_warps))
     # Two CTAs of 16 warps would spill in 64 registers a thread, and zeros of several groups in 128.
     crowded = config.warps > 8 or (shape.kind == UINT_FLOAT and shape.subs > 1)
-    half = (most_shared + SHARED_PER_CTA_EXTRA) // 2 - SHARED_PER_CTA_EXTRA
     single = config.tokens == 1 and per_warp <= 4 and not crowded and not config.alone
-    return single and config.shared_bytes(shape) <= half
+    return single and config.shared_bytes(shape) <= shared_of_two(capability)
 
 
 def _with_loads(shape: Shape, config: Config) -> Config:
