@@ -70,7 +70,8 @@ figures: $(VENV)/.bench
 	    --into docs/results.md
 	@$(BIN)/python -m fdk.bench.targets results/nvidia_h200/kernels.jsonl results/nvidia_h200/rows-lut4.jsonl \
 	    results/nvidia_h200/rows-widths.jsonl results/nvidia_h200/rows-fp16.jsonl results/nvidia_h200/rows-groups.jsonl \
-	    results/nvidia_h200/rows-widths-fd13fc2.jsonl results/nvidia_h200_formats/nested.jsonl results/nvidia_h200_formats/sparse.jsonl \
+	    results/nvidia_h200/rows-humming.jsonl results/nvidia_h200/rows-widths-fd13fc2.jsonl \
+	    results/nvidia_h200_formats/nested.jsonl results/nvidia_h200_formats/sparse.jsonl \
 	    --into docs/targets.md
 	@$(BIN)/python -m fdk.bench.quality results/nvidia_h200/quality.jsonl --into README.md
 

@@ -75,5 +75,18 @@ def test_faster_peer_is_a_miss(tmp_path):
     assert counts and all(": 0 of " in line for line in counts)
 
 
+def test_a_newer_run_hides_no_peer(tmp_path):
+    entries = records(ROOT / "results/nvidia_h200/rows-humming.jsonl")
+    older = [dict(entry, id="older", date="2026-01-01") for entry in entries if entry["provider"] != "fdk"]
+    older += [
+        dict(entry, id="older", date="2026-01-01", format=entry["format"].replace("lut", "int"))
+        for entry in entries
+        if entry["format"] == "lut3_g64"
+    ]
+    text = targets.section(written(tmp_path, older + entries))
+    peers = text[text.index("humming over it") :]
+    assert "| `lut3_g64` 8192 x 8192 |" in peers and "| `int3_g64` 8192 x 8192 |" in peers
+
+
 def test_records_of_a_cpu_have_no_targets():
     assert targets.section(ROOT / "results/amd_zen4_4cores/kernels.jsonl") == ""

@@ -156,9 +156,10 @@ def _prefill(entries: Sequence[Record]) -> Iterable[Figure]:
         yield Figure(f"`{entry['format']}` {size(entry)}", f"m = {m}", 1 / over_cublas(entry, entries), target)
 
 
-def _prefill_peers(entries: Sequence[Record]) -> Iterable[Figure]:
+def _prefill_peers(entries: Sequence[Record], every: Sequence[Record]) -> Iterable[Figure]:
+    """Each product against the peer's of its own run, of which `entries` may have another one's, if that is newer."""
     for entry in sorted(ours(entries), key=lambda e: (shape_of(e), e["m"])):
-        for other in entries:
+        for other in every:
             if other["provider"] == "humming" and all(
                 other[key] == entry[key] for key in ("id", "m", "n", "k", "bits")
             ):
@@ -215,7 +216,8 @@ def _sparse(entries: Sequence[Record]) -> Iterable[Figure]:
 
 def section(path: Path) -> str:
     """The tables of one file of records: what its formats and numbers of rows have targets for."""
-    entries = newest(entry for entry in read([path]) if entry["status"] == "ok" and entry["dtype"] in ("bf16", "fp16"))
+    every = [entry for entry in read([path]) if entry["status"] == "ok" and entry["dtype"] in ("bf16", "fp16")]
+    entries = newest(every)
     if not ours(entries) or not on_gpu(entries):
         return ""
     names = [str(entry["format"]) for entry in ours(entries)]
@@ -243,7 +245,7 @@ def section(path: Path) -> str:
         ]
     else:
         dtypes = "/".join(sorted({str(entry["dtype"]) for entry in entries}))
-        peers = _prefill_peers(entries)
+        peers = _prefill_peers(entries, every)
         tables = [shown(f"Time over cuBLAS {dtypes}", _prefill(entries)), shown("humming over it", peers)]
     first = entries[0]
     title = f"**{first['device']}**, {str(first['date'])[:10]}, {first['commit']}, `{path.as_posix()}`:"

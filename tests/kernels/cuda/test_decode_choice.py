@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 
 from fdk.kernels.cuda import decode_choice, decode_config
-from fdk.kernels.cuda.decode_choice import activations, digits, even_shares, many_digits, many_tokens, places
+from fdk.kernels.cuda.decode_choice import (
+    activations,
+    digits,
+    even_shares,
+    many_digits,
+    many_tokens,
+    places,
+    two_places,
+)
 from fdk.kernels.cuda.decode_choice.case import Case
-from fdk.kernels.cuda.decode_config import CUT, INT, ROUNDED, TABLE, Config, Shape
+from fdk.kernels.cuda.decode_config import CUT, INT, ROUNDED, TABLE, UINT_U8, Config, Shape, shared_of_two
 
 SHAPES = [
     (8192, 8192),
@@ -188,6 +196,7 @@ def test_every_row_of_pieces_decides_a_product(row: activations.Pieces) -> None:
 
 
 GAINS = [(INT, gain) for gain in many_digits.OF_INTEGERS]
+GAINS += [(UINT_U8, gain) for gain in many_digits.OF_ZEROS]
 GAINS += [(kind, gain) for gain in many_digits.OF_SLICES for kind in (ROUNDED, CUT)]
 
 
@@ -314,6 +323,69 @@ def test_few_tokens_run_as_eight_where_only_those_have_even_shares(kind: int, bi
 def test_seven_and_nine_blocks_have_whole_steps_where_measured_to_win(bits, n, k, m, warps) -> None:
     config = decode_choice.choose_config(Shape(n, k, bits, 64, True, TABLE), m, n // 64, 132, (9, 0))
     assert (config.k_warps, config.row_warps) == warps
+
+
+SMALL = [(kind, bits) for kind in (INT, ROUNDED, CUT) for bits in range(2, 9)]
+
+
+@pytest.mark.parametrize("k,group", [(4096, 128), (4032, 4032)])
+@pytest.mark.parametrize("n", [4096, 2560, 2048, 1024])
+def test_few_rows_of_small_weights_leave_a_place_for_the_next_launch(n: int, k: int, group: int) -> None:
+    for (kind, bits), tokens in itertools.product(SMALL, (2, 4)):
+        if kind != INT and group % 128:
+            continue
+        shape = Shape(n, k, bits, group, True, kind, bits if kind != INT else 0)
+        config = decode_choice.choose_config(shape, tokens, n // 64, 132, (9, 0))
+        if (kind, bits, tokens, n) == (INT, 3, 4, 1024):
+            assert not config.digits  # took 1.1 times as long
+            continue
+        assert config.many_digits(shape) and (config.cluster, config.k_warps, config.blocks) == (2, 8, 1)
+        assert config.stages * config.stage_units <= 4 and shape.allows_stage_units(config.stage_units, 16)
+        # Places are held where CTAs of two launches share multiprocessors.
+        assert tokens == 2 or config.hold == (0 if config.alone or n <= 2048 else two_places.HOLD)
+        if config.min_ctas == 2 and tokens == 4 and n == 4096:
+            assert config.shared_bytes(shape) <= shared_of_two((9, 0))
+
+
+def test_fewer_rows_have_more_ctas_at_work_by_larger_clusters() -> None:
+    for kind, bits in SMALL:
+        shape = Shape(512, 4096, bits, 128, True, kind, bits if kind != INT else 0)
+        config = decode_choice.choose_config(shape, 4, 8, 132, (9, 0))
+        assert not config.digits and config.cluster == 8
+
+
+@pytest.mark.parametrize(
+    "kind,bits,n,ring",
+    [
+        (TABLE, 4, 4096, (2, 1, 2)),
+        (INT, 2, 3072, (2, 1, 2)),
+        (TABLE, 3, 2560, (1, 2, 2)),
+        (ROUNDED, 5, 4096, (1, 2, 2)),
+        (CUT, 6, 4096, (1, 2, 2)),
+        (ROUNDED, 7, 4096, (1, 1, 1)),
+        (TABLE, 8, 4096, (1, 1, 1)),
+        (INT, 3, 2048, (2, 1, 1)),
+    ],
+)
+def test_sixteen_tokens_of_small_weights_come_in_two_pieces_where_measured_to_win(kind, bits, n, ring) -> None:
+    config = decode_choice.choose_config(Shape(n, 4096, bits, 128, True, kind, 4), 16, n // 64, 132, (9, 0))
+    assert (config.stage_units, config.stages, config.x_chunks) == ring
+
+
+@pytest.mark.parametrize(
+    "kind,bits,n,m,held",
+    [
+        (UINT_U8, 4, 3072, 4, True),
+        (UINT_U8, 4, 3072, 8, True),
+        (TABLE, 4, 4096, 8, True),
+        (TABLE, 3, 4096, 8, False),
+        (TABLE, 4, 3072, 4, False),
+        (UINT_U8, 4, 1024, 4, False),
+    ],
+)
+def test_idle_ctas_hold_places_of_few_rows_where_measured_to_win(kind, bits, n, m, held) -> None:
+    config = decode_choice.choose_config(Shape(n, 4096, bits, 128, True, kind), m, n // 64, 132, (9, 0))
+    assert not config.digits and config.hold == two_places.HOLD * held
 
 
 def test_rules_name_sections_of_the_findings() -> None:

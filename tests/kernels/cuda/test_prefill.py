@@ -181,6 +181,23 @@ def test_loops_of_slices_are_unrolled_where_registers_last(n, k, planes, group, 
     assert not config.wide and not config.rounds
 
 
+@pytest.mark.parametrize(
+    "n,k,planes,m,stages",
+    [
+        (8192, 8192, 5, 16, 16),
+        (8192, 8192, 6, 16, 8),
+        (8192, 8192, 3, 32, 16),
+        (8192, 8192, 4, 32, 8),
+        (14336, 4096, 7, 32, 16),
+        (16384, 16384, 5, 16, 16),
+        (16384, 16384, 3, 16, 8),  # four blocks
+    ],
+)
+def test_two_blocks_of_slices_have_as_many_stages_as_were_measured_to_win(n, k, planes, m, stages) -> None:
+    config = chosen(Shape(n, k, planes, 128, True, decode_config.CUT, planes), m)
+    assert config.unrolled and config.stages == stages
+
+
 def test_k_is_cut_into_more_slices_where_two_leave_multiprocessors_idle() -> None:
     table = Shape(5120, 5120, 4, 64, True, decode_config.TABLE)
     for m in (32, 64, 96, 128, 160):

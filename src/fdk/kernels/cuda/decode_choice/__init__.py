@@ -7,7 +7,7 @@ rings.py        stages of a warp's ring;  digit_rings.py  those of integer produ
 fill.py         which of these shared memory allows, how scales, codes and sums come to a CTA
 indices.py      codes as the indices of sparse products
 blocks_in_turn.py  integer products at all other sizes;  even_shares.py  look-ups where shares of a weight are uneven
-many_digits.py  integer products of two and four tokens
+many_digits.py  integer products of two and four tokens;  two_places.py  those of small weights, beside the next launch
 many_tokens.py  wide tables, half blocks, fewer instructions: two to sixteen tokens
 activations.py  pieces in which activations of eight and sixteen tokens come
 places.py       places on a multiprocessor: who is alone, who holds one;  operands made ahead there

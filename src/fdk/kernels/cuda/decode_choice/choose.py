@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from fdk.kernels.cuda.decode_choice import activations, chains, lookups, many_digits, many_tokens, places
+from fdk.kernels.cuda.decode_choice import activations, chains, lookups, many_digits, many_tokens, places, two_places
 from fdk.kernels.cuda.decode_choice.blocks_in_turn import with_blocks_in_turn
 from fdk.kernels.cuda.decode_choice.case import LOOKED_UP, Case, Share, coded, token_tile
 from fdk.kernels.cuda.decode_choice.digits import digit_warps, with_digits
@@ -126,7 +126,7 @@ _PLAIN: tuple[Refinement, ...] = (
     activations.with_pieces,
     activations.with_two_pieces,
     places.beside_the_next,
-    places.held_for_few,
+    two_places.held_for_few,
     places.with_operands_ahead,
     with_blocks_in_turn,
     with_even_shares,

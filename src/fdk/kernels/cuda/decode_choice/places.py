@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fdk.kernels.cuda.decode_choice.case import LOOKED_UP, MIDDLE, Case, Share, coded, weights
-from fdk.kernels.cuda.decode_choice.many_digits import HOLD, side_by_side
+from fdk.kernels.cuda.decode_choice.case import MIDDLE, Case, Share, coded, weights
 from fdk.kernels.cuda.decode_config import TABLE, UINT_U8, Config, Shape
 
 
@@ -97,21 +96,6 @@ def beside_the_next(case: Case, config: Config) -> Config:
         return config
     late = config.late or (shape.kind == TABLE and shape.bits > 4)
     return replace(config, hold=_hold_clocks(shape), late=late)
-
-
-def held_for_few(case: Case, config: Config) -> Config:
-    """`config` of two to eight tokens of one block by look-ups, whose idle CTAs hold places, where that pays.
-
-    Zeros 0.83 to 1.0 of the time at 2560 to 4096 rows of 4096 columns, eight tokens of other codes but 3 bits 0.98;
-    more columns and rows neither gain nor lose.
-    """
-    shape = case.shape
-    idle = case.sms // config.cluster - config.clusters(case.blocks)
-    one_block = config.cluster == 2 and config.blocks == 1 and not side_by_side(case)
-    if idle <= 0 or not one_block or config.digits or config.tokens not in (2, 4, 8) or config.hold:
-        return config
-    pays = shape.kind == UINT_U8 or (config.tokens == 8 and shape.kind in LOOKED_UP and shape.bits != 3)
-    return replace(config, hold=HOLD) if pays else config
 
 
 def with_operands_ahead(case: Case, config: Config) -> Config:
