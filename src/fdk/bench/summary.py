@@ -128,8 +128,11 @@ def over_cublas(entry: Record, entries: Sequence[Record]) -> float:
     return theirs["time_p50"] / entry["time_p50"]
 
 
-def many_rows_table(entries: Sequence[Record]) -> str:
-    """Speed-up over cuBLAS for every m at every shape, fdk's formats and the peers', all of one dtype."""
+def many_rows_table(entries: Sequence[Record], every: Sequence[Record]) -> str:
+    """Speed-up over cuBLAS for every m at every shape, fdk's formats and the peers', all of one dtype.
+
+    every: what `entries` are the newest of; cuBLAS is that of each one's own run.
+    """
     dtype = ours(entries)[0]["dtype"]
     rows = [entry for entry in entries if entry["provider"] != f"torch-{dtype}" and entry["dtype"] == dtype]
     ms = sorted({entry["m"] for entry in rows})
@@ -137,7 +140,7 @@ def many_rows_table(entries: Sequence[Record]) -> str:
     for entry in sorted(rows, key=lambda e: (shape_of(e), e["provider"] != "fdk", e["bits"], e["format"])):
         n, k = shape_of(entry)
         own = "" if entry["provider"] == "fdk" else f"{entry['provider']} "
-        cells.setdefault(f"{n} x {k} {own}`{entry['format']}`", {})[entry["m"]] = f"{over_cublas(entry, entries):.2f}"
+        cells.setdefault(f"{n} x {k} {own}`{entry['format']}`", {})[entry["m"]] = f"{over_cublas(entry, every):.2f}"
     head = [f"x cuBLAS {dtype}", *(f"m = {m}" for m in ms)]
     return table(head, [[name, *(row.get(m, "") for m in ms)] for name, row in cells.items()])
 
@@ -147,9 +150,9 @@ def section(path: Path, brief: bool = False) -> str:
 
     brief: one row of activations only, where there is a record of it.
     """
-    entries = [entry for entry in read([path]) if entry["status"] == "ok"]
-    threads = max((entry["threads"] or 0) for entry in entries)
-    entries = newest(entry for entry in entries if (entry["threads"] or 0) == threads)
+    every = [entry for entry in read([path]) if entry["status"] == "ok"]
+    threads = max((entry["threads"] or 0) for entry in every)
+    entries = newest(entry for entry in every if (entry["threads"] or 0) == threads)
     if not ours(entries):
         return ""
     first = entries[0]
@@ -164,7 +167,7 @@ def section(path: Path, brief: bool = False) -> str:
     if on_gpu(entries):
         sizes = sorted({entry["m"] for entry in ours(entries)})
         if 1 not in sizes:
-            return "\n\n".join([title, many_rows_table(entries)])
+            return "\n\n".join([title, many_rows_table(entries, every)])
         return "\n\n".join([title, *(gpu_table(entries, m) for m in (sizes[:1] if brief else sizes))])
     tables = [decode_table(entries, others)] if any(e["m"] == 1 for e in ours(entries)) else []
     if len({entry["m"] for entry in ours(entries)}) > 1 and not (brief and tables):

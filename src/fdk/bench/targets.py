@@ -147,17 +147,18 @@ def _bits_apart(entries: Sequence[Record]) -> Iterable[Figure]:
         yield Figure("lut4 over lut1", "m = 1, 8192 x 8192", four / one, BITS_APART, at_least=True)
 
 
-def _prefill(entries: Sequence[Record]) -> Iterable[Figure]:
+def _prefill(entries: Sequence[Record], every: Sequence[Record]) -> Iterable[Figure]:
+    """Each product against cuBLAS of its own run, of which `entries` may have another one's, if that is newer."""
     for entry in sorted(ours(entries), key=lambda e: (shape_of(e), e["m"])):
         m, four = entry["m"], entry["format"] in ("lut4_g64", "int4_g64") and entry["dtype"] == "bf16"
         if m < 64 or (not four and m < 256):
             continue
         target = (PREFILL | (PREFILL_8192 if shape_of(entry) == (8192, 8192) else {})).get(m, 1.02) if four else 1.02
-        yield Figure(f"`{entry['format']}` {size(entry)}", f"m = {m}", 1 / over_cublas(entry, entries), target)
+        yield Figure(f"`{entry['format']}` {size(entry)}", f"m = {m}", 1 / over_cublas(entry, every), target)
 
 
 def _prefill_peers(entries: Sequence[Record], every: Sequence[Record]) -> Iterable[Figure]:
-    """Each product against the peer's of its own run, of which `entries` may have another one's, if that is newer."""
+    """The same against the peer."""
     for entry in sorted(ours(entries), key=lambda e: (shape_of(e), e["m"])):
         for other in every:
             if other["provider"] == "humming" and all(
@@ -245,8 +246,8 @@ def section(path: Path) -> str:
         ]
     else:
         dtypes = "/".join(sorted({str(entry["dtype"]) for entry in entries}))
-        peers = _prefill_peers(entries, every)
-        tables = [shown(f"Time over cuBLAS {dtypes}", _prefill(entries)), shown("humming over it", peers)]
+        cublas, peers = _prefill(entries, every), _prefill_peers(entries, every)
+        tables = [shown(f"Time over cuBLAS {dtypes}", cublas), shown("humming over it", peers)]
     first = entries[0]
     title = f"**{first['device']}**, {str(first['date'])[:10]}, {first['commit']}, `{path.as_posix()}`:"
     return "\n\n".join([title, *filter(None, tables)])

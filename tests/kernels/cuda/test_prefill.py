@@ -165,37 +165,27 @@ def test_tiles_that_cannot_be_halved_are_neither_paired_nor_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "n,k,planes,group,stages",
+    "n,k,planes,group,m,stages",
     [
-        (4096, 14336, 8, 128, 16),
-        (4096, 4096, 3, 64, 16),
-        (8192, 8192, 5, 128, 8),
-        (28672, 8192, 4, 64, 8),
-        (28672, 8192, 5, 128, None),  # these spill
-        (4096, 14336, 5, 32, None),  # not measured
+        (4096, 14336, 8, 128, 32, 16),
+        (4096, 4096, 3, 64, 32, 16),
+        (28672, 8192, 4, 64, 32, 8),
+        (28672, 8192, 5, 128, 32, None),  # these spill
+        (4096, 14336, 5, 32, 32, None),  # not measured
+        (8192, 8192, 5, 128, 16, 16),
+        (8192, 8192, 6, 128, 16, 8),
+        (8192, 8192, 3, 128, 32, 16),
+        (8192, 8192, 4, 128, 32, 8),
+        (8192, 8192, 5, 128, 32, 8),
+        (14336, 4096, 7, 128, 32, 16),
+        (16384, 16384, 5, 128, 16, 16),
+        (16384, 16384, 3, 128, 16, 8),  # four blocks
     ],
 )
-def test_loops_of_slices_are_unrolled_where_registers_last(n, k, planes, group, stages) -> None:
-    config = chosen(Shape(n, k, planes, group, True, decode_config.CUT, planes), 32)
+def test_loops_of_slices_are_unrolled_over_the_stages_measured_to_win(n, k, planes, group, m, stages) -> None:
+    config = chosen(Shape(n, k, planes, group, True, decode_config.CUT, planes), m)
     assert config.unrolled == (stages is not None) and (stages is None or config.stages == stages)
     assert not config.wide and not config.rounds
-
-
-@pytest.mark.parametrize(
-    "n,k,planes,m,stages",
-    [
-        (8192, 8192, 5, 16, 16),
-        (8192, 8192, 6, 16, 8),
-        (8192, 8192, 3, 32, 16),
-        (8192, 8192, 4, 32, 8),
-        (14336, 4096, 7, 32, 16),
-        (16384, 16384, 5, 16, 16),
-        (16384, 16384, 3, 16, 8),  # four blocks
-    ],
-)
-def test_two_blocks_of_slices_have_as_many_stages_as_were_measured_to_win(n, k, planes, m, stages) -> None:
-    config = chosen(Shape(n, k, planes, 128, True, decode_config.CUT, planes), m)
-    assert config.unrolled and config.stages == stages
 
 
 def test_k_is_cut_into_more_slices_where_two_leave_multiprocessors_idle() -> None:

@@ -34,7 +34,7 @@ def shared_for_places(places: int, capability: tuple[int, int]) -> int:
 
 def shared_of_two(capability: tuple[int, int]) -> int:
     """Bytes of shared memory with which two CTAs fit on a multiprocessor."""
-    return (max_shared(capability) + SHARED_PER_CTA_EXTRA) // 2 - SHARED_PER_CTA_EXTRA
+    return shared_for_places(1, capability) - SHARED_PER_CTA_EXTRA
 
 
 TABLE, INT, UINT_U8, UINT_FLOAT, ROUNDED, CUT, SPARSE_INT, SPARSE_TABLE = range(8)

@@ -1,6 +1,7 @@
 """How activations of eight and sixteen tokens come: in pieces, so that products begin with the first of them.
 
-docs/findings.md: "What activations cost at eight and sixteen tokens", "The timeline at 4, 8 and 16 tokens".
+docs/findings.md: "What activations cost at eight and sixteen tokens", "The timeline at 4, 8 and 16 tokens", "Sixteen
+rows of slices".
 """
 
 from __future__ import annotations
@@ -110,11 +111,10 @@ def with_two_pieces(case: Case, config: Config) -> Config:
     four = shape.units == 4 * config.cluster * config.k_warps and config.phases == 1
     plain = shape.subs == 1 and shape.k % 64 == 0 and not (shape.zeros or shape.sparse)
     one_block = config.cluster == 2 and config.blocks == config.row_warps == 1
-    crowded = config.clusters(case.blocks) * config.cluster > case.sms // 2
-    if config.tokens != 16 or not (four and plain and one_block and crowded):
+    if config.tokens != 16 or case.side_by_side or not (four and plain and one_block):
         return config
-    if shape.nested:
-        return replace(config, stages=2, stage_units=1, x_chunks=2) if shape.bits <= 6 else config
-    if shape.bits == 3:
+    if shape.bits == 3 or (shape.nested and shape.bits <= 6):
         return replace(config, stages=2, stage_units=1, x_chunks=2)
+    if shape.nested:
+        return config
     return replace(config, x_chunks=2) if shape.bits in (2, 4) else config

@@ -92,6 +92,11 @@ class Case:
     def large(self) -> bool:
         return weights(self.shape) >= LARGE
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether CTAs of two launches, a pair for each block, have multiprocessors of their own."""
+        return 4 * self.blocks <= self.sms
+
     def at_once(self, cluster: int) -> int:
         """Clusters of that size that run at once."""
         return clusters_at_once(self.sms, cluster)

@@ -51,11 +51,6 @@ def of_one_block(case: Case) -> Config:
     return replace(start, stage_units=2 if shape.allows_stage_units(2, 16) else 1, alone=True)
 
 
-def _side_by_side(case: Case) -> bool:
-    """Whether CTAs of two launches, pairs for each block, have multiprocessors of their own."""
-    return 4 * case.blocks <= case.sms
-
-
 def _full(case: Case) -> bool:
     """Whether pairs for each block take nearly all multiprocessors."""
     return 2 * case.blocks > 0.9 * case.sms
@@ -68,7 +63,7 @@ def _rings_of_two_places(case: Case) -> tuple[tuple[Ring, ...], int]:
         # Integers of 4 bits were measured to gain more by fewer units.
         few = shape.bits < 5 and (shape.kind, shape.bits) != (INT, 4)
         return ((_ALL_UNITS, _MOST_UNITS), HOLD) if few else ((_MOST_UNITS,), 0)
-    if _side_by_side(case):
+    if case.side_by_side:
         return (_HALF if (shape.kind, shape.bits) == (INT, 3) else _ALL_UNITS, _MOST_UNITS), 0
     if shape.kind == CUT and shape.bits > 4:
         return (_MOST_UNITS,), HOLD
@@ -86,7 +81,7 @@ def held_for_few(case: Case, config: Config) -> Config:
     """
     shape = case.shape
     idle = case.sms // config.cluster - config.clusters(case.blocks)
-    one_block = config.cluster == 2 and config.blocks == 1 and not _side_by_side(case)
+    one_block = config.cluster == 2 and config.blocks == 1 and not case.side_by_side
     if idle <= 0 or not one_block or config.digits or config.tokens not in (2, 4, 8) or config.hold:
         return config
     pays = shape.kind == UINT_U8 or (config.tokens == 8 and shape.kind in LOOKED_UP and shape.bits != 3)
